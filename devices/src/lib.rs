@@ -1,0 +1,22 @@
+//! Device models of a forkvm machine.
+//!
+//! A device here is what a guest sees of it, its state, and nothing else: it knows no KVM, no
+//! thread and no clone. It is handed guest memory, an [`InterruptLine`] to pulse and, for a disk, a
+//! [`block::BlockLayer`]; it answers accesses on a [`Bus`] and says by an [`Effect`] what the
+//! access means to the vCPU that made it. `forkvm-vmm` puts devices on buses and runs them.
+//!
+//! Every access is served by the vCPU thread that makes it. There is no device thread, so once the
+//! vCPUs are paused nothing is in flight: a request is either not yet taken from its queue or fully
+//! answered.
+
+pub mod block;
+pub mod bus;
+pub mod device;
+pub mod section;
+
+pub use bus::Bus;
+pub use device::{Device, DeviceError, Effect, InterruptLine};
+pub use section::{SavedState, Section, SectionError, Sections};
+
+/// Guest memory as the devices see it.
+pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
