@@ -1,1 +1,4 @@
-//! Under construction.
+//! fork() for virtual machines.
+
+#[cfg(feature = "cli")]
+pub mod demo;

@@ -1,1 +1,3 @@
-//! Under construction.
+//! KVM machines of forkvm.
+
+pub mod state_file;

@@ -1,0 +1,3 @@
+//! The `forkvm` command.
+
+fn main() {}
