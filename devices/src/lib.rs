@@ -12,11 +12,18 @@
 pub mod block;
 pub mod bus;
 pub mod device;
+pub mod doorbell;
+pub mod exit;
 pub mod section;
+pub mod serial;
+pub mod virtio;
 
 pub use bus::Bus;
 pub use device::{Device, DeviceError, Effect, InterruptLine};
+pub use doorbell::Doorbell;
+pub use exit::ExitDevice;
 pub use section::{SavedState, Section, SectionError, Sections};
+pub use serial::Serial;
 
 /// Guest memory as the devices see it.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;

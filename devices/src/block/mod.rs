@@ -53,3 +53,20 @@ pub struct Presence {
     /// Length of the run in bytes, at least one sector, ending at most at the end of the disk.
     pub len: u64,
 }
+
+/// Refuses what no layer accepts: a range that is not whole sectors of a disk of `disk_len` bytes.
+fn check_range(offset: u64, len: u64, disk_len: u64) -> io::Result<Range<u64>> {
+    let end = offset.checked_add(len).filter(|&end| end <= disk_len);
+    match end {
+        Some(end) if offset.is_multiple_of(SECTOR) && len.is_multiple_of(SECTOR) => Ok(offset..end),
+        _ => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("{len} bytes at {offset} are not whole sectors of a disk of {disk_len} bytes"),
+        )),
+    }
+}
+
+/// What a write to a read-only layer gets.
+fn refused_write() -> io::Error {
+    io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "the disk is read-only")
+}

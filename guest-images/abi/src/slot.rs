@@ -2,8 +2,8 @@
 //!
 //! A device of slot `i` has its registers at [`base`]`(i)` and its interrupt at [`gsi`]`(i)`.
 //! Nothing is allocated at run time, so a restored machine has nothing to replay, and a guest
-//! without ACPI knows where to look. An empty slot reads as zero in every register, as a
-//! virtio-mmio device with device id 0 does.
+//! without ACPI knows where to look. An empty slot has no device, so it reads as all ones, like
+//! every address that nothing decodes: a guest looks for the magic value first.
 
 /// Registers of slot 0 (guest-physical).
 pub const MMIO_BASE: u64 = 0xd000_0000;
