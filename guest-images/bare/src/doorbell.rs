@@ -1,0 +1,129 @@
+//! The guest's end of the fork doorbell ([`forkvm_abi::doorbell`]).
+
+#![allow(unsafe_code)] // A page that the host writes.
+
+use core::mem::offset_of;
+use core::ptr;
+
+use forkvm_abi::doorbell::{
+    Call, MAGIC, PORT, Page, PageHeader, VERSION, call_offset, op, reg, report,
+};
+use forkvm_abi::slot;
+
+use crate::{interrupts, port};
+
+/// The page. The guest's memory is zero at boot, as the host expects the page to be.
+#[repr(C, align(4096))]
+struct DoorbellPage([u8; size_of::<Page>()]);
+
+static mut PAGE: DoorbellPage = DoorbellPage([0; size_of::<Page>()]);
+
+/// A doorbell that answered.
+#[derive(Clone, Copy)]
+pub struct Doorbell {
+    vcpus: u32,
+}
+
+/// What a fork that took place has made of this VM.
+#[derive(Clone, Copy, Debug)]
+pub struct Forked {
+    /// 0 in the parent, 1..=granted in the clones.
+    pub id: u32,
+    /// Clones that were granted, at most as many as were asked for.
+    pub granted: u32,
+    /// What the parent joins.
+    pub ticket: u32,
+}
+
+/// Finds the doorbell and gives it the page; `None` where there is none, or none of this version.
+pub fn connect() -> Option<Doorbell> {
+    if port::read32(PORT + reg::MAGIC) != MAGIC || port::read32(PORT + reg::VERSION) != VERSION {
+        return None;
+    }
+    port::write32(PORT + reg::PAGE, ((&raw const PAGE).addr() / size_of::<Page>()) as u32);
+    let vcpus = port::read32(PORT + reg::VCPUS);
+    Some(Doorbell { vcpus })
+}
+
+impl Doorbell {
+    /// vCPUs of the machine.
+    pub fn vcpus(&self) -> u32 {
+        self.vcpus
+    }
+
+    /// Forks this VM into `clones`, by the call slot of vCPU `cpu`. The error is a negated
+    /// [`forkvm_abi::errno`], and nothing was forked. A clone reports [`report::ACTION`] first.
+    pub fn fork(&self, cpu: usize, clones: u32) -> Result<Forked, i64> {
+        let id = self.call(cpu, op::FORK, clones)? as u32;
+        if id != 0 {
+            self.report(report::ACTION);
+        }
+        let answer = read_call(cpu);
+        Ok(Forked { id, granted: answer.granted, ticket: answer.ticket })
+    }
+
+    /// Waits until all clones of `forked` have ended and answers the worst of their statuses.
+    pub fn join(&self, cpu: usize, forked: Forked) -> Result<u32, i64> {
+        self.call(cpu, op::JOIN, forked.ticket).map(|status| status as u32)
+    }
+
+    /// Tells the host `value`; never waits.
+    pub fn report(&self, value: u32) {
+        port::write32(PORT + reg::REPORT, value);
+    }
+
+    /// Forks between this VM and the boot.
+    pub fn fork_count(&self) -> u32 {
+        header(offset_of!(PageHeader, fork_count))
+    }
+
+    /// 0 in a VM that was booted or was the parent of its last fork, 1.. in a clone.
+    pub fn clone_id(&self) -> u32 {
+        header(offset_of!(PageHeader, clone_id))
+    }
+
+    /// Asks for an interrupt at each change of [`Doorbell::fork_count`].
+    pub fn want_interrupt(&self) {
+        interrupts::route(slot::DOORBELL_GSI);
+        let wish = (&raw mut PAGE).cast::<u8>().wrapping_add(offset_of!(PageHeader, want_interrupt));
+        // SAFETY: an aligned field of the page, which only the host reads.
+        unsafe { wish.cast::<u32>().write_volatile(1) };
+    }
+
+    /// Halts the first vCPU until [`Doorbell::fork_count`] is no longer `seen`.
+    /// [`Doorbell::want_interrupt`] was called before.
+    pub fn wait_for_fork(&self, seen: u32) {
+        while self.fork_count() == seen {
+            let interrupts = interrupts::count(slot::DOORBELL_GSI);
+            if self.fork_count() == seen {
+                interrupts::wait_for(slot::DOORBELL_GSI, interrupts);
+            }
+        }
+    }
+
+    fn call(&self, cpu: usize, op: u32, arg: u32) -> Result<i64, i64> {
+        let call = Call { op, arg, result: 0, granted: 0, ticket: 0, reserved: [0; 40] };
+        // SAFETY: the slot is this vCPU's own; the host reads it when the bell rings.
+        unsafe { slot(cpu).write_volatile(call) };
+        port::write32(PORT + reg::RING, cpu as u32);
+        match read_call(cpu).result {
+            error if error < 0 => Err(error),
+            answer => Ok(answer),
+        }
+    }
+}
+
+fn slot(cpu: usize) -> *mut Call {
+    (&raw mut PAGE).cast::<u8>().wrapping_add(call_offset(cpu)).cast()
+}
+
+fn read_call(cpu: usize) -> Call {
+    // SAFETY: aligned and within the page; integers only, so whatever the host wrote is valid.
+    unsafe { ptr::read_volatile(slot(cpu)) }
+}
+
+fn header(offset: usize) -> u32 {
+    let field = (&raw const PAGE).cast::<u8>().wrapping_add(offset);
+    // SAFETY: an aligned 32-bit field of the page.
+    unsafe { field.cast::<u32>().read_volatile() }
+}

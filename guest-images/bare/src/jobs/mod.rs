@@ -1,0 +1,32 @@
+//! The jobs, by name. A job is one file here and one line in [`JOBS`].
+
+mod hello;
+
+use crate::args::Args;
+use crate::machine::Machine;
+use crate::println;
+
+/// Exit status of a job that did what it should.
+pub const OK: u32 = 0;
+/// Exit status of a command line that cannot be served.
+pub const USAGE: u32 = 2;
+
+/// A job: what it is handed, and the exit status that it ends with.
+type Job = fn(&Machine, Args<'_>) -> u32;
+
+/// Every job, with the name that `job=` takes.
+const JOBS: &[(&str, Job)] = &[("hello", hello::run)];
+
+/// Runs the job that `command_line` names.
+pub fn run(machine: &Machine, command_line: &str) -> u32 {
+    let args = Args::new(command_line);
+    let name = args.text("job").unwrap_or_default();
+    match JOBS.iter().find(|(job, _)| *job == name) {
+        Some((_, job)) => job(machine, args),
+        None => {
+            println!("no job {name:?}; say job=NAME on the command line, with one of:");
+            JOBS.iter().for_each(|(job, _)| println!("  {job}"));
+            USAGE
+        }
+    }
+}

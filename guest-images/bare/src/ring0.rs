@@ -1,0 +1,88 @@
+//! What needs ring 0, and how ring 3 gets there: INT3 with a routine in RAX.
+//!
+//! INT3 is the one software interrupt that every KVM delivers from ring 3. A breakpoint that was
+//! not made here lacks the mark in R11 and is reported as the exception it is.
+
+#![allow(unsafe_code)] // Privileged instructions.
+
+use core::arch::{asm, global_asm};
+use core::sync::atomic::AtomicU32;
+
+/// Value of R11 that tells a call from a stray breakpoint.
+const MARK: u32 = 0x6b72_3066;
+
+global_asm!(
+    r#"
+    .section .text, "ax", @progbits
+    .balign 16
+ring0_entry:
+    cmp r11d, {mark}
+    jne 2f
+    jmp rax
+2:
+    push 0
+    push 3
+    jmp exception
+
+    # Halts while the 32-bit value at RDI is ESI. Interrupts are off from the look at the value up
+    # to the instruction after STI, so a wake-up in between ends the HLT.
+ring0_wait:
+    cmp dword ptr [rdi], esi
+    jne 2f
+    sti
+    hlt
+2:
+    iretq
+
+    # Interrupts on, in the RFLAGS that ring 3 gets back.
+ring0_enable_interrupts:
+    or dword ptr [rsp + 16], 0x200
+    iretq
+    "#,
+    mark = const MARK,
+);
+
+unsafe extern "C" {
+    static ring0_entry: u8;
+    static ring0_wait: u8;
+    static ring0_enable_interrupts: u8;
+}
+
+/// Address of the handler of INT3.
+pub fn entry() -> usize {
+    (&raw const ring0_entry).addr()
+}
+
+/// Turns interrupts on for this vCPU, for good: ring 3 has no way to turn them off.
+pub fn enable_interrupts() {
+    // SAFETY: the routine changes one flag; the gates that interrupts go through are set.
+    unsafe { call(&raw const ring0_enable_interrupts, 0, 0) };
+}
+
+/// Halts until an interrupt comes, unless `word` is no longer `value`. Callers loop: any interrupt
+/// ends the wait.
+pub fn wait_while(word: &AtomicU32, value: u32) {
+    // SAFETY: the routine reads the word, which is borrowed, and halts.
+    unsafe { call(&raw const ring0_wait, word.as_ptr().addr() as u64, u64::from(value)) };
+}
+
+/// Runs the ring-0 code at `routine` with RDI and RSI; it ends in IRETQ and changes no register
+/// but RAX, RCX and RDX.
+///
+/// # Safety
+/// `routine` is one of the assembly routines written for this, and its arguments are what it needs.
+pub unsafe fn call(routine: *const u8, rdi: u64, rsi: u64) {
+    // SAFETY: the gate of vector 3 leads to `ring0_entry`, on the vCPU's ring-0 stack; the rest is
+    // the caller's word.
+    unsafe {
+        asm!(
+            "int3",
+            inout("rax") routine => _,
+            inout("r11") u64::from(MARK) => _,
+            in("rdi") rdi,
+            in("rsi") rsi,
+            out("rcx") _,
+            out("rdx") _,
+        );
+    }
+}
