@@ -18,7 +18,7 @@ INIT = Path(__file__).with_name("init")
 BUSYBOX = Path("/bin/busybox")
 
 # What the machine needs beyond the kernel itself; the dependencies of each are found in the module.
-MODULES = ["virtio_pci", "virtio_blk", "kvm-amd"]
+MODULES = ["virtio_pci", "virtio_blk", "virtio_console", "kvm-amd"]
 
 # Room on the disk for what tests and demo write. The image is sparse, and so are the machine's changes to it.
 SPARE_MIB = 4096
