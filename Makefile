@@ -1,0 +1,70 @@
+# The one entry to building, testing and demonstrating forkvm. `make help` lists the targets; docs/testing.md explains the tests.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := build
+.PHONY: help build demo test test-long test-svm examples lint setup
+
+TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
+
+help: ## Show this list
+	@echo "forkvm: fork() for virtual machines. Targets:"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "  One test:                 cargo nextest run NAME        (cargo test NAME without nextest)"
+	@echo "  One test on emulated SVM: make test-svm FILTER=NAME [CELL=6.1-npt0]"
+	@echo "  Does this host suffice?   $(TARGET)/release/forkvm doctor"
+	@echo "demo, test, test-svm and lint install the Debian packages they lack: run them as root or with sudo at hand."
+
+build: ## Build the release binary target/release/forkvm
+	@scripts/check-rust
+	cargo build --release --bin forkvm
+
+demo: ## Install what is missing, build, and map reads in 32 clones: target/demo.json, target/demo.sam
+	@scripts/setup build demo
+	@$(MAKE) --no-print-directory build
+	"$(TARGET)/release/forkvm" demo --clones 32
+
+test: ## Install what is missing, and pass all tests of all crates, those that need KVM included
+	@scripts/setup build test
+	@scripts/check-rust
+	if cargo nextest --version >/dev/null 2>&1; then \
+	  cargo nextest run --workspace --no-fail-fast; \
+	  cargo test --workspace --doc; \
+	else \
+	  cargo test --workspace --no-fail-fast; \
+	fi
+
+test-long: ## Only the tests that `make test` leaves out because they take long (#[ignore])
+	@scripts/setup build test
+	@scripts/check-rust
+	if cargo nextest --version >/dev/null 2>&1; then \
+	  cargo nextest run --workspace --no-fail-fast --profile long --run-ignored only --no-tests pass; \
+	else \
+	  cargo test --workspace --no-fail-fast -- --ignored; \
+	fi
+
+test-svm: ## The KVM tests and a small demo on emulated AMD hardware, Linux 6.12 and 6.1, npt on and off
+	@scripts/setup build svm
+	@scripts/check-rust
+	lanes/svm/run $(addprefix --cell ,$(CELL)) -- '$(FILTER)'
+
+examples: ## Run every program in examples/
+	@scripts/check-rust
+	for example in examples/*.rs; do cargo run --quiet --example "$$(basename "$$example" .rs)"; done
+
+lint: ## Formatting, clippy and rustdoc with warnings as errors, shellcheck
+	@scripts/setup build lint
+	@scripts/check-rust fmt clippy
+	cargo metadata --locked --format-version=1 >/dev/null
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --workspace --lib --no-default-features -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+	cd guest-images/bare && cargo fmt --check
+	cd guest-images/bare && cargo clippy --release --locked --target-dir "$(TARGET)/bare" -- -D warnings
+	shellcheck .ci/run scripts/setup scripts/check-rust lanes/svm/init
+
+setup: ## Install all Debian packages that any target needs
+	@scripts/setup all
+	@scripts/check-rust fmt clippy
