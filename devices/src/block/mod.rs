@@ -4,8 +4,24 @@
 //! The virtio-blk device talks to the topmost one and does not know which it is. Layers hold data;
 //! they know nothing of virtio, guests or forks.
 
+mod base_mark;
+mod commit;
+mod durable;
+mod frozen;
+mod overlay;
+mod presence_map;
+mod raw;
+mod sparse;
+
 use std::io;
 use std::ops::Range;
+
+pub use base_mark::MarkError;
+pub use commit::{CommitError, CommitReport, commit};
+pub use frozen::Frozen;
+pub use overlay::{Overlay, OverlayError};
+pub use presence_map::MapError;
+pub use raw::{Access, RawFile, RawFileError};
 
 /// Bytes of a sector: the unit of every offset and length below.
 pub const SECTOR: u64 = 512;

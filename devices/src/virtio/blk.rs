@@ -38,7 +38,7 @@ const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 const HEADER_LEN: usize = 16;
 
 /// Length of a range in a DISCARD or WRITE_ZEROES request.
-const RANGE_LEN: usize = 16;
+const RANGE_LEN: u64 = 16;
 
 /// Most ranges of a DISCARD or WRITE_ZEROES request.
 const MOST_RANGES: u64 = 16;
@@ -238,12 +238,12 @@ impl Blk {
         known_flags: u32,
     ) -> Result<Vec<(Range<u64>, u32)>, Refusal> {
         let len = ranges.len();
-        if len == 0 || len % RANGE_LEN as u64 != 0 || len / RANGE_LEN as u64 > MOST_RANGES {
+        if len == 0 || !len.is_multiple_of(RANGE_LEN) || len / RANGE_LEN > MOST_RANGES {
             return Err(Refusal::Shape);
         }
         let mut checked = Vec::new();
         while !ranges.is_empty() {
-            let mut raw = [0; RANGE_LEN];
+            let mut raw = [0; RANGE_LEN as usize];
             ranges.read(memory, &mut raw)?;
             let sector = u64::from_le_bytes(fixed(&raw, 0));
             let [sectors, flags] = [8, 12].map(|at| u32::from_le_bytes(fixed(&raw, at)));
@@ -263,7 +263,7 @@ impl Blk {
 
     /// The bytes of a read or write, which must be some whole sectors of the disk.
     fn data_range(&self, sector: u64, len: u64) -> Result<Range<u64>, Refusal> {
-        if len == 0 || len % SECTOR != 0 {
+        if len == 0 || !len.is_multiple_of(SECTOR) {
             return Err(Refusal::Shape);
         }
         self.range(sector, len)

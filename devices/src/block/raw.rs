@@ -1,0 +1,236 @@
+//! A disk that is a plain file, sector for sector.
+//!
+//! The file is locked (flock) as long as it is open: shared for readers, exclusive for the one
+//! writer. How a disk that was written becomes the frozen base of clones is `base_mark`'s.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use thiserror::Error;
+
+use super::base_mark::{BaseMark, MarkError};
+use super::{BlockLayer, Presence, SECTOR, check_range, refused_write, sparse};
+
+/// What a disk is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Reading, together with other readers.
+    ReadOnly,
+    /// Reading and writing, alone.
+    ReadWrite,
+}
+
+/// A disk in a file.
+#[derive(Debug)]
+pub struct RawFile {
+    pub(super) file: File,
+    pub(super) path: PathBuf,
+    pub(super) access: Access,
+    /// Opened for writing, but the base of a fork since.
+    pub(super) frozen: AtomicBool,
+    len: u64,
+}
+
+impl RawFile {
+    /// Opens and locks the file at `path`. A file that is the frozen base of a fork is refused for
+    /// writing.
+    pub fn open(path: impl AsRef<Path>, access: Access) -> Result<RawFile, RawFileError> {
+        let path = path.as_ref();
+        let opened = OpenOptions::new()
+            .read(true)
+            .write(access == Access::ReadWrite)
+            .open(path);
+        let file = opened.map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => RawFileError::Missing { path: path.into() },
+            io::ErrorKind::IsADirectory => RawFileError::NotAFile { path: path.into() },
+            _ => RawFileError::Io {
+                path: path.into(),
+                doing: "opened",
+                source,
+            },
+        })?;
+        RawFile::from_file(file, path, access)
+    }
+
+    /// Takes over an open descriptor, under the same conditions as [`RawFile::open`]. `path` is
+    /// what the file is called in messages, and where the mark of a frozen base is looked for.
+    pub fn from_file(
+        file: File,
+        path: impl Into<PathBuf>,
+        access: Access,
+    ) -> Result<RawFile, RawFileError> {
+        let path = path.into();
+        let io_error = |path: &PathBuf, doing| {
+            let path = path.clone();
+            move |source| RawFileError::Io {
+                path,
+                doing,
+                source,
+            }
+        };
+        let metadata = file.metadata().map_err(io_error(&path, "examined"))?;
+        if !metadata.is_file() {
+            return Err(RawFileError::NotAFile { path });
+        }
+        let locked = match access {
+            Access::ReadOnly => file.try_lock_shared(),
+            Access::ReadWrite => file.try_lock(),
+        };
+        match locked {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(RawFileError::Locked { path, access }),
+            Err(TryLockError::Error(source)) => return Err(io_error(&path, "locked")(source)),
+        }
+        // Under the lock: whoever freezes the file holds it from before the mark is written.
+        if access == Access::ReadWrite
+            && let Some(mark) = BaseMark::load(&path)?
+        {
+            return Err(RawFileError::FrozenBase {
+                path,
+                overlays: mark.overlays,
+            });
+        }
+        let len = file.metadata().map_err(io_error(&path, "examined"))?.len();
+        if len == 0 || !len.is_multiple_of(SECTOR) {
+            return Err(RawFileError::Size { path, len });
+        }
+        Ok(RawFile {
+            file,
+            path,
+            access,
+            frozen: AtomicBool::new(false),
+            len,
+        })
+    }
+
+    /// What the file is called.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl BlockLayer for RawFile {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read_only(&self) -> bool {
+        self.access == Access::ReadOnly || self.frozen.load(Ordering::Acquire)
+    }
+
+    fn read_at(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        check_range(offset, data.len() as u64, self.len)?;
+        self.file.read_exact_at(data, offset)
+    }
+
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        if self.read_only() {
+            return Err(refused_write());
+        }
+        check_range(offset, data.len() as u64, self.len)?;
+        self.file.write_all_at(data, offset)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn discard(&self, range: Range<u64>) -> io::Result<()> {
+        if self.read_only() {
+            return Err(refused_write());
+        }
+        let len = range.end.saturating_sub(range.start);
+        sparse::punch_hole(&self.file, check_range(range.start, len, self.len)?)
+    }
+
+    fn presence(&self, offset: u64) -> io::Result<Presence> {
+        let rest = check_range(offset, SECTOR, self.len)?.start..self.len;
+        Ok(Presence {
+            present: true,
+            len: rest.end - rest.start,
+        })
+    }
+}
+
+/// Why a raw disk could not be opened.
+#[derive(Debug, Error)]
+pub enum RawFileError {
+    /// There is no such file.
+    #[error("the disk {path} does not exist: create it, or correct its path")]
+    Missing {
+        /// Path of the disk.
+        path: PathBuf,
+    },
+    /// A directory, device, socket or pipe.
+    #[error("the disk {path} is not a regular file: name a raw disk image")]
+    NotAFile {
+        /// Path of the disk.
+        path: PathBuf,
+    },
+    /// Somebody else has it open.
+    #[error("the disk {path} cannot be opened {}", locked_mend(*.access))]
+    Locked {
+        /// Path of the disk.
+        path: PathBuf,
+        /// What it was to be opened for.
+        access: Access,
+    },
+    /// Empty, or not whole sectors.
+    #[error(
+        "the disk {path} has {len} bytes: a raw disk has at least one sector and is a multiple of \
+         512 bytes long; is it truncated, or not a raw image?"
+    )]
+    Size {
+        /// Path of the disk.
+        path: PathBuf,
+        /// Its length.
+        len: u64,
+    },
+    /// Clones, and the VM that was forked, may rely on its content.
+    #[error(
+        "the disk {path} was forked and is a frozen base; what was written since is in {}: \
+         `forkvm disk commit {}` merges it back once no VM uses it, or open the disk read-only",
+        list(.overlays), .path.display()
+    )]
+    FrozenBase {
+        /// Path of the disk.
+        path: PathBuf,
+        /// The overlays over it that have been named.
+        overlays: Vec<PathBuf>,
+    },
+    /// The mark beside the disk cannot be used, so nobody knows whether it is a frozen base.
+    #[error(transparent)]
+    Mark(#[from] MarkError),
+    /// The file system failed.
+    #[error("the disk {path} could not be {doing}")]
+    Io {
+        /// Path of the disk.
+        path: PathBuf,
+        /// What was tried.
+        doing: &'static str,
+        /// What the file system said.
+        source: io::Error,
+    },
+}
+
+fn locked_mend(access: Access) -> &'static str {
+    match access {
+        Access::ReadOnly => "for reading: a VM writes it; end that VM first",
+        Access::ReadWrite => {
+            "for writing: another VM has it open; end that VM first, or open both read-only"
+        }
+    }
+}
+
+/// Paths, for a message.
+pub(super) fn list(paths: &[PathBuf]) -> String {
+    paths
+        .iter()
+        .map(|path| path.display().to_string())
+        .collect::<Vec<_>>()
+        .join(", ")
+}
