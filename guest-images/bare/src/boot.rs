@@ -6,7 +6,7 @@
 //! * `ap_trampoline`: what a startup IPI runs, in real mode, from [`TRAMPOLINE`].
 //!
 //! `cpu_start` loads this vCPU's tables, turns on SSE and (where there is XSAVE) AVX, and leaves for
-//! ring 3 by IRETQ with IOPL 3: to `start` on the first vCPU, to `ap_start` on the others.
+//! ring 3 by IRETQ: to `start` on the first vCPU, to `ap_start` on the others.
 //!
 //! This is as little as can be, and plain instructions only: some KVMs interpret ring 0 at about
 //! a microsecond each. What ring 3 can do (fill the IDT, program the LAPIC) is done there.
@@ -54,7 +54,7 @@ first_cpu:
     mov cr3, rax
     xor r14d, r14d                  # vCPU 0
     mov r15, offset start
-    mov ebp, 0x3002                 # RFLAGS: IOPL 3, interrupts off until the IDT is filled
+    mov ebp, 0x2                    # RFLAGS: interrupts off until the IDT is filled
     jmp cpu_start
 
     .code32
@@ -104,7 +104,7 @@ ap_long:
     lock xadd [next_cpu], r14d      # vCPUs number themselves in the order they arrive
     mov r12d, r14d
     mov r15, offset ap_start
-    mov ebp, 0x3202                 # RFLAGS: IOPL 3, interrupts on
+    mov ebp, 0x202                  # RFLAGS: interrupts on
 
     # R14 = index of this vCPU, R15 = where to go in ring 3 with RDI = R12 and RSI = R13,
     # EBP = RFLAGS there.
@@ -137,7 +137,8 @@ cpu_start:
     mov fs, eax
     mov gs, eax
 
-    # The TSS of this vCPU: its ring-0 stack, no I/O bitmap (IOPL 3 needs none).
+    # The TSS of this vCPU: its ring-0 stack, and the I/O bitmap that all share. It lies behind the
+    # last TSS.
     mov ecx, r14d
     inc ecx
     imul ecx, ecx, {ring0_stack}
@@ -147,15 +148,18 @@ cpu_start:
     imul eax, eax, {tss_stride}
     add eax, offset tss
     mov [rax + 4], rcx              # RSP0
-    mov word ptr [rax + 102], 104   # I/O map base = limit + 1
+    mov edi, offset io_bitmap
+    sub edi, eax
+    mov [rax + 102], di             # I/O map base
 
-    # Its descriptor in the GDT: available 64-bit TSS, limit 103.
+    # Its descriptor in the GDT: available 64-bit TSS, up to the byte behind the bitmap.
     mov ecx, r14d
     shl ecx, 4
     add ecx, {tss0}
     movzx edx, ax
     shl edx, 16
-    or edx, 103
+    add edi, 8192
+    or edx, edi
     mov dword ptr [rcx + gdt], edx
     mov edx, eax
     shr edx, 16

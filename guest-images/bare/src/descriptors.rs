@@ -1,7 +1,8 @@
 //! Segments, task state segments and the interrupt descriptor table.
 //!
 //! All vCPUs share one GDT and one IDT; each has a TSS, for the ring-0 stack that an interrupt in
-//! ring 3 switches to. The tables are data of the image; `boot` fills in a vCPU's TSS when it
+//! ring 3 switches to, and for the I/O bitmap that opens every port to ring 3. (IOPL 3 would do that
+//! as well, but not every KVM that runs ring 3 natively honours it.) The tables are data of the image; `boot` fills in a vCPU's TSS when it
 //! starts, and [`fill_idt`] the gates, from ring 3, before interrupts are on.
 
 #![allow(unsafe_code)] // Tables that the CPU reads.
@@ -65,6 +66,9 @@ idt_pointer:
     .global tss
 tss:
     .skip {tss_stride} * {cpus}
+    .global io_bitmap
+io_bitmap:                          # all zero: ring 3 may use every port
+    .skip 8192 + 1
 
     .section .text, "ax", @progbits
     .balign 16
@@ -90,7 +94,7 @@ exception:
     mov r8, [rsp + 16]              # RSP
     push {user_data}
     push offset exception_stack_top - 8
-    push 0x3002
+    push 2
     push {user_code}
     push offset {report}
     iretq

@@ -1,4 +1,4 @@
-//! Port I/O, from ring 3: IOPL is 3.
+//! Port I/O, from ring 3: the I/O bitmap allows every port.
 
 #![allow(unsafe_code)] // `in` and `out`.
 
