@@ -28,7 +28,7 @@ demo: ## Install what is missing, build, and map reads in 32 clones: target/demo
 test: ## Install what is missing, and pass all tests of all crates, those that need KVM included
 	@scripts/setup build test
 	@scripts/check-rust
-	if cargo nextest --version >/dev/null 2>&1; then \
+	@if cargo nextest --version >/dev/null 2>&1; then \
 	  cargo nextest run --workspace --no-fail-fast; \
 	  cargo test --workspace --doc; \
 	else \
@@ -38,7 +38,7 @@ test: ## Install what is missing, and pass all tests of all crates, those that n
 test-long: ## Only the tests that `make test` leaves out because they take long (#[ignore])
 	@scripts/setup build test
 	@scripts/check-rust
-	if cargo nextest --version >/dev/null 2>&1; then \
+	@if cargo nextest --version >/dev/null 2>&1; then \
 	  cargo nextest run --workspace --no-fail-fast --profile long --run-ignored only --no-tests pass; \
 	else \
 	  cargo test --workspace --no-fail-fast -- --ignored; \
