@@ -17,7 +17,7 @@ use core::arch::global_asm;
 
 use forkvm_abi::MAX_VCPUS;
 
-use crate::descriptors::{KERNEL_CODE, KERNEL_CODE_32, TSS0, TSS_STRIDE, USER_CODE, USER_DATA};
+use crate::descriptors::{KERNEL_CODE, TSS0, TSS_STRIDE, USER_CODE, USER_DATA};
 use crate::paging::PML4;
 
 /// Where the trampoline of the other vCPUs is put: below 1 MiB, page-aligned, and free once the
@@ -65,13 +65,6 @@ pvh_entry:
     lgdt [gdt_pointer]
     mov edi, offset pvh_long
     jmp enter_long_mode
-
-    # Where a startup IPI ends: protected mode, EDI is free.
-ap_protected:
-    mov eax, 0x10
-    mov ds, eax
-    mov ss, eax
-    mov edi, offset ap_long
 
     # On with paging; then to the 64-bit code at EDI.
 enter_long_mode:
@@ -190,21 +183,34 @@ cpu_start:
     .global ap_trampoline
 ap_trampoline:
     jmp 2f
-    .balign 4
-    .word gdt_end - gdt - 1         # at offset 4: the GDT pointer
-    .long gdt
+    .balign 8
+    .word 3 * 8 - 1                 # at offset 8: the pointer to the GDT of this page
+    .long {trampoline} + 16
+    .balign 8
+    .quad 0                         # at offset 16: that GDT
+    .quad 0x00cf9b000000ffff        # 0x08 ring-0 code, 32-bit
+    .quad 0x00cf93000000ffff        # 0x10 ring-0 data
 2:
     cli
     mov ax, cs
     mov ds, ax
     .byte 0x66                      # a 32-bit base
-    lgdt ds:[4]
-    mov eax, cr0
-    or al, 1
+    lgdt ds:[8]
+    mov eax, 0x33                   # CR0: NE, ET, MP, PE; caches on
     mov cr0, eax
     .byte 0x66, 0xea                # far jump with a 32-bit offset
-    .long ap_protected
-    .word {kernel_code_32}
+    .long {trampoline} + 3f - ap_trampoline
+    .word 0x08
+    .code32
+3:
+    mov eax, 0x10
+    mov ds, eax
+    mov ss, eax
+    lgdt [gdt_pointer]
+    mov edi, offset ap_long
+    mov eax, offset enter_long_mode
+    jmp eax
+    .code64
     .global ap_trampoline_end
 ap_trampoline_end:
     .code64
@@ -223,7 +229,7 @@ stacks:
     "#,
     pml4 = sym PML4,
     kernel_code = const KERNEL_CODE,
-    kernel_code_32 = const KERNEL_CODE_32,
+    trampoline = const TRAMPOLINE,
     user_data = const USER_DATA,
     user_code = const USER_CODE,
     tss0 = const TSS0,

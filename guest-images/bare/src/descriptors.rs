@@ -17,10 +17,8 @@ pub const KERNEL_CODE: u16 = 0x08;
 pub const USER_DATA: u16 = 0x18 | 3;
 /// Selector of ring-3 64-bit code.
 pub const USER_CODE: u16 = 0x20 | 3;
-/// Selector of ring-0 32-bit code, on the way of the other vCPUs to 64-bit mode.
-pub const KERNEL_CODE_32: u16 = 0x28;
 /// Selector of the TSS of vCPU 0; the next one's is 16 higher.
-pub const TSS0: u16 = 0x30;
+pub const TSS0: u16 = 0x28;
 /// Bytes between two TSSs. A TSS has 104; at this distance none crosses a page.
 pub const TSS_STRIDE: usize = 128;
 
@@ -44,8 +42,7 @@ gdt:
     .quad 0x00cf93000000ffff        # 0x10 ring-0 data
     .quad 0x00cff3000000ffff        # 0x18 ring-3 data
     .quad 0x00affb000000ffff        # 0x20 ring-3 code, 64-bit
-    .quad 0x00cf9b000000ffff        # 0x28 ring-0 code, 32-bit
-    .skip 16 * {cpus}               # 0x30 on: the TSSs
+    .skip 16 * {cpus}               # 0x28 on: the TSSs
     .global gdt_end
 gdt_end:
 
