@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := build
 .PHONY: help build demo test test-long test-svm examples lint setup
 
-TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
+TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
 
 help: ## Show this list
 	@echo "forkvm: fork() for virtual machines. Targets:"
