@@ -52,7 +52,10 @@ fn fasta_that_cannot_be_mapped_to_is_refused_by_name() {
     );
 }
 
-fn records(text: &str) -> Vec<Result<(&str, &str), (usize, ErrorKind)>> {
+/// Name and bases, or where and what is wrong.
+type Read<'a> = Result<(&'a str, &'a str), (usize, ErrorKind)>;
+
+fn records(text: &str) -> Vec<Read<'_>> {
     let text_of = |bytes| std::str::from_utf8(bytes).expect("part of a str");
     Records::new(text.as_bytes())
         .map(|record| match record {
