@@ -6,7 +6,7 @@
 //! So one chunk is found without an index, can be checked on its own when it is first touched, and
 //! the file can be mapped.
 //!
-//! [`write`] makes one from a [`MemorySource`]; [`MemoryFile`] reads one. Both keep one chunk in
+//! [`write()`] makes one from a [`MemorySource`]; [`MemoryFile`] reads one. Both keep one chunk in
 //! memory, whatever the size of the guest. They know nothing of KVM, of mappings or of paths: they
 //! are given open files. Called by [`saved_machine`](crate::saved_machine).
 //!

@@ -8,7 +8,7 @@ use super::header::{self, HEADER_LEN, Header};
 use super::{CHUNK, MemoryFault, MemorySource, PAGE, Progress};
 use crate::state_file::SaveId;
 
-/// What [`write`] has written.
+/// What [`write()`] has written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Written {
     /// Bytes of guest memory.

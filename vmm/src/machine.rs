@@ -1,0 +1,277 @@
+//! The machine around the vCPUs: its configuration, its devices and where each sits.
+//!
+//! Places are fixed (`forkvm_abi`), so a restored machine is built exactly like a fresh one. A
+//! device is added in [`Machine::build`], by one line.
+
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use forkvm_abi::{
+    EXIT_PORT, EXIT_PORT_LEN, MAX_VCPUS, SERIAL_GSI, SERIAL_PORT, SERIAL_PORT_LEN, doorbell, slot,
+};
+use forkvm_devices::block::BlockLayer;
+use forkvm_devices::bus::{BusError, SharedDevice};
+use forkvm_devices::doorbell::Doorbell;
+use forkvm_devices::exit::ExitDevice;
+use forkvm_devices::serial::Serial;
+use forkvm_devices::virtio::blk::Blk;
+use forkvm_devices::virtio::mmio::MmioTransport;
+use forkvm_devices::virtio::rng::Rng;
+use forkvm_devices::{Bus, Device, DeviceError, GuestMemory, InterruptLine, SavedState};
+use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// What a machine is, apart from its content. Section `config` of its state.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmConfig {
+    /// RAM in MiB, [`MIN_MIB`](crate::memory::MIN_MIB) to [`MAX_MIB`](crate::memory::MAX_MIB).
+    pub memory_mib: u64,
+    /// vCPUs, 1 to 16.
+    pub vcpus: u32,
+    /// Its disks, in the order of their slots; at most 8.
+    pub disks: Vec<DiskConfig>,
+    /// Bits of [`doorbell::feature`] that the doorbell offers.
+    pub doorbell_features: u32,
+}
+
+impl SavedState for VmConfig {
+    /// Also the version of the machine's layout: a device that moves raises it.
+    const VERSION: u16 = 1;
+}
+
+impl VmConfig {
+    /// A machine without disks, whose doorbell can fork and join.
+    pub fn new(memory_mib: u64, vcpus: u32) -> VmConfig {
+        let doorbell_features =
+            doorbell::feature::FORK | doorbell::feature::JOIN | doorbell::feature::INTERRUPT;
+        VmConfig {
+            memory_mib,
+            vcpus,
+            disks: Vec::new(),
+            doorbell_features,
+        }
+    }
+
+    pub(crate) fn check(&self) -> Result<(), MachineError> {
+        if !(1..=MAX_VCPUS).contains(&self.vcpus) {
+            return Err(MachineError::Vcpus { asked: self.vcpus });
+        }
+        if self.disks.len() > slot::DISKS as usize {
+            return Err(MachineError::Disks {
+                asked: self.disks.len(),
+            });
+        }
+        Ok(())
+    }
+}
+
+/// A disk as the guest sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskConfig {
+    /// Its name, unique in the machine; the guest reads it as the disk's serial number (at most 20
+    /// bytes).
+    pub name: String,
+    /// Bytes, a multiple of 512.
+    pub len: u64,
+    /// Whether the guest may not write to it.
+    pub read_only: bool,
+}
+
+/// What a machine is connected to on the host.
+pub struct Peripherals {
+    /// Where the serial console's output goes.
+    pub console: Box<dyn Write + Send>,
+    /// What is behind each of [`VmConfig::disks`], in the same order.
+    pub disks: Vec<Arc<dyn BlockLayer>>,
+}
+
+/// A disk of a built machine.
+pub type Disk = Arc<Mutex<MmioTransport<Blk>>>;
+
+/// All devices, and the buses that lead to them.
+pub(crate) struct Machine {
+    pub(crate) pio: Bus,
+    pub(crate) mmio: Bus,
+    pub(crate) serial: Arc<Mutex<Serial>>,
+    pub(crate) doorbell: Arc<Mutex<Doorbell>>,
+    pub(crate) disks: Vec<Disk>,
+    /// Every device, in the order in which it is saved.
+    devices: Vec<SharedDevice>,
+}
+
+impl Machine {
+    /// Builds the devices in their places.
+    pub(crate) fn build(
+        vm: &Arc<VmFd>,
+        config: &VmConfig,
+        memory: &GuestMemory,
+        peripherals: Peripherals,
+    ) -> Result<Machine, MachineError> {
+        let line = |gsi| -> Arc<dyn InterruptLine> {
+            Arc::new(Gsi {
+                vm: vm.clone(),
+                gsi,
+            })
+        };
+        let doorbell_line = line(slot::DOORBELL_GSI);
+        let doorbell = Doorbell::new(
+            memory.clone(),
+            doorbell_line,
+            config.vcpus,
+            config.doorbell_features,
+        );
+        let doorbell = Arc::new(Mutex::new(doorbell));
+        let serial = Arc::new(Mutex::new(Serial::new(
+            line(SERIAL_GSI),
+            peripherals.console,
+        )));
+        let mut machine = Machine {
+            pio: Bus::default(),
+            mmio: Bus::default(),
+            serial: serial.clone(),
+            doorbell: doorbell.clone(),
+            disks: Vec::new(),
+            devices: Vec::new(),
+        };
+        machine.add_port(SERIAL_PORT, SERIAL_PORT_LEN, serial)?;
+        machine.add_port(EXIT_PORT, EXIT_PORT_LEN, Arc::new(Mutex::new(ExitDevice)))?;
+        machine.add_port(doorbell::PORT, doorbell::PORT_LEN, doorbell)?;
+        let rng = MmioTransport::new(
+            "rng".into(),
+            Rng,
+            memory.clone(),
+            line(slot::gsi(slot::RNG)),
+        );
+        machine.add_slot(slot::RNG, Arc::new(Mutex::new(rng)))?;
+        for (at, (disk, layer)) in (slot::DISK0..).zip(config.disks.iter().zip(peripherals.disks)) {
+            disk.check(layer.as_ref())?;
+            let blk = Blk::new(layer, &disk.name);
+            let name = format!("blk-{}", disk.name);
+            let blk = MmioTransport::new(name, blk, memory.clone(), line(slot::gsi(at)));
+            let blk = Arc::new(Mutex::new(blk));
+            machine.disks.push(blk.clone());
+            machine.add_slot(at, blk)?;
+        }
+        if machine.disks.len() != config.disks.len() {
+            return Err(MachineError::Layers {
+                named: config.disks.len(),
+                given: machine.disks.len(),
+            });
+        }
+        Ok(machine)
+    }
+
+    fn add_port(&mut self, port: u16, len: u16, device: SharedDevice) -> Result<(), MachineError> {
+        self.pio
+            .insert(u64::from(port), u64::from(len), device.clone())?;
+        self.devices.push(device);
+        Ok(())
+    }
+
+    fn add_slot(&mut self, index: u32, device: SharedDevice) -> Result<(), MachineError> {
+        self.mmio
+            .insert(slot::base(index), slot::MMIO_STRIDE, device.clone())?;
+        self.devices.push(device);
+        Ok(())
+    }
+
+    /// Calls `each` for every device, in order, until one fails.
+    pub(crate) fn each<E>(
+        &self,
+        mut each: impl FnMut(&mut dyn Device) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.devices
+            .iter()
+            .try_for_each(|device| each(&mut *lock(device)))
+    }
+
+    /// Raises lost interrupts again and polls the queues, once after a restore.
+    pub(crate) fn activate(&self) -> Result<(), DeviceError> {
+        self.each(|device| device.activate())
+    }
+}
+
+/// A device is as good as its last completed access, whatever became of the thread that made it.
+pub(crate) fn lock<T: ?Sized>(device: &Mutex<T>) -> MutexGuard<'_, T> {
+    device.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl DiskConfig {
+    fn check(&self, layer: &dyn BlockLayer) -> Result<(), MachineError> {
+        if layer.len() != self.len {
+            let (disk, needed, found) = (self.name.clone(), self.len, layer.len());
+            return Err(MachineError::DiskLength {
+                disk,
+                needed,
+                found,
+            });
+        }
+        if layer.read_only() && !self.read_only {
+            return Err(MachineError::DiskReadOnly {
+                disk: self.name.clone(),
+            });
+        }
+        Ok(())
+    }
+}
+
+/// An interrupt line into the in-kernel irqchip. KVM_IRQ_LINE is synchronous: when it returns, the
+/// interrupt is in the state that a save reads (an irqfd would reach the IOAPIC through a
+/// workqueue, milliseconds later).
+struct Gsi {
+    vm: Arc<VmFd>,
+    gsi: u32,
+}
+
+impl InterruptLine for Gsi {
+    fn pulse(&self) -> io::Result<()> {
+        self.vm.set_irq_line(self.gsi, true)?;
+        self.vm.set_irq_line(self.gsi, false)?;
+        Ok(())
+    }
+}
+
+/// Why a machine cannot be built.
+#[derive(Debug, Error)]
+pub enum MachineError {
+    /// A number of vCPUs out of range.
+    #[error("{asked} vCPUs: a machine has 1 to {MAX_VCPUS}")]
+    Vcpus {
+        /// What was asked.
+        asked: u32,
+    },
+    /// Too many disks.
+    #[error("{asked} disks: a machine has at most {}", slot::DISKS)]
+    Disks {
+        /// What was asked.
+        asked: usize,
+    },
+    /// The configuration names other disks than were given.
+    #[error("the machine has {named} disks and {given} were given")]
+    Layers {
+        /// Disks of the configuration.
+        named: usize,
+        /// Layers given.
+        given: usize,
+    },
+    /// A disk of another size.
+    #[error("disk {disk} has {found} bytes and the machine needs one of {needed}")]
+    DiskLength {
+        /// Its name.
+        disk: String,
+        /// Bytes that the machine needs.
+        needed: u64,
+        /// Bytes that it has.
+        found: u64,
+    },
+    /// A disk that the guest writes to is read-only.
+    #[error("disk {disk} is read-only and the machine writes to it: open it without `ro`")]
+    DiskReadOnly {
+        /// Its name.
+        disk: String,
+    },
+    /// Two devices at one place: a bug in the layout.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+}

@@ -1,0 +1,320 @@
+//! Guest RAM: where it lies for the guest, and which file it is mapped from.
+//!
+//! RAM is one memfd (or image file) and a list of regions in it. This module is the one place where
+//! mmap flags are chosen ([`Ram::map`], [`Ram::remap`]). It does not know who else maps the
+//! file, nor why: that is the clone engine's business.
+#![allow(unsafe_code)] // mmap over a live range, memfd_create, seals: calls into the kernel.
+
+mod populated;
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::sync::Arc;
+
+use forkvm_abi::{HIGH_RAM_START, LOW_RAM_END};
+use forkvm_devices::GuestMemory;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+
+/// Bytes of a page, the unit in which RAM is populated, copied and freed.
+pub const PAGE: u64 = 4096;
+
+/// RAM that a guest cannot do without, in MiB.
+pub const MIN_MIB: u64 = 16;
+
+/// Most RAM of a machine, in MiB: 1 TiB.
+pub const MAX_MIB: u64 = 1 << 20;
+
+/// One contiguous piece of RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RamRegion {
+    /// Guest-physical address of its first byte.
+    pub start: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Where it begins in the file that backs the machine's RAM.
+    pub offset: u64,
+    /// Size of the host pages behind it, in bytes.
+    pub page_size: u64,
+}
+
+/// Where RAM lies: one region below 3 GiB and, for what did not fit, one from 4 GiB on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryLayout {
+    regions: Vec<RamRegion>,
+}
+
+impl MemoryLayout {
+    /// The layout of a machine with `mib` MiB of RAM, [`MIN_MIB`] to [`MAX_MIB`].
+    pub fn new(mib: u64) -> Result<MemoryLayout, MemoryError> {
+        if !(MIN_MIB..=MAX_MIB).contains(&mib) {
+            return Err(MemoryError::Size { mib });
+        }
+        let total = mib << 20;
+        let low = total.min(LOW_RAM_END);
+        let mut regions = vec![RamRegion {
+            start: 0,
+            len: low,
+            offset: 0,
+            page_size: PAGE,
+        }];
+        if total > low {
+            let len = total - low;
+            regions.push(RamRegion {
+                start: HIGH_RAM_START,
+                len,
+                offset: low,
+                page_size: PAGE,
+            });
+        }
+        Ok(MemoryLayout { regions })
+    }
+
+    /// The regions, by rising address and rising file offset.
+    pub fn regions(&self) -> &[RamRegion] {
+        &self.regions
+    }
+
+    /// Bytes of RAM, which is also the length of the file behind it.
+    pub fn len(&self) -> u64 {
+        self.regions.iter().map(|region| region.len).sum()
+    }
+
+    /// Whether there is no RAM at all; never so for a layout made by [`MemoryLayout::new`].
+    pub fn is_empty(&self) -> bool {
+        self.regions.is_empty()
+    }
+}
+
+/// How a machine's RAM hangs on its file.
+#[derive(Clone, Debug)]
+pub enum Backing {
+    /// Mapped shared: the machine's writes go to the file, which is its alone.
+    Shared(Arc<File>),
+    /// Mapped privately: the machine's writes are copied, the file never changes.
+    Private(Arc<File>),
+}
+
+impl Backing {
+    /// The file.
+    pub fn file(&self) -> &Arc<File> {
+        match self {
+            Backing::Shared(file) | Backing::Private(file) => file,
+        }
+    }
+
+    fn mmap_flags(&self) -> i32 {
+        // Nothing is reserved: hundreds of clones map the same RAM and write little of it.
+        libc::MAP_NORESERVE
+            | match self {
+                Backing::Shared(_) => libc::MAP_SHARED,
+                Backing::Private(_) => libc::MAP_PRIVATE,
+            }
+    }
+}
+
+/// The RAM of one machine, mapped into this process.
+#[derive(Debug)]
+pub struct Ram {
+    layout: MemoryLayout,
+    guest: GuestMemory,
+    backing: Backing,
+}
+
+impl Ram {
+    /// Fresh, zeroed RAM in a memfd of its own, mapped shared.
+    pub fn new(layout: MemoryLayout) -> Result<Ram, MemoryError> {
+        let file = Arc::new(memfd(c"forkvm-ram", layout.len())?);
+        Ram::map(layout, Backing::Shared(file))
+    }
+
+    /// Maps the file of `backing`, which must be as long as the layout says.
+    pub fn map(layout: MemoryLayout, backing: Backing) -> Result<Ram, MemoryError> {
+        let found = backing.file().metadata().map_err(MemoryError::Stat)?.len();
+        if found != layout.len() {
+            return Err(MemoryError::Length {
+                found,
+                needed: layout.len(),
+            });
+        }
+        let mut regions = Vec::with_capacity(layout.regions().len());
+        for region in layout.regions() {
+            let mapping = MmapRegionBuilder::new(region.len as usize)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(backing.mmap_flags())
+                .with_file_offset(FileOffset::from_arc(backing.file().clone(), region.offset))
+                .build()
+                .map_err(|error| MemoryError::Map {
+                    len: region.len,
+                    what: error.to_string(),
+                })?;
+            let mapped = GuestRegionMmap::new(mapping, GuestAddress(region.start)).ok_or(
+                MemoryError::Wraps {
+                    start: region.start,
+                },
+            )?;
+            regions.push(mapped);
+        }
+        let guest = GuestMemory::from_regions(regions).map_err(|error| MemoryError::Regions {
+            what: error.to_string(),
+        })?;
+        Ok(Ram {
+            layout,
+            guest,
+            backing,
+        })
+    }
+
+    /// Where it lies.
+    pub fn layout(&self) -> &MemoryLayout {
+        &self.layout
+    }
+
+    /// The mapping, as devices use it.
+    pub fn guest(&self) -> &GuestMemory {
+        &self.guest
+    }
+
+    /// How it hangs on its file.
+    pub fn backing(&self) -> &Backing {
+        &self.backing
+    }
+
+    /// Maps `backing` over the live ranges, in place: KVM and devices keep their addresses. The
+    /// machine must be paused. What was written to a private mapping is gone afterwards.
+    ///
+    /// An error leaves some regions mapped in the new way and some in the old one; call it again
+    /// with the former backing to go back, or end the machine.
+    pub fn remap(&mut self, backing: Backing) -> Result<(), MemoryError> {
+        for (region, mapped) in self.layout.regions.iter().zip(self.guest.iter()) {
+            let address = host_address(mapped);
+            // SAFETY: the range is exactly a mapping that `self.guest` owns, so nothing else is
+            // replaced; all users reach it by volatile access and expect its content to change.
+            let got = unsafe {
+                libc::mmap(
+                    address.cast(),
+                    region.len as usize,
+                    libc::PROT_READ | libc::PROT_WRITE,
+                    backing.mmap_flags() | libc::MAP_FIXED,
+                    backing.file().as_raw_fd(),
+                    region.offset as libc::off_t,
+                )
+            };
+            if got == libc::MAP_FAILED {
+                let what = io::Error::last_os_error().to_string();
+                return Err(MemoryError::Map {
+                    len: region.len,
+                    what,
+                });
+            }
+        }
+        self.backing = backing;
+        Ok(())
+    }
+
+    /// Host addresses of the regions, in the order of the layout.
+    pub fn host_ranges(&self) -> impl Iterator<Item = (RamRegion, *mut u8)> + '_ {
+        self.layout
+            .regions
+            .iter()
+            .copied()
+            .zip(self.guest.iter().map(host_address))
+    }
+}
+
+fn host_address(region: &GuestRegionMmap<()>) -> *mut u8 {
+    region
+        .get_host_address(vm_memory::MemoryRegionAddress(0))
+        .expect("a region is not empty")
+}
+
+/// A memfd of `len` zero bytes that can neither shrink nor grow: a mapping of it never faults for
+/// want of a file behind it.
+pub fn memfd(name: &CStr, len: u64) -> Result<File, MemoryError> {
+    // SAFETY: `name` is a C string; the call has no other precondition.
+    let fd =
+        unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+    if fd < 0 {
+        return Err(MemoryError::Memfd(io::Error::last_os_error()));
+    }
+    // SAFETY: `fd` is a fresh descriptor that nobody else owns.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(len).map_err(MemoryError::Memfd)?;
+    seal(&file, libc::F_SEAL_SHRINK | libc::F_SEAL_GROW)?;
+    Ok(file)
+}
+
+/// Adds seals (`F_SEAL_*`, fcntl(2)) to a memfd.
+pub fn seal(file: &File, seals: libc::c_int) -> Result<(), MemoryError> {
+    // SAFETY: the descriptor is open; the call touches no memory.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
+        return Err(MemoryError::Seal(io::Error::last_os_error()));
+    }
+    Ok(())
+}
+
+/// Why RAM could not be had.
+#[derive(Debug, Error)]
+pub enum MemoryError {
+    /// A size out of range.
+    #[error("{mib} MiB of RAM: a machine has {MIN_MIB} to {MAX_MIB} MiB")]
+    Size {
+        /// What was asked.
+        mib: u64,
+    },
+    /// memfd_create or its sizing failed.
+    #[error("creating a memfd for guest RAM failed")]
+    Memfd(#[source] io::Error),
+    /// A seal was refused.
+    #[error("sealing a memfd failed (EBUSY: something still maps it writable)")]
+    Seal(#[source] io::Error),
+    /// The file could not be asked for its length.
+    #[error("asking a memory file for its length failed")]
+    Stat(#[source] io::Error),
+    /// The file is not as long as the RAM.
+    #[error("the memory file has {found} bytes, the machine's RAM {needed}")]
+    Length {
+        /// Bytes of the file.
+        found: u64,
+        /// Bytes of RAM.
+        needed: u64,
+    },
+    /// mmap failed.
+    #[error(
+        "mapping {len} bytes of guest RAM failed: {what}; see `ulimit -v` and vm.max_map_count"
+    )]
+    Map {
+        /// Bytes asked for.
+        len: u64,
+        /// What mmap said.
+        what: String,
+    },
+    /// A region at the end of the address space.
+    #[error("the RAM region at {start:#x} wraps around")]
+    Wraps {
+        /// Its first address.
+        start: u64,
+    },
+    /// The regions do not form a guest's memory.
+    #[error("the RAM regions do not fit together: {what}")]
+    Regions {
+        /// What vm-memory said.
+        what: String,
+    },
+    /// The populated pages could not be found.
+    #[error("finding the populated pages of guest RAM failed: {what}")]
+    Populated {
+        /// Which call.
+        what: &'static str,
+        /// What it said.
+        #[source]
+        source: io::Error,
+    },
+    /// A copy failed.
+    #[error("copying guest RAM failed")]
+    Copy(#[source] io::Error),
+}

@@ -1,0 +1,14 @@
+//! One vCPU: its KVM object, its thread's loop, and its state.
+
+mod kick;
+mod msrs;
+mod run;
+mod state;
+mod sys;
+
+pub(crate) use kick::{Kick, prepare_signal};
+pub(crate) use msrs::MsrCatalogue;
+pub use run::RunError;
+pub(crate) use run::{Stop, Vcpu};
+pub use state::StateError;
+pub(crate) use state::{Abilities, Clock, VcpuState, reading, writing};

@@ -1,0 +1,296 @@
+//! What a vCPU thread does between two visits to the gate: run guest code and serve its exits.
+#![allow(unsafe_code)] // A pointer to kvm_run's immediate_exit, for the kick.
+
+use std::io;
+use std::sync::Arc;
+
+use forkvm_devices::{Bus, Effect};
+use kvm_bindings::{
+    KVM_INTERNAL_ERROR_EMULATION, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
+};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use thiserror::Error;
+
+use super::MsrCatalogue;
+use super::kick::Kickable;
+use super::state::{Abilities, Clock, StateError, VcpuState, writing};
+use crate::kvm::Kvm;
+
+/// One vCPU and the buses that its accesses go to.
+pub(crate) struct Vcpu {
+    fd: VcpuFd,
+    index: u32,
+    kvm: Arc<Kvm>,
+    abilities: Abilities,
+    pio: Bus,
+    mmio: Bus,
+}
+
+/// Why [`Vcpu::run`] came back.
+#[derive(Debug)]
+pub(crate) enum Stop {
+    /// It was kicked.
+    Kicked,
+    /// An access means something to others: a call, a report, the end.
+    Effect(Effect),
+    /// The guest ended itself in a way of the hardware.
+    TripleFault,
+    /// The guest asked for a reset or a power-off through KVM.
+    SystemEvent {
+        /// A reset rather than a power-off.
+        reset: bool,
+    },
+}
+
+impl Vcpu {
+    pub(crate) fn new(
+        fd: VcpuFd,
+        index: u32,
+        kvm: Arc<Kvm>,
+        abilities: Abilities,
+        pio: Bus,
+        mmio: Bus,
+    ) -> Vcpu {
+        Vcpu {
+            fd,
+            index,
+            kvm,
+            abilities,
+            pio,
+            mmio,
+        }
+    }
+
+    pub(crate) fn index(&self) -> u32 {
+        self.index
+    }
+
+    pub(crate) fn fd(&self) -> &VcpuFd {
+        &self.fd
+    }
+
+    /// Lets kicks of the calling thread reach this vCPU as long as the value lives.
+    pub(crate) fn kickable(&mut self) -> Kickable {
+        let flag = &raw mut self.fd.get_kvm_run().immediate_exit;
+        // SAFETY: the kvm_run mapping lives as long as the descriptor; the thread drops the value
+        // before it gives up its share of the vCPU.
+        unsafe { Kickable::new(flag) }
+    }
+
+    /// Gives the vCPU its CPUID and, if none of the process has yet, learns which MSRs it has.
+    pub(crate) fn set_cpuid(&mut self, cpuid: &kvm_bindings::CpuId) -> Result<(), StateError> {
+        self.fd.set_cpuid2(cpuid).map_err(writing("CPUID2"))?;
+        Ok(())
+    }
+
+    fn catalogue(&self) -> Result<&MsrCatalogue, StateError> {
+        if let Some(known) = self.kvm.msrs().get() {
+            return Ok(known);
+        }
+        let probed =
+            MsrCatalogue::probe(self.kvm.fd(), &self.fd).map_err(|source| StateError::Read {
+                class: "MSR list",
+                source,
+            })?;
+        Ok(self.kvm.msrs().get_or_init(|| probed))
+    }
+
+    /// Reads its state; [`Vcpu::finish`] must have been called since it last ran.
+    pub(crate) fn save(&self) -> Result<VcpuState, StateError> {
+        VcpuState::save(&self.fd, self.abilities, self.catalogue()?)
+    }
+
+    /// Takes over a state.
+    pub(crate) fn restore(
+        &self,
+        state: &VcpuState,
+        saved: Clock,
+        now: Clock,
+    ) -> Result<(), StateError> {
+        state.restore(&self.fd, self.abilities, saved, now)
+    }
+
+    /// Tells a guest that uses kvmclock that it was paused, so that its watchdogs do not bark
+    /// (KVM_KVMCLOCK_CTRL, KVM API 4.70).
+    pub(crate) fn note_pause(&self) -> io::Result<()> {
+        match self.fd.kvmclock_ctrl() {
+            // The guest does not use kvmclock.
+            Err(error) if error.errno() == libc::EINVAL => Ok(()),
+            other => other.map_err(Into::into),
+        }
+    }
+
+    /// Runs guest code until something has to be told or the thread is kicked. The last exit may
+    /// be unfinished: see [`Vcpu::finish`].
+    pub(crate) fn run(&mut self) -> Result<Stop, RunError> {
+        loop {
+            match self.step()? {
+                None | Some(Stop::Effect(Effect::None)) => {}
+                Some(stop) => return Ok(stop),
+            }
+        }
+    }
+
+    /// Finishes the instruction of the last exit without running another one. KVM completes an I/O
+    /// or MMIO instruction only on the next KVM_RUN, and a wide access takes several: until EINTR
+    /// the registers are not those of an instruction boundary. Returns what a further part of the
+    /// instruction meant, if it meant something.
+    pub(crate) fn finish(&mut self) -> Result<Option<Stop>, RunError> {
+        let mut meant = None;
+        loop {
+            self.fd.set_kvm_immediate_exit(1);
+            match self.step()? {
+                Some(Stop::Kicked) => return Ok(meant),
+                None | Some(Stop::Effect(Effect::None)) => {}
+                Some(stop) => meant = Some(stop),
+            }
+        }
+    }
+
+    /// One KVM_RUN; `None` is an exit that was served and means nothing to others.
+    fn step(&mut self) -> Result<Option<Stop>, RunError> {
+        let exit = match self.fd.run() {
+            Ok(exit) => exit,
+            Err(error) => match error.errno() {
+                libc::EINTR => {
+                    self.fd.set_kvm_immediate_exit(0);
+                    return Ok(Some(Stop::Kicked));
+                }
+                // A vCPU that waits for its SIPI was woken by something else.
+                libc::EAGAIN => return Ok(None),
+                _ => {
+                    return Err(RunError::Call {
+                        vcpu: self.index,
+                        source: error.into(),
+                    });
+                }
+            },
+        };
+        Ok(match exit {
+            VcpuExit::IoIn(port, data) => {
+                self.pio.read(u64::from(port), data);
+                None
+            }
+            VcpuExit::IoOut(port, data) => {
+                Some(Stop::Effect(self.pio.write(u64::from(port), data)))
+            }
+            VcpuExit::MmioRead(address, data) => {
+                self.mmio.read(address, data);
+                None
+            }
+            VcpuExit::MmioWrite(address, data) => {
+                Some(Stop::Effect(self.mmio.write(address, data)))
+            }
+            VcpuExit::Shutdown => Some(Stop::TripleFault),
+            VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => {
+                Some(Stop::SystemEvent { reset: true })
+            }
+            VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => {
+                Some(Stop::SystemEvent { reset: false })
+            }
+            VcpuExit::Intr | VcpuExit::IrqWindowOpen => None,
+            VcpuExit::FailEntry(reason, _cpu) => {
+                return Err(RunError::FailEntry {
+                    vcpu: self.index,
+                    reason,
+                });
+            }
+            VcpuExit::InternalError => return Err(self.internal_error()),
+            other => {
+                let exit = format!("{other:?}");
+                return Err(RunError::Unexpected {
+                    vcpu: self.index,
+                    exit,
+                });
+            }
+        })
+    }
+
+    /// KVM gave up: most often it met an instruction that it cannot emulate.
+    fn internal_error(&mut self) -> RunError {
+        let vcpu = self.index;
+        let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
+        let run = self.fd.get_kvm_run();
+        // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, for which this is the union's member.
+        let failure = unsafe { run.__bindgen_anon_1.emulation_failure };
+        if failure.suberror != KVM_INTERNAL_ERROR_EMULATION {
+            return RunError::Internal {
+                vcpu,
+                suberror: failure.suberror,
+                rip,
+            };
+        }
+        // SAFETY: the member is plain bytes, present when ndata counts them.
+        let bytes = unsafe { failure.__bindgen_anon_1.__bindgen_anon_1 };
+        let len = if failure.ndata >= 3 {
+            usize::from(bytes.insn_size).min(15)
+        } else {
+            0
+        };
+        let code = bytes.insn_bytes[..len]
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect::<Vec<_>>();
+        RunError::Emulation {
+            vcpu,
+            rip,
+            code: code.join(" "),
+        }
+    }
+}
+
+/// Why a vCPU cannot go on: a failure of the host or of KVM, not of the guest.
+#[derive(Debug, Error)]
+pub enum RunError {
+    /// KVM_RUN failed.
+    #[error("vCPU {vcpu}: KVM_RUN failed")]
+    Call {
+        /// The vCPU.
+        vcpu: u32,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The hardware refused the vCPU's state.
+    #[error("vCPU {vcpu}: the CPU refused to enter the guest, hardware reason {reason:#x}")]
+    FailEntry {
+        /// The vCPU.
+        vcpu: u32,
+        /// KVM_EXIT_FAIL_ENTRY's reason.
+        reason: u64,
+    },
+    /// An instruction that KVM cannot emulate.
+    #[error("vCPU {vcpu}: KVM cannot emulate the instruction at {rip:#x} (bytes: {code})")]
+    Emulation {
+        /// The vCPU.
+        vcpu: u32,
+        /// Where.
+        rip: u64,
+        /// The instruction's bytes in hex, as far as KVM gave them.
+        code: String,
+    },
+    /// Another internal error of KVM.
+    #[error("vCPU {vcpu}: KVM internal error {suberror} at {rip:#x}")]
+    Internal {
+        /// The vCPU.
+        vcpu: u32,
+        /// KVM_INTERNAL_ERROR_*.
+        suberror: u32,
+        /// Where.
+        rip: u64,
+    },
+    /// An exit that this machine never asks for.
+    #[error("vCPU {vcpu}: unexpected exit from KVM_RUN: {exit}")]
+    Unexpected {
+        /// The vCPU.
+        vcpu: u32,
+        /// The exit.
+        exit: String,
+    },
+    /// Registers could not be finished or accounted.
+    #[error("vCPU {vcpu}: its thread panicked; this is a bug in forkvm")]
+    Panicked {
+        /// The vCPU.
+        vcpu: u32,
+    },
+}

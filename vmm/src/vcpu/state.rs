@@ -1,0 +1,303 @@
+//! The complete state of a vCPU, in the order that KVM needs.
+//!
+//! Everything that KVM lets user space read is here; what a class is for, and why it is read or
+//! written at its place, stands beside it. A class that is forgotten is silent corruption of a
+//! clone: the `registers` job of the bare guest fills each one and checks it after a fork.
+
+use std::io;
+
+use kvm_bindings::{
+    CpuId, KVM_SREGS2_FLAGS_PDPTRS_VALID, KVM_VCPUEVENT_VALID_TRIPLE_FAULT, kvm_cpuid_entry2,
+    kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, kvm_sregs2, kvm_vcpu_events,
+    kvm_xcrs,
+};
+use kvm_ioctls::VcpuFd;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use forkvm_devices::SavedState;
+
+use super::msrs::{self, MsrError};
+use super::{MsrCatalogue, sys};
+use crate::tsc::host_tsc;
+
+/// What the clocks of a machine showed when it was saved, read once for all its vCPUs so that they
+/// agree afterwards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Clock {
+    /// The host's TSC.
+    pub(crate) host_tsc: u64,
+}
+
+impl Clock {
+    pub(crate) fn now() -> Clock {
+        Clock {
+            host_tsc: host_tsc(),
+        }
+    }
+}
+
+/// Section `kvm/vcpu/<n>`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct VcpuState {
+    mp_state: kvm_mp_state,
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    /// PAE page-directory pointers, which SREGS leaves out; `None` outside of PAE paging.
+    pdptrs: Option<[u64; 4]>,
+    xcrs: kvm_xcrs,
+    /// XSAVE area without the zeros at its end.
+    #[serde(with = "serde_bytes")]
+    xsave: Vec<u8>,
+    debug_regs: kvm_debugregs,
+    msrs: Vec<(u32, u64)>,
+    lapic: kvm_lapic_state,
+    events: kvm_vcpu_events,
+    cpuid: Vec<kvm_cpuid_entry2>,
+    tsc_khz: u32,
+    /// Guest TSC minus host TSC; `None` where KVM has no such attribute (the MSR is used then).
+    tsc_offset: Option<u64>,
+}
+
+impl SavedState for VcpuState {
+    const VERSION: u16 = 1;
+}
+
+/// What the VM of a vCPU can save, beyond what every KVM can.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Abilities {
+    /// Size of the XSAVE area in bytes (KVM_CAP_XSAVE2).
+    pub(crate) xsave_size: usize,
+    /// KVM_CAP_SREGS2.
+    pub(crate) sregs2: bool,
+    /// KVM_CAP_X86_TRIPLE_FAULT_EVENT, enabled: a pending triple fault is part of the events.
+    pub(crate) triple_fault_event: bool,
+}
+
+const CR4_PAE: u64 = 1 << 5;
+const CR0_PG: u64 = 1 << 31;
+const EFER_LMA: u64 = 1 << 10;
+
+fn in_pae_paging(sregs: &kvm_sregs) -> bool {
+    sregs.cr0 & CR0_PG != 0 && sregs.cr4 & CR4_PAE != 0 && sregs.efer & EFER_LMA == 0
+}
+
+impl VcpuState {
+    /// Reads the state. The vCPU must be outside of KVM_RUN with its last exit finished.
+    pub(crate) fn save(
+        vcpu: &VcpuFd,
+        abilities: Abilities,
+        catalogue: &MsrCatalogue,
+    ) -> Result<VcpuState, StateError> {
+        // First, because reading it makes KVM take in INIT and SIPI that are still pending, which
+        // changes registers.
+        let mp_state = vcpu.get_mp_state().map_err(reading("MP_STATE"))?;
+        let regs = vcpu.get_regs().map_err(reading("REGS"))?;
+        let mut sregs = vcpu.get_sregs().map_err(reading("SREGS"))?;
+        // The interrupt that is being delivered is in VCPU_EVENTS; twice would inject it twice.
+        sregs.interrupt_bitmap = [0; 4];
+        let pdptrs = if abilities.sregs2 && in_pae_paging(&sregs) {
+            let sregs2 = sys::get_sregs2(vcpu).map_err(reading_io("SREGS2"))?;
+            (sregs2.flags & u64::from(KVM_SREGS2_FLAGS_PDPTRS_VALID) != 0).then_some(sregs2.pdptrs)
+        } else {
+            None
+        };
+        let xcrs = vcpu.get_xcrs().map_err(reading("XCRS"))?;
+        let mut xsave = sys::get_xsave(vcpu, abilities.xsave_size).map_err(reading_io("XSAVE2"))?;
+        xsave.truncate(
+            xsave
+                .iter()
+                .rposition(|&byte| byte != 0)
+                .map_or(0, |last| last + 1),
+        );
+        let debug_regs = vcpu.get_debug_regs().map_err(reading("DEBUGREGS"))?;
+        // Before the LAPIC: a TSC deadline that passes in between then shows as armed here and as
+        // a pending interrupt there, one tick too many. The other way round it would be lost.
+        let msrs = catalogue.save(vcpu)?;
+        let lapic = vcpu.get_lapic().map_err(reading("LAPIC"))?;
+        // Last: what is about to be injected.
+        let events = vcpu.get_vcpu_events().map_err(reading("VCPU_EVENTS"))?;
+        let cpuid = vcpu
+            .get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+            .map_err(reading("CPUID2"))?
+            .as_slice()
+            .to_vec();
+        let tsc_khz = vcpu.get_tsc_khz().map_err(reading("TSC_KHZ"))?;
+        let tsc_offset = sys::get_tsc_offset(vcpu).map_err(reading_io("TSC_OFFSET"))?;
+        Ok(VcpuState {
+            mp_state,
+            regs,
+            sregs,
+            pdptrs,
+            xcrs,
+            xsave,
+            debug_regs,
+            msrs,
+            lapic,
+            events,
+            cpuid,
+            tsc_khz,
+            tsc_offset,
+        })
+    }
+
+    /// Puts the state into a vCPU that has not run. `saved` is when the machine was saved and `now`
+    /// one instant for all its vCPUs: the guest's TSC goes on from where it stood.
+    pub(crate) fn restore(
+        &self,
+        vcpu: &VcpuFd,
+        abilities: Abilities,
+        saved: Clock,
+        now: Clock,
+    ) -> Result<(), StateError> {
+        // First, since it decides which registers and MSRs exist.
+        let cpuid = CpuId::from_entries(&self.cpuid)
+            .map_err(|error| writing_io("CPUID2")(io::Error::other(format!("{error:?}"))))?;
+        vcpu.set_cpuid2(&cpuid).map_err(writing("CPUID2"))?;
+        if vcpu.get_tsc_khz().map_err(reading("TSC_KHZ"))? != self.tsc_khz {
+            vcpu.set_tsc_khz(self.tsc_khz)
+                .map_err(|error| StateError::TscKhz {
+                    khz: self.tsc_khz,
+                    source: error.into(),
+                })?;
+        }
+        vcpu.set_mp_state(self.mp_state)
+            .map_err(writing("MP_STATE"))?;
+        // Control registers and segments before all that is interpreted under them.
+        vcpu.set_sregs(&self.sregs).map_err(writing("SREGS"))?;
+        if let Some(pdptrs) = self.pdptrs {
+            if !abilities.sregs2 {
+                return Err(StateError::Lacks {
+                    what: "KVM_CAP_SREGS2 (PAE page directories)",
+                });
+            }
+            let sregs2 = with_pdptrs(&self.sregs, pdptrs);
+            sys::set_sregs2(vcpu, &sregs2).map_err(writing_io("SREGS2"))?;
+        }
+        vcpu.set_regs(&self.regs).map_err(writing("REGS"))?;
+        // XCR0 before the area whose components it enables.
+        vcpu.set_xcrs(&self.xcrs).map_err(writing("XCRS"))?;
+        sys::set_xsave(vcpu, abilities.xsave_size, &self.xsave).map_err(writing_io("XSAVE"))?;
+        vcpu.set_debug_regs(&self.debug_regs)
+            .map_err(writing("DEBUGREGS"))?;
+        // After SREGS, which hold the APIC base, and before the timer's deadline below.
+        vcpu.set_lapic(&self.lapic).map_err(writing("LAPIC"))?;
+        self.restore_msrs(vcpu, saved, now)?;
+        // Last, so that nothing above drops an event that is about to be injected.
+        let mut events = self.events;
+        if !abilities.triple_fault_event {
+            events.flags &= !KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
+        }
+        vcpu.set_vcpu_events(&events)
+            .map_err(writing("VCPU_EVENTS"))?;
+        Ok(())
+    }
+
+    /// MSRs in three steps: all but time; the TSC; the deadline that is counted in it.
+    fn restore_msrs(&self, vcpu: &VcpuFd, saved: Clock, now: Clock) -> Result<(), StateError> {
+        let time = |msr: &&(u32, u64)| matches!(msr.0, msrs::TSC | msrs::TSC_DEADLINE);
+        let rest: Vec<_> = self.msrs.iter().filter(|msr| !time(msr)).copied().collect();
+        msrs::restore(vcpu, &rest)?;
+        let only = |index| self.msrs.iter().filter(move |msr| msr.0 == index).copied();
+        match self.tsc_offset {
+            Some(offset) => {
+                let slept = now.host_tsc.wrapping_sub(saved.host_tsc);
+                sys::set_tsc_offset(vcpu, offset.wrapping_sub(slept))
+                    .map_err(writing_io("TSC_OFFSET"))?;
+            }
+            None => msrs::restore(vcpu, &only(msrs::TSC).collect::<Vec<_>>())?,
+        }
+        msrs::restore(vcpu, &only(msrs::TSC_DEADLINE).collect::<Vec<_>>())?;
+        Ok(())
+    }
+}
+
+fn with_pdptrs(sregs: &kvm_sregs, pdptrs: [u64; 4]) -> kvm_sregs2 {
+    kvm_sregs2 {
+        cs: sregs.cs,
+        ds: sregs.ds,
+        es: sregs.es,
+        fs: sregs.fs,
+        gs: sregs.gs,
+        ss: sregs.ss,
+        tr: sregs.tr,
+        ldt: sregs.ldt,
+        gdt: sregs.gdt,
+        idt: sregs.idt,
+        cr0: sregs.cr0,
+        cr2: sregs.cr2,
+        cr3: sregs.cr3,
+        cr4: sregs.cr4,
+        cr8: sregs.cr8,
+        efer: sregs.efer,
+        apic_base: sregs.apic_base,
+        flags: u64::from(KVM_SREGS2_FLAGS_PDPTRS_VALID),
+        pdptrs,
+    }
+}
+
+/// Why the state of a vCPU or of its VM could not be read or put in.
+#[derive(Debug, Error)]
+pub enum StateError {
+    /// A register class could not be read.
+    #[error("reading the vCPU's {class} from KVM failed")]
+    Read {
+        /// KVM's name of the class.
+        class: &'static str,
+        /// What KVM said.
+        #[source]
+        source: io::Error,
+    },
+    /// A register class was refused.
+    #[error("KVM refused the saved {class}: the state is damaged or from another kind of host")]
+    Write {
+        /// KVM's name of the class.
+        class: &'static str,
+        /// What KVM said.
+        #[source]
+        source: io::Error,
+    },
+    /// An MSR.
+    #[error(transparent)]
+    Msr(#[from] MsrError),
+    /// The guest's TSC ticks at another rate than this host can give.
+    #[error(
+        "the guest's TSC ticks at {khz} kHz and this host cannot scale to that: restore it on a \
+         host of the same frequency"
+    )]
+    TscKhz {
+        /// What the guest was saved with.
+        khz: u32,
+        /// What KVM said.
+        #[source]
+        source: io::Error,
+    },
+    /// This host's KVM has no place for a part of the state.
+    #[error("the saved vCPU needs {what}, which this KVM lacks: a newer host kernel is needed")]
+    Lacks {
+        /// What is lacking.
+        what: &'static str,
+    },
+}
+
+pub(crate) fn reading(class: &'static str) -> impl Fn(kvm_ioctls::Error) -> StateError {
+    move |error| StateError::Read {
+        class,
+        source: error.into(),
+    }
+}
+
+fn reading_io(class: &'static str) -> impl Fn(io::Error) -> StateError {
+    move |source| StateError::Read { class, source }
+}
+
+pub(crate) fn writing(class: &'static str) -> impl Fn(kvm_ioctls::Error) -> StateError {
+    move |error| StateError::Write {
+        class,
+        source: error.into(),
+    }
+}
+
+fn writing_io(class: &'static str) -> impl Fn(io::Error) -> StateError {
+    move |source| StateError::Write { class, source }
+}
