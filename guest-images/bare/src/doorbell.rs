@@ -67,6 +67,11 @@ impl Doorbell {
         self.call(cpu, op::JOIN, forked.ticket).map(|status| status as u32)
     }
 
+    /// Saves this machine. Answers whether this is the machine that was restored from it.
+    pub fn save(&self, cpu: usize) -> Result<bool, i64> {
+        self.call(cpu, op::SAVE, 0).map(|answer| answer != 0)
+    }
+
     /// Tells the host `value`; never waits.
     pub fn report(&self, value: u32) {
         port::write32(PORT + reg::REPORT, value);
@@ -80,6 +85,13 @@ impl Doorbell {
     /// 0 in a VM that was booted or was the parent of its last fork, 1.. in a clone.
     pub fn clone_id(&self) -> u32 {
         header(offset_of!(PageHeader, clone_id))
+    }
+
+    /// Reports [`report::ACTION`] in a VM that a fork of the host's has made a clone.
+    pub fn report_action_of_clone(&self) {
+        if self.clone_id() != 0 {
+            self.report(report::ACTION);
+        }
     }
 
     /// Asks for an interrupt at each change of [`Doorbell::fork_count`].

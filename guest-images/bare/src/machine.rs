@@ -1,12 +1,15 @@
 //! The machine that a job runs on, and how it ends.
 
+use core::sync::atomic::AtomicU32;
+
 use forkvm_abi::EXIT_PORT;
 
 use crate::boot_info::BootInfo;
-use crate::doorbell::Doorbell;
-use crate::port;
-use crate::ring0;
-use core::sync::atomic::AtomicU32;
+use crate::doorbell::{Doorbell, Forked};
+use crate::{port, println, ring0};
+
+/// Exit status of a guest whose host cannot fork, join or save it now.
+pub const REFUSED: u32 = 3;
 
 /// What a job can use.
 pub struct Machine {
@@ -25,10 +28,33 @@ impl Machine {
         self.ram_mib
     }
 
-    /// The fork doorbell; `None` on a host that is not forkvm.
-    pub fn doorbell(&self) -> Option<&Doorbell> {
-        self.doorbell.as_ref()
+    /// The fork doorbell. On a host that has none the guest ends here, with [`REFUSED`].
+    pub fn doorbell(&self) -> &Doorbell {
+        self.doorbell.as_ref().unwrap_or_else(|| {
+            println!("this host has no fork doorbell");
+            exit(REFUSED)
+        })
     }
+
+    /// [`Doorbell::fork`] by vCPU `cpu`. Where the host refuses, the guest ends with [`REFUSED`].
+    pub fn fork(&self, cpu: usize, clones: u32) -> Forked {
+        self.doorbell().fork(cpu, clones).unwrap_or_else(|error| refused("fork", error))
+    }
+
+    /// [`Doorbell::join`] by vCPU `cpu`. Where the host refuses, the guest ends with [`REFUSED`].
+    pub fn join(&self, cpu: usize, forked: Forked) -> u32 {
+        self.doorbell().join(cpu, forked).unwrap_or_else(|error| refused("join", error))
+    }
+
+    /// [`Doorbell::save`] by vCPU `cpu`. Where the host refuses, the guest ends with [`REFUSED`].
+    pub fn save(&self, cpu: usize) -> bool {
+        self.doorbell().save(cpu).unwrap_or_else(|error| refused("save", error))
+    }
+}
+
+fn refused(call: &str, error: i64) -> ! {
+    println!("{call} failed with error {error}");
+    exit(REFUSED)
 }
 
 /// Ends the machine with `status`.

@@ -19,12 +19,16 @@ mod heap;
 mod interrupts;
 mod jobs;
 mod machine;
+mod pages;
 mod paging;
 mod panic;
 mod port;
+mod random;
 mod ring0;
 mod serial;
 mod smp;
+mod tar;
+mod virtio_blk;
 
 use boot_info::BootProtocol;
 

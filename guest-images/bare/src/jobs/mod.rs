@@ -1,6 +1,13 @@
 //! The jobs, by name. A job is one file here and one line in [`JOBS`].
 
+mod blk_verify;
+mod counter;
+mod fork;
 mod hello;
+mod save;
+mod spin;
+mod touch;
+mod tree;
 
 use crate::args::Args;
 use crate::machine::Machine;
@@ -8,6 +15,8 @@ use crate::println;
 
 /// Exit status of a job that did what it should.
 pub const OK: u32 = 0;
+/// Exit status of a job that found something wrong; it has printed what.
+pub const WRONG: u32 = 1;
 /// Exit status of a command line that cannot be served.
 pub const USAGE: u32 = 2;
 
@@ -15,7 +24,16 @@ pub const USAGE: u32 = 2;
 type Job = fn(&Machine, Args<'_>) -> u32;
 
 /// Every job, with the name that `job=` takes.
-const JOBS: &[(&str, Job)] = &[("hello", hello::run)];
+const JOBS: &[(&str, Job)] = &[
+    ("blk-verify", blk_verify::run),
+    ("counter", counter::run),
+    ("fork", fork::run),
+    ("hello", hello::run),
+    ("save", save::run),
+    ("spin", spin::run),
+    ("touch", touch::run),
+    ("tree", tree::run),
+];
 
 /// Runs the job that `command_line` names.
 pub fn run(machine: &Machine, command_line: &str) -> u32 {
