@@ -29,10 +29,10 @@ impl std::fmt::Debug for Sparse {
 impl Sparse {
     /// Announces everything.
     fn dense(bytes: Vec<u8>) -> Sparse {
-        let len = bytes.len() as u64;
+        let all = 0..bytes.len() as u64;
         Sparse {
             bytes,
-            data: vec![0..len],
+            data: Vec::from([all]),
         }
     }
 }
