@@ -66,7 +66,8 @@ impl<'a> Records<'a> {
             return Err(ErrorKind::NoPlus);
         }
         let qualities = self.line();
-        if qualities.len() < bases.len() && self.offset == self.bytes.len() {
+        let cut = !self.bytes.ends_with(b"\n") || qualities.is_empty();
+        if qualities.len() < bases.len() && self.offset == self.bytes.len() && cut {
             return Err(ErrorKind::Truncated);
         }
         if qualities.len() != bases.len() {

@@ -90,7 +90,9 @@ fn a_malformed_fastq_record_is_named_by_its_offset_and_ends_the_iteration() {
         ("@r2\nA\n+\nII\n", ErrorKind::UnequalLength),
         ("@r2\nA\n+\n\x07\n", ErrorKind::BadQuality),
         ("@r2\nAC\n", ErrorKind::Truncated),
+        ("@r2\nAC\n+\n", ErrorKind::Truncated),
         ("@r2\nAC\n+\nI", ErrorKind::Truncated),
+        ("@r2\nAC\n+\nI\n", ErrorKind::UnequalLength),
     ] {
         let text = format!("{good}{bad}");
         assert_eq!(
