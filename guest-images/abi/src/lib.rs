@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub mod doorbell;
+pub mod records;
 pub mod slot;
 
 /// I/O port of the first 16550 UART (`COM1`); its interrupt is [`SERIAL_GSI`].

@@ -4,6 +4,7 @@ mod blk_verify;
 mod counter;
 mod fork;
 mod hello;
+mod map_reads;
 mod save;
 mod spin;
 mod touch;
@@ -29,6 +30,7 @@ const JOBS: &[(&str, Job)] = &[
     ("counter", counter::run),
     ("fork", fork::run),
     ("hello", hello::run),
+    ("map-reads", map_reads::run),
     ("save", save::run),
     ("spin", spin::run),
     ("touch", touch::run),
