@@ -300,9 +300,19 @@ fn child_that_is_killed() {
     }
 }
 
+/// The child, killed with SIGKILL when dropped: also when a test fails.
+struct Victim(Child);
+
+impl Drop for Victim {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
 /// Starts the child and waits until it has said `at <step>`.
-fn child_at(step: &str, stop: &str, dir: &Path) -> Child {
-    let mut child = Command::new(std::env::current_exe().unwrap())
+fn child_at(step: &str, stop: &str, dir: &Path) -> Victim {
+    let child = Command::new(std::env::current_exe().unwrap())
         .args([
             "--exact",
             "child_that_is_killed",
@@ -314,25 +324,21 @@ fn child_at(step: &str, stop: &str, dir: &Path) -> Child {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut victim = Victim(child);
+    let mut lines = BufReader::new(victim.0.stdout.take().unwrap()).lines();
     let wanted = format!("at {step}");
     let found = lines.by_ref().any(|line| line.unwrap().ends_with(&wanted));
     assert!(found, "the child ended before it was at {step}");
     // Somebody has to read on, or the child would stop at a full pipe instead of saving.
     std::thread::spawn(move || lines.count());
-    child
-}
-
-fn kill(mut child: Child) {
-    child.kill().unwrap(); // SIGKILL
-    child.wait().unwrap();
+    victim
 }
 
 #[test]
 fn killed_at_any_step_a_save_is_there_whole_or_not_at_all() {
     for step in ["created", "half", "memory", "state", "disk", "committed"] {
         let parent = tempfile::tempdir().unwrap();
-        kill(child_at(step, step, parent.path()));
+        drop(child_at(step, step, parent.path()));
         let dir = parent.path().join("saved0");
         if step == "committed" {
             assert_eq!(names(parent.path()), ["saved0"]);
@@ -370,7 +376,7 @@ fn killed_at_any_moment_a_save_is_there_whole_or_not_at_all() {
             .wrapping_mul(6364136223846793005)
             .wrapping_add(1442695040888963407);
         std::thread::sleep(Duration::from_micros((random >> 33) % 60_000));
-        kill(child);
+        drop(child);
         for name in names(parent.path()) {
             if name.contains(".partial-") {
                 cut_short += 1;
@@ -390,10 +396,10 @@ fn the_save_of_a_living_process_is_left_alone() {
     let parent = tempfile::tempdir().unwrap();
     let child = child_at("memory", "memory", parent.path());
     let alive = names(parent.path());
-    assert_eq!(alive, [format!("saved0.partial-{}", child.id())]);
+    assert_eq!(alive, [format!("saved0.partial-{}", child.0.id())]);
     drop(SaveDir::create(&parent.path().join("saved0")).unwrap());
     assert_eq!(names(parent.path()), alive);
-    kill(child);
+    drop(child);
     drop(SaveDir::create(&parent.path().join("saved0")).unwrap());
     assert_eq!(names(parent.path()), [] as [&str; 0]);
 }
