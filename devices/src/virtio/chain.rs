@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 
 use thiserror::Error;
 use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use crate::GuestMemory;
 
@@ -20,7 +20,8 @@ pub struct Chain {
     pub readable: Buffers,
     /// Buffers that the device may only write, in order.
     pub writable: Buffers,
-    /// What is wrong with the chain, if anything. The buffers found before the fault are there.
+    /// What is wrong with the chain, if anything. The buffers that could be found are there, but
+    /// may lie outside of RAM: accesses to those fail.
     pub fault: Option<Fault>,
 }
 
@@ -39,15 +40,16 @@ impl Chain {
             }
             more = descriptor.has_next();
             let (address, len) = (descriptor.addr(), descriptor.len());
+            // After these two the walk goes on: the place for a status may still be found.
             if len > 0 && !memory.check_range(address, len as usize) {
-                return collected.with(Fault::OutOfRam);
+                collected = collected.with(Fault::OutOfRam);
             }
             if descriptor.is_write_only() {
                 collected.writable.push(address, len);
             } else if collected.writable.is_empty() {
                 collected.readable.push(address, len);
             } else {
-                return collected.with(Fault::ReadableAfterWritable);
+                collected = collected.with(Fault::ReadableAfterWritable);
             }
         }
         // The iterator ends early, without a word, at whatever it cannot follow.
@@ -114,11 +116,11 @@ impl Buffers {
         self.segments.iter().map(|&(_, len)| u64::from(len)).sum()
     }
 
-    /// Takes the last byte away and returns its address.
+    /// Takes the last byte away and returns its address, unless that wraps around.
     pub fn take_last_byte(&mut self) -> Option<GuestAddress> {
         let (address, len) = self.segments.pop_back()?;
         self.push(address, len - 1);
-        Some(GuestAddress(address.0 + u64::from(len - 1)))
+        address.checked_add(u64::from(len - 1))
     }
 
     /// Consumes and copies bytes until `data` is full. An error when fewer are left.
@@ -148,8 +150,9 @@ impl Buffers {
         let (address, len) = self.segments.pop_front().ok_or(BufferError::TooShort)?;
         let taken = u32::try_from(most).unwrap_or(u32::MAX).min(len);
         if taken < len {
-            let rest = (GuestAddress(address.0 + u64::from(taken)), len - taken);
-            self.segments.push_front(rest);
+            // Wraps only where the address is not RAM, and the access fails.
+            let rest = GuestAddress(address.0.wrapping_add(u64::from(taken)));
+            self.segments.push_front((rest, len - taken));
         }
         Ok((address, taken as usize))
     }

@@ -1,0 +1,301 @@
+use std::mem::offset_of;
+use std::sync::Arc;
+
+use forkvm_abi::doorbell::{self as abi, CALLS, Call, PageHeader, call_offset, feature, op, reg};
+use forkvm_abi::errno::{EAGAIN, EINVAL, ENOSYS};
+use forkvm_devices::device::{GuestCall, GuestOp};
+use forkvm_devices::doorbell::{Announcement, Answer};
+use forkvm_devices::{Device, Doorbell, Effect, GuestMemory};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::driver::{Line, RAM, all, copy_of, ram, read32, write32};
+
+const FRAME: u32 = 3;
+const PAGE: u64 = FRAME as u64 * 4096;
+const ALL: u32 = feature::FORK | feature::JOIN | feature::SAVE | feature::INTERRUPT;
+const ME: Announcement = Announcement {
+    fork_count: 2,
+    clone_id: 5,
+    depth: 1,
+    generation: [0x77; 16],
+};
+
+struct Guest {
+    bell: Doorbell,
+    memory: GuestMemory,
+    line: Arc<Line>,
+}
+
+impl Guest {
+    fn with(features: u32, memory: GuestMemory) -> Guest {
+        let line = Arc::new(Line::default());
+        let bell = Doorbell::new(memory.clone(), line.clone(), 4, features);
+        Guest { bell, memory, line }
+    }
+
+    /// A guest that has a page.
+    fn new(features: u32) -> Guest {
+        let mut guest = Guest::with(features, ram());
+        guest.set_page(FRAME);
+        guest
+    }
+
+    fn set_page(&mut self, frame: u32) {
+        assert_eq!(
+            write32(&mut self.bell, reg::PAGE.into(), frame),
+            Effect::None
+        );
+    }
+
+    fn ring(&mut self, slot: u32, op: u32, arg: u32) -> Effect {
+        let at = PAGE + call_offset(slot as usize) as u64;
+        self.memory.write_obj([op, arg], GuestAddress(at)).unwrap();
+        self.memory
+            .write_obj(0x5555_i64, GuestAddress(at + 8))
+            .unwrap();
+        write32(&mut self.bell, reg::RING.into(), slot)
+    }
+
+    fn field<T: vm_memory::ByteValued>(&self, offset: usize) -> T {
+        self.memory
+            .read_obj(GuestAddress(PAGE + offset as u64))
+            .unwrap()
+    }
+
+    fn result(&self, slot: usize) -> i64 {
+        self.field(call_offset(slot) + offset_of!(Call, result))
+    }
+}
+
+#[test]
+fn the_registers_say_what_the_host_offers() {
+    let mut guest = Guest::with(ALL, ram());
+    let mut read = |register: u16| read32(&mut guest.bell, register.into());
+    assert_eq!(read(reg::MAGIC), abi::MAGIC);
+    assert_eq!(read(reg::VERSION), abi::VERSION);
+    assert_eq!(read(reg::FEATURES), ALL);
+    assert_eq!(read(reg::VCPUS), 4);
+    assert_eq!(read(reg::PAGE), 0);
+}
+
+#[test]
+fn a_new_page_gets_the_identity_at_once() {
+    let mut guest = Guest::with(ALL, ram());
+    guest.bell.announce(&ME).unwrap();
+    guest.set_page(FRAME);
+    assert_eq!(read32(&mut guest.bell, reg::PAGE.into()), FRAME);
+    assert_eq!(
+        guest.field::<u32>(offset_of!(PageHeader, version)),
+        abi::VERSION
+    );
+    assert_eq!(guest.field::<u32>(offset_of!(PageHeader, features)), ALL);
+    assert_eq!(guest.field::<u32>(offset_of!(PageHeader, fork_count)), 2);
+    assert_eq!(guest.field::<u32>(offset_of!(PageHeader, clone_id)), 5);
+    assert_eq!(guest.field::<u32>(offset_of!(PageHeader, depth)), 1);
+    assert_eq!(
+        guest.field::<[u8; 16]>(offset_of!(PageHeader, generation)),
+        [0x77; 16]
+    );
+}
+
+#[test]
+fn a_page_outside_of_ram_is_refused_and_replaces_the_old_one() {
+    let mut guest = Guest::new(ALL);
+    for frame in [(RAM / 4096) as u32, u32::MAX] {
+        guest.set_page(FRAME);
+        guest.set_page(frame);
+        assert_eq!(read32(&mut guest.bell, reg::PAGE.into()), 0);
+        assert_eq!(guest.ring(0, op::FORK, 1), Effect::None);
+    }
+}
+
+#[test]
+fn a_known_call_holds_the_vcpu_until_it_is_answered() {
+    let mut guest = Guest::new(ALL);
+    let fork = GuestCall {
+        slot: 3,
+        op: GuestOp::Fork(8),
+    };
+    assert_eq!(guest.ring(3, op::FORK, 8), Effect::Call(fork));
+    assert_eq!(guest.bell.pending(), [fork]);
+    assert_eq!(
+        guest.result(3),
+        0x5555,
+        "nothing is written before the answer"
+    );
+
+    assert!(guest.bell.answer(
+        3,
+        Answer {
+            result: 7,
+            granted: 6,
+            ticket: 9
+        }
+    ));
+    assert_eq!(guest.result(3), 7);
+    assert_eq!(
+        guest.field::<u32>(call_offset(3) + offset_of!(Call, granted)),
+        6
+    );
+    assert_eq!(
+        guest.field::<u32>(call_offset(3) + offset_of!(Call, ticket)),
+        9
+    );
+    assert_eq!(guest.bell.pending(), []);
+}
+
+#[test]
+fn a_call_is_answered_only_once() {
+    let mut guest = Guest::new(ALL);
+    assert!(!guest.bell.answer(0, Answer::of(1)), "nothing was asked");
+    assert!(matches!(guest.ring(0, op::SAVE, 0), Effect::Call(_)));
+    assert!(guest.bell.answer(0, Answer::of(1)));
+    assert!(!guest.bell.answer(0, Answer::of(2)));
+    assert_eq!(guest.result(0), 1);
+}
+
+#[test]
+fn what_cannot_be_served_is_answered_at_once() {
+    let mut guest = Guest::new(ALL);
+    assert_eq!(guest.ring(0, 99, 0), Effect::None);
+    assert_eq!(guest.result(0), -ENOSYS);
+    assert_eq!(guest.ring(1, op::FORK, 0), Effect::None);
+    assert_eq!(guest.result(1), -EINVAL);
+    assert_eq!(guest.bell.pending(), []);
+}
+
+#[test]
+fn an_operation_without_its_feature_does_not_exist() {
+    for (missing, op) in [
+        (feature::FORK, op::FORK),
+        (feature::JOIN, op::JOIN),
+        (feature::SAVE, op::SAVE),
+    ] {
+        let mut guest = Guest::new(ALL & !missing);
+        assert_eq!(guest.ring(0, op, 1), Effect::None);
+        assert_eq!(guest.result(0), -ENOSYS);
+    }
+}
+
+#[test]
+fn a_ring_that_calls_nothing_changes_nothing() {
+    let mut guest = Guest::with(ALL, ram());
+    assert_eq!(guest.ring(0, op::FORK, 1), Effect::None, "there is no page");
+    guest.set_page(FRAME);
+    assert!(matches!(guest.ring(0, op::FORK, 1), Effect::Call(_)));
+    assert_eq!(
+        guest.ring(0, op::SAVE, 0),
+        Effect::None,
+        "the slot waits for its answer"
+    );
+    let before = all(&guest.memory);
+    for slot in [CALLS as u32, u32::MAX] {
+        assert_eq!(
+            write32(&mut guest.bell, reg::RING.into(), slot),
+            Effect::None
+        );
+    }
+    assert_eq!(
+        guest.bell.pending(),
+        [GuestCall {
+            slot: 0,
+            op: GuestOp::Fork(1)
+        }]
+    );
+    assert!(all(&guest.memory) == before);
+}
+
+#[test]
+fn all_pending_calls_can_be_refused_together() {
+    let mut guest = Guest::new(ALL);
+    for slot in [0, 7, 31] {
+        assert!(matches!(guest.ring(slot, op::JOIN, 1), Effect::Call(_)));
+    }
+    guest.bell.answer_all_pending(-EAGAIN);
+    assert_eq!([0, 7, 31].map(|slot| guest.result(slot)), [-EAGAIN; 3]);
+    assert_eq!(guest.bell.pending(), []);
+}
+
+#[test]
+fn a_fork_interrupts_a_guest_that_asks_for_it() {
+    let mut guest = Guest::new(ALL);
+    guest.bell.announce(&ME).unwrap();
+    assert_eq!(guest.line.edges(), 0, "it did not ask");
+    let wanted = PAGE + offset_of!(PageHeader, want_interrupt) as u64;
+    guest.memory.write_obj(1u32, GuestAddress(wanted)).unwrap();
+    guest.bell.announce(&ME).unwrap();
+    assert_eq!(guest.line.edges(), 0, "the fork count is the same");
+    guest
+        .bell
+        .announce(&Announcement {
+            fork_count: 3,
+            ..ME
+        })
+        .unwrap();
+    assert_eq!(guest.line.edges(), 1);
+    assert_eq!(guest.field::<u32>(offset_of!(PageHeader, fork_count)), 3);
+}
+
+#[test]
+fn a_clone_answers_for_itself_in_its_own_memory() {
+    let mut parent = Guest::new(ALL);
+    assert!(matches!(parent.ring(2, op::FORK, 1), Effect::Call(_)));
+    let section = parent.bell.save().unwrap();
+
+    let mut clone = Guest::with(ALL, copy_of(&parent.memory));
+    let before = all(&clone.memory);
+    clone.bell.restore(&section).unwrap();
+    clone.bell.activate().unwrap();
+    assert!(all(&clone.memory) == before, "restoring writes nothing");
+
+    assert!(clone.bell.answer(2, Answer::of(1)));
+    clone.bell.announce(&ME).unwrap();
+    assert!(parent.bell.answer(2, Answer::of(0)));
+    assert_eq!((parent.result(2), clone.result(2)), (0, 1));
+    assert_eq!((parent.bell.clone_id(), clone.bell.clone_id()), (0, 5));
+}
+
+#[test]
+fn an_interrupt_that_may_have_been_lost_is_raised_again() {
+    let mut old = Guest::new(ALL);
+    let wanted = PAGE + offset_of!(PageHeader, want_interrupt) as u64;
+    old.memory.write_obj(1u32, GuestAddress(wanted)).unwrap();
+    old.bell.announce(&ME).unwrap();
+    let mut new = Guest::with(ALL, copy_of(&old.memory));
+    new.bell.restore(&old.bell.save().unwrap()).unwrap();
+    assert_eq!(new.line.edges(), 0);
+    new.bell.activate().unwrap();
+    assert_eq!(new.line.edges(), 1);
+}
+
+#[test]
+fn a_page_that_is_rubbish_after_a_restore_hurts_nobody() {
+    let mut old = Guest::new(ALL);
+    assert!(matches!(old.ring(0, op::FORK, 1), Effect::Call(_)));
+    let small = GuestMemory::from_ranges(&[(GuestAddress(0), 4096)]).unwrap();
+    let mut new = Guest::with(ALL, small);
+    new.bell.restore(&old.bell.save().unwrap()).unwrap();
+    new.bell.announce(&ME).unwrap();
+    assert!(new.bell.answer(0, Answer::of(1)));
+    assert_eq!(write32(&mut new.bell, reg::RING.into(), 1), Effect::None);
+}
+
+#[test]
+fn reports_pass_through() {
+    let mut guest = Guest::with(0, ram());
+    assert_eq!(
+        write32(&mut guest.bell, reg::REPORT.into(), 0x101),
+        Effect::Report(0x101)
+    );
+}
+
+#[test]
+fn accesses_of_another_width_are_ignored() {
+    let mut guest = Guest::new(ALL);
+    for len in [1, 2, 8] {
+        let mut data = vec![0xaa; len];
+        guest.bell.read(reg::MAGIC.into(), &mut data);
+        assert_eq!(data, vec![0; len]);
+        assert_eq!(guest.bell.write(reg::REPORT.into(), &data), Effect::None);
+    }
+}

@@ -1,0 +1,15 @@
+//! What a guest and its host may rely on from the device models. No KVM is needed.
+
+mod block_layers;
+mod bus;
+mod commit;
+mod device_kit;
+mod doorbell;
+mod driver;
+mod overlay_model;
+mod raw_disks;
+mod serial_and_exit;
+mod virtio_blk;
+mod virtio_blk_hostile;
+mod virtio_mmio;
+mod virtio_rng;
