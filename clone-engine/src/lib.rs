@@ -1,1 +1,39 @@
-//! Under construction.
+//! fork() for virtual machines: the engine.
+//!
+//! A running VM is a [`Member`] of a [`Family`]: a `forkvm_vmm::Vm` and the thread that serves it.
+//! A fork ([`fork`]) pauses the parent, saves its state, lets a [`freeze::Freeze`] turn its memory
+//! into an immutable [`image::MemoryImage`] and its disks into read-only bases, and lets the parent
+//! run on. What it leaves is a [`ForkPoint`]; a [`spawn::Spawner`] makes clones from it, now or
+//! later. Everything that happens on the way is a [`Phase`], and a phase that fails is rolled back.
+//!
+//! Where a clone's first instruction comes from: [`spawn::in_process`] maps the image privately,
+//! restores the state and writes the clone's own answer into its doorbell page; the vCPU goes on
+//! behind the `out` instruction with which the parent asked, or wherever it was paused.
+
+mod disks;
+mod end;
+pub mod fork;
+mod fork_point;
+pub mod freeze;
+mod identity;
+pub mod image;
+pub mod limits;
+mod member;
+mod family;
+mod phase;
+mod boot;
+pub mod saved;
+pub mod spawn;
+mod timeline;
+
+pub use boot::{BootSpec, DiskSpec, StartError};
+pub use disks::{DiskSource, DisksError};
+pub use end::End;
+pub use family::{Consoles, Family, FamilyConfig, NoConsoles};
+pub use fork::{CloneSpec, ForkError, MemoryMode, Ticket};
+pub use fork_point::ForkPoint;
+pub use freeze::FreezeKind;
+pub use identity::Identity;
+pub use member::{Finished, Member, MemberError};
+pub use phase::{ForkLog, NoObserver, Observer, Phase, Vetoed};
+pub use timeline::Timeline;

@@ -100,6 +100,7 @@ pub struct Vm {
 /// Dropping it lets the VM run on.
 pub struct PausedVm<'a> {
     inner: &'a mut Inner,
+    stays: bool,
 }
 
 /// What all of them hold.
@@ -240,9 +241,7 @@ impl Vm {
         self.inner
             .gate
             .close(deadline, |vcpu| threads[vcpu as usize].kick.kick())?;
-        Ok(PausedVm {
-            inner: &mut self.inner,
-        })
+        Ok(PausedVm { inner: &mut self.inner, stays: false })
     }
 
     /// Lets the vCPU of an answered call go on. The answer itself goes to [`Vm::doorbell`] first.
@@ -326,10 +325,19 @@ impl PausedVm<'_> {
 
     /// Lets the VM run on, which dropping does as well.
     pub fn resume(self) {}
+
+    /// Ends the borrow but not the pause: the VM stands until it is paused again, which then takes
+    /// no time, and resumed.
+    pub fn stay(mut self) {
+        self.stays = true;
+    }
 }
 
 impl Drop for PausedVm<'_> {
     fn drop(&mut self) {
+        if self.stays {
+            return;
+        }
         for vcpu in &self.inner.vcpus {
             if let Err(error) = lock(vcpu).note_pause() {
                 tracing::warn!(%error, "KVM_KVMCLOCK_CTRL failed; a guest watchdog may bark");

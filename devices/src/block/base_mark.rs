@@ -164,6 +164,25 @@ impl RawFile {
         self.frozen.store(false, Ordering::Release);
         Ok(())
     }
+
+    /// Undoes one [`RawFile::freeze_as_base`]: takes `overlay` out of the mark, and the mark away
+    /// with its last one.
+    pub fn forget_overlay(&self, overlay: &Path) -> Result<(), MarkError> {
+        let io_error = |source| MarkError::Io {
+            path: self.path.clone(),
+            source,
+        };
+        let overlay = std::path::absolute(overlay).map_err(io_error)?;
+        let mark = BaseMark::load(&self.path)?;
+        let mut mark = mark.ok_or_else(|| MarkError::Gone {
+            disk: self.path.clone(),
+        })?;
+        mark.overlays.retain(|other| *other != overlay);
+        if mark.overlays.is_empty() {
+            return self.unfreeze();
+        }
+        mark.store(&self.path)
+    }
 }
 
 /// Takes a lock that is held by others for moments only.

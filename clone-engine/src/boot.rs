@@ -1,0 +1,93 @@
+//! The first VM of a family: booted from a payload.
+
+use std::io;
+use std::sync::Arc;
+
+use forkvm_vmm::boot::Payload;
+use forkvm_vmm::{
+    DiskConfig, MemoryError, MemoryLayout, Peripherals, Ram, Shell, VmConfig, VmError,
+};
+use forkvm_abi::doorbell::feature;
+use thiserror::Error;
+
+use crate::disks::DiskSource;
+use crate::family::Family;
+use crate::identity::Identity;
+use crate::member::{Inbox, Member};
+use crate::spawn::SpawnError;
+use crate::timeline::Timeline;
+
+/// A disk of a VM that is to be booted.
+#[derive(Clone)]
+pub struct DiskSpec {
+    /// Its name, unique in the machine, at most 20 bytes; the guest reads it as serial number.
+    pub name: String,
+    /// Where it is kept.
+    pub source: DiskSource,
+}
+
+/// What to boot.
+#[derive(Clone)]
+pub struct BootSpec {
+    /// Name of the VM; its clones are `name.1`, `name.2`, ….
+    pub name: String,
+    /// RAM in MiB.
+    pub memory_mib: u64,
+    /// vCPUs, 1 to 16.
+    pub vcpus: u32,
+    /// Disks, at most 8.
+    pub disks: Vec<DiskSpec>,
+    /// What runs in it.
+    pub payload: Payload,
+    /// Its command line.
+    pub cmdline: String,
+}
+
+impl Family {
+    /// Boots a VM.
+    pub fn boot(self: &Arc<Self>, spec: BootSpec) -> Result<Arc<Member>, StartError> {
+        let mut config = VmConfig::new(spec.memory_mib, spec.vcpus);
+        if self.config().saver.is_some() {
+            config.doorbell_features |= feature::SAVE;
+        }
+        config.disks = spec.disks.iter().map(DiskSpec::config).collect();
+        let disks: Vec<DiskSource> = spec.disks.into_iter().map(|disk| disk.source).collect();
+        let identity = Identity::root(&spec.name).map_err(StartError::Identity)?;
+        let ram = Ram::new(MemoryLayout::new(spec.memory_mib)?)?;
+        let console = self.config().consoles.open(&identity).map_err(StartError::Console)?;
+        let layers = disks.iter().map(DiskSource::layer).collect();
+        let peripherals = Peripherals { console, disks: layers };
+        let inbox = Inbox::new();
+        let shell = Shell::build(self.kvm(), config, ram, peripherals, inbox.event_sink())?;
+        let vm = shell.boot(&spec.payload, &spec.cmdline)?;
+        vm.doorbell().announce(&identity.announcement()).map_err(VmError::from)?;
+        Ok(Member::start(self, vm, identity, disks, inbox, Timeline::default())?)
+    }
+}
+
+impl DiskSpec {
+    fn config(&self) -> DiskConfig {
+        let (name, len) = (self.name.clone(), self.source.layer().len());
+        DiskConfig { name, len, read_only: self.source.read_only() }
+    }
+}
+
+/// Why a VM could not be started.
+#[derive(Debug, Error)]
+pub enum StartError {
+    /// No memory for it.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The VM could not be built or booted.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// It could not be let go.
+    #[error(transparent)]
+    Spawn(#[from] SpawnError),
+    /// No random bytes for its identity.
+    #[error("reading random bytes for the VM's identity failed")]
+    Identity(#[source] io::Error),
+    /// No console.
+    #[error("opening the VM's console failed")]
+    Console(#[source] io::Error),
+}

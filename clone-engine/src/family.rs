@@ -1,0 +1,114 @@
+//! A family: all VMs that came of one, and what they have in common.
+
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use forkvm_vmm::Kvm;
+
+use crate::fork::CloneSpec;
+use crate::identity::Identity;
+use crate::member::Member;
+use crate::phase::{NoObserver, Observer};
+use crate::saved::Saver;
+use crate::spawn::Spawner;
+use crate::spawn::in_process::InProcess;
+
+/// Gives each VM of a family its serial console.
+pub trait Consoles: Send + Sync {
+    /// Where the output of `vm` goes. Called before the VM runs.
+    fn open(&self, vm: &Identity) -> io::Result<Box<dyn Write + Send>>;
+}
+
+/// Throws away what guests print.
+#[derive(Debug)]
+pub struct NoConsoles;
+
+impl Consoles for NoConsoles {
+    fn open(&self, _vm: &Identity) -> io::Result<Box<dyn Write + Send>> {
+        Ok(Box::new(io::sink()))
+    }
+}
+
+/// What the VMs of a family have in common.
+#[derive(Clone)]
+pub struct FamilyConfig {
+    /// Where consoles go.
+    pub consoles: Arc<dyn Consoles>,
+    /// Who watches forks.
+    pub observer: Arc<dyn Observer>,
+    /// Who makes clones.
+    pub spawner: Arc<dyn Spawner>,
+    /// How a fork that a guest asks for is done; its count is the guest's.
+    pub guest_forks: CloneSpec,
+    /// Where a machine is saved; without it a guest's SAVE is not offered.
+    pub saver: Option<Arc<dyn Saver>>,
+}
+
+impl Default for FamilyConfig {
+    fn default() -> FamilyConfig {
+        FamilyConfig {
+            consoles: Arc::new(NoConsoles),
+            observer: Arc::new(NoObserver),
+            spawner: Arc::new(InProcess),
+            guest_forks: CloneSpec::default(),
+            saver: None,
+        }
+    }
+}
+
+/// See the module's text. Clones outlive their parent, as processes do; [`Family::end`] ends all.
+pub struct Family {
+    kvm: Arc<Kvm>,
+    config: FamilyConfig,
+    /// Those that run, in the order of their start.
+    running: Mutex<Vec<Arc<Member>>>,
+}
+
+impl Family {
+    /// A family without a member.
+    pub fn new(kvm: Arc<Kvm>, config: FamilyConfig) -> Arc<Family> {
+        Arc::new(Family { kvm, config, running: Mutex::default() })
+    }
+
+    /// What its VMs have in common.
+    pub fn config(&self) -> &FamilyConfig {
+        &self.config
+    }
+
+    pub(crate) fn kvm(&self) -> &Arc<Kvm> {
+        &self.kvm
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Member>>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn enter(&self, member: &Arc<Member>) {
+        self.lock().push(member.clone());
+    }
+
+    pub(crate) fn leave(&self, member: &Arc<Member>) {
+        self.lock().retain(|other| !Arc::ptr_eq(other, member));
+    }
+
+    /// The VMs that run now.
+    pub fn running(&self) -> Vec<Arc<Member>> {
+        self.lock().clone()
+    }
+
+    /// Ends every VM and waits for it: the deepest clones first, the one that was booted last, so
+    /// that none outlives what it came of. Forks that are under way end first.
+    pub fn end(&self) {
+        loop {
+            let running = self.running();
+            let Some(deepest) = running.iter().map(|member| member.identity().depth).max() else {
+                return;
+            };
+            let layer = running.iter().filter(|member| member.identity().depth == deepest);
+            layer.clone().for_each(|member| member.kill());
+            layer.for_each(|member| {
+                member.wait();
+            });
+        }
+    }
+}

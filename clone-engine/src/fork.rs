@@ -1,0 +1,270 @@
+//! The fork itself: from a request on a running parent to clones that run.
+//!
+//! Runs in the thread that serves the parent, so requests are served one after the other. Up to
+//! the parent's run the fork can be undone without a trace; after that, what fails takes back the
+//! clones and leaves the parent running, in a private mapping and on overlays if that is where the
+//! freeze put it. The vCPU that asked is held until all is decided, and then learns the outcome.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+use std::time::{Duration, Instant};
+
+use forkvm_vmm::{MemoryError, PauseError, Vm, VmError};
+use thiserror::Error;
+
+use crate::disks::{DiskSource, DisksError, FrozenDisks};
+use crate::family::Family;
+use crate::fork_point::ForkPoint;
+use crate::freeze::{Freeze, FreezeError, FreezeKind};
+use crate::identity::Identity;
+use crate::image::ImageBuilder;
+use crate::limits::{self, Limit};
+use crate::member::Member;
+use crate::phase::{self, Observer, Phase, Vetoed};
+use crate::spawn::SpawnError;
+
+/// How a clone's memory hangs on the image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MemoryMode {
+    /// Mapped copy-on-write from a complete image.
+    #[default]
+    Cow,
+}
+
+impl MemoryMode {
+    /// The word in options and outputs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            MemoryMode::Cow => "cow",
+        }
+    }
+}
+
+/// What is asked of a fork.
+#[derive(Clone, Debug)]
+pub struct CloneSpec {
+    /// Clones, 1 or more.
+    pub count: u32,
+    /// How the parent's memory is kept.
+    pub freeze: FreezeKind,
+    /// How the clones map it.
+    pub memory_mode: MemoryMode,
+    /// Memory that each clone is expected to write, in MiB; counted against what the host has left.
+    pub expected_write_mib: u64,
+    /// Whether fewer clones than asked for will do. A guest's fork always says yes.
+    pub accept_fewer: bool,
+    /// How long the vCPUs may take to come to the barrier.
+    pub pause_deadline: Duration,
+}
+
+impl Default for CloneSpec {
+    fn default() -> CloneSpec {
+        CloneSpec {
+            count: 1,
+            freeze: FreezeKind::Auto,
+            memory_mode: MemoryMode::Cow,
+            expected_write_mib: 4,
+            accept_fewer: false,
+            pause_deadline: Duration::from_secs(5),
+        }
+    }
+}
+
+impl CloneSpec {
+    /// `count` clones, everything else as the engine chooses.
+    pub fn new(count: u32) -> CloneSpec {
+        CloneSpec { count, ..CloneSpec::default() }
+    }
+}
+
+/// A fork that succeeded.
+pub struct Ticket {
+    /// Number of the fork on its parent; what the guest's JOIN takes.
+    pub id: u32,
+    /// The clones, in the order of their ids.
+    pub clones: Vec<Arc<Member>>,
+    /// Where they came from; more can be spawned from it.
+    pub point: Arc<ForkPoint>,
+}
+
+/// The parent's side of a fork.
+pub(crate) struct Parent<'a> {
+    pub(crate) family: &'a Arc<Family>,
+    pub(crate) vm: &'a mut Vm,
+    pub(crate) disks: &'a mut Vec<DiskSource>,
+    pub(crate) identity: &'a Identity,
+    pub(crate) numbers: &'a Arc<AtomicU32>,
+}
+
+/// A request as it came.
+pub(crate) struct Request<'a> {
+    pub(crate) spec: &'a CloneSpec,
+    /// Doorbell slot of the guest's call; `None` when the host asks.
+    pub(crate) forker: Option<u32>,
+    pub(crate) at: Instant,
+}
+
+/// What a fork point left behind.
+pub(crate) struct Frozen {
+    pub(crate) point: Arc<ForkPoint>,
+    /// Clones that there is room for.
+    pub(crate) granted: u32,
+    /// Whether the parent runs on; otherwise it stands at the barrier.
+    pub(crate) parent_goes_on: bool,
+}
+
+impl Parent<'_> {
+    /// Makes a fork point: everything up to and including the publication of the image.
+    pub(crate) fn freeze(self, request: &Request<'_>) -> Result<Frozen, ForkError> {
+        let observer = self.family.config().observer.clone();
+        let observer = observer.as_ref();
+        let freeze = request.spec.freeze.choose(self.vm.ram().backing());
+
+        let phase = phase::begin(observer, Phase::Request, None)?;
+        let granted = grant(self.vm, request.spec, freeze)?;
+        phase.done();
+
+        let stands_since = Instant::now();
+        let phase = phase::begin(observer, Phase::Pause, None)?;
+        let mut paused = self.vm.pause(request.spec.pause_deadline)?;
+        phase.done();
+
+        let phase = phase::begin(observer, Phase::Save, Some(&paused))?;
+        let state = paused.save()?;
+        phase.done();
+
+        tracing::debug!(asked = %request.spec.freeze, chosen = %freeze.kind(), "freeze");
+        let phase = phase::begin(observer, Phase::Freeze, Some(&paused))?;
+        let disks = FrozenDisks::freeze(paused.disks(), self.disks)?;
+        let image = freeze.freeze(&mut paused)?;
+        phase.done();
+
+        let phase = match phase::begin(observer, Phase::Resume, Some(&paused)) {
+            Ok(phase) => phase,
+            Err(veto) => {
+                freeze.thaw(&mut paused, image)?;
+                return Err(veto.into());
+            }
+        };
+        let (sources, disks) = disks.keep();
+        *self.disks = sources;
+        let (config, layout) = (paused.config().clone(), paused.ram().layout().clone());
+        if freeze.parent_goes_on() {
+            paused.resume();
+            observer.parent_paused(stands_since.elapsed());
+        } else {
+            paused.stay();
+        }
+        phase.done();
+
+        let published = publish(observer, freeze, image);
+        let image = match published {
+            Ok(image) => image,
+            Err(error) => {
+                if !freeze.parent_goes_on() {
+                    self.vm.pause(request.spec.pause_deadline)?.resume();
+                }
+                return Err(error);
+            }
+        };
+        let point = ForkPoint {
+            family: self.family.clone(),
+            parent: self.identity.clone(),
+            config,
+            layout,
+            state,
+            image,
+            disks,
+            forker: request.forker,
+            requested: request.at,
+            numbers: self.numbers.clone(),
+            ids: AtomicU32::new(0),
+        };
+        let parent_goes_on = freeze.parent_goes_on();
+        Ok(Frozen { point: Arc::new(point), granted, parent_goes_on })
+    }
+}
+
+fn publish(
+    observer: &dyn Observer,
+    freeze: &dyn Freeze,
+    image: ImageBuilder,
+) -> Result<Arc<crate::image::MemoryImage>, ForkError> {
+    let phase = phase::begin(observer, Phase::Publish, None)?;
+    let image = image.publish()?;
+    if freeze.parent_goes_on() {
+        // A stopped parent still maps its memory shared; it is sealed when that is gone.
+        image.seal()?;
+    }
+    phase.done();
+    Ok(image)
+}
+
+/// How many clones the host has room for, within what was asked.
+fn grant(vm: &Vm, spec: &CloneSpec, freeze: &dyn Freeze) -> Result<u32, ForkError> {
+    if spec.count == 0 {
+        return Err(ForkError::NoClones);
+    }
+    let copy_kib = match freeze.kind() {
+        FreezeKind::Copy => {
+            vm.ram().populated()?.iter().map(|range| range.end - range.start).sum::<u64>() / 1024
+        }
+        _ => 0,
+    };
+    let room = limits::room(vm.config(), spec.expected_write_mib, copy_kib);
+    let room = room.map_err(ForkError::Limits)?;
+    let granted = spec.count.min(room.clones);
+    if granted == 0 || (granted < spec.count && !spec.accept_fewer) {
+        return Err(ForkError::TooMany { asked: spec.count, room: granted, limit: room.limit });
+    }
+    Ok(granted)
+}
+
+/// Why nothing was forked. The parent runs on.
+#[derive(Debug, Error)]
+pub enum ForkError {
+    /// Zero clones.
+    #[error("a fork makes 1 clone or more, and 0 were asked for")]
+    NoClones,
+    /// The host has no room for them.
+    #[error(
+        "{asked} clones were asked for and the host has room for {room}: what runs out is {limit}; \
+         ask for fewer, or lower what each is expected to write"
+    )]
+    TooMany {
+        /// Clones asked for.
+        asked: u32,
+        /// Clones that would do.
+        room: u32,
+        /// What runs out.
+        limit: Limit,
+    },
+    /// The host's limits could not be read.
+    #[error("reading the host's limits failed")]
+    Limits(#[source] io::Error),
+    /// A vCPU did not stop.
+    #[error("phase pause")]
+    Pause(#[from] PauseError),
+    /// The state could not be read.
+    #[error("phase save")]
+    Save(#[from] VmError),
+    /// The disks could not be frozen.
+    #[error("phase freeze: disks")]
+    Disks(#[from] DisksError),
+    /// The memory could not be frozen.
+    #[error("phase freeze: memory")]
+    Freeze(#[from] FreezeError),
+    /// The image could not be measured or sealed.
+    #[error("phase publish")]
+    Image(#[from] MemoryError),
+    /// A clone could not be made.
+    #[error("phase spawn")]
+    Spawn(#[from] SpawnError),
+    /// No random bytes for a clone's identity.
+    #[error("phase identity")]
+    Identity(#[source] io::Error),
+    /// An observer stopped it.
+    #[error(transparent)]
+    Vetoed(#[from] Vetoed),
+}

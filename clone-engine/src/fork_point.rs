@@ -1,0 +1,99 @@
+//! Fork points: what clones are spawned from, now or later.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
+
+use forkvm_devices::Sections;
+use forkvm_vmm::{MemoryLayout, VmConfig};
+
+use crate::disks::DisksAtFork;
+use crate::family::Family;
+use crate::fork::ForkError;
+use crate::identity::Identity;
+use crate::image::MemoryImage;
+use crate::member::Member;
+use crate::phase::{self, Phase};
+
+/// A VM at one instant: image, state and frozen disks. It lives as long as anybody holds it; the
+/// parent may go on, or be gone.
+pub struct ForkPoint {
+    pub(crate) family: Arc<Family>,
+    /// Who the parent was at that instant.
+    pub(crate) parent: Identity,
+    pub(crate) config: VmConfig,
+    pub(crate) layout: MemoryLayout,
+    pub(crate) state: Sections,
+    pub(crate) image: Arc<MemoryImage>,
+    pub(crate) disks: DisksAtFork,
+    /// Doorbell slot of the guest's call that asked for it; `None` when the host asked.
+    pub(crate) forker: Option<u32>,
+    pub(crate) requested: Instant,
+    /// Clones that the parent ever had, of this fork point and others: they number names.
+    pub(crate) numbers: Arc<AtomicU32>,
+    /// Clones of this fork point.
+    pub(crate) ids: AtomicU32,
+}
+
+impl ForkPoint {
+    /// Spawns `count` clones: all of them run, or none and an error says why.
+    pub fn spawn(&self, count: u32) -> Result<Vec<Arc<Member>>, ForkError> {
+        let observer = self.family.config().observer.clone();
+        let first = self.ids.fetch_add(count, Ordering::Relaxed) + 1;
+        let mut waiting = Vec::with_capacity(count as usize);
+        for clone_id in first..first + count {
+            let number = self.numbers.fetch_add(1, Ordering::Relaxed) + 1;
+            let identity = self.parent.of_clone(number, clone_id).map_err(ForkError::Identity)?;
+            let spawner = &self.family.config().spawner;
+            waiting.push(spawner.prepare(&self.family, self, identity, count, observer.as_ref())?);
+        }
+        let phase = phase::begin(observer.as_ref(), Phase::Run, None)?;
+        let mut clones = Vec::with_capacity(waiting.len());
+        for clone in waiting {
+            match clone.start() {
+                Ok(member) => clones.push(member),
+                Err(error) => {
+                    clones.iter().for_each(|clone: &Arc<Member>| clone.kill());
+                    return Err(error.into());
+                }
+            }
+        }
+        phase.done();
+        observer.forked(&self.parent, &clones);
+        Ok(clones)
+    }
+
+    /// What the clones are.
+    pub fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    /// Bytes of the state of one clone, as a state file would hold it.
+    pub fn state_bytes(&self) -> usize {
+        self.state.iter().map(|section| section.kind.len() + section.body.len() + 11).sum()
+    }
+
+    pub(crate) fn layout(&self) -> &MemoryLayout {
+        &self.layout
+    }
+
+    pub(crate) fn state(&self) -> &Sections {
+        &self.state
+    }
+
+    pub(crate) fn image(&self) -> &MemoryImage {
+        &self.image
+    }
+
+    pub(crate) fn disks(&self) -> &DisksAtFork {
+        &self.disks
+    }
+
+    pub(crate) fn forker(&self) -> Option<u32> {
+        self.forker
+    }
+
+    pub(crate) fn requested(&self) -> Instant {
+        self.requested
+    }
+}

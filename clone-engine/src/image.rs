@@ -1,0 +1,60 @@
+//! Memory images: the guest memory of one instant, shared by all clones of it.
+//!
+//! An [`ImageBuilder`] is an image that no VM maps yet; it is filled and then consumed by
+//! [`ImageBuilder::publish`]. From then on it is a [`MemoryImage`], and nothing changes it: no new
+//! writable mapping can be made (F_SEAL_FUTURE_WRITE), and once the last old one is gone nothing
+//! can write at all ([`MemoryImage::seal`]). Every image here is complete: a page that is not in it
+//! was a hole at the freeze and reads as zero. It is freed with its last user.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use forkvm_vmm::memory::{self, MemoryError, Ram};
+
+/// An image before any VM maps it.
+#[derive(Debug)]
+pub struct ImageBuilder {
+    file: Arc<File>,
+}
+
+impl ImageBuilder {
+    /// An image that is all holes, for RAM of `len` bytes.
+    pub fn empty(len: u64) -> Result<ImageBuilder, MemoryError> {
+        Ok(ImageBuilder { file: Arc::new(memory::memfd(c"forkvm-image", len)?) })
+    }
+
+    /// Takes a memfd that holds the whole memory already: the one that a VM has mapped until now.
+    pub fn adopt(file: Arc<File>) -> ImageBuilder {
+        ImageBuilder { file }
+    }
+
+    /// Copies the populated pages of a paused VM into it. Returns the bytes copied.
+    pub fn fill(&self, ram: &Ram) -> Result<u64, MemoryError> {
+        ram.copy_populated(&self.file)
+    }
+
+    /// Ends the building.
+    pub fn publish(self) -> Result<Arc<MemoryImage>, MemoryError> {
+        memory::seal(&self.file, libc::F_SEAL_FUTURE_WRITE)?;
+        Ok(Arc::new(MemoryImage { file: self.file }))
+    }
+}
+
+/// An immutable, complete memory image.
+#[derive(Debug)]
+pub struct MemoryImage {
+    file: Arc<File>,
+}
+
+impl MemoryImage {
+    /// Proves that nothing can write to it any more (F_SEAL_WRITE). Fails with EBUSY while somebody
+    /// still maps it shared and writable. Not for the parent's pause: it walks the whole image.
+    pub fn seal(&self) -> Result<(), MemoryError> {
+        memory::seal(&self.file, libc::F_SEAL_WRITE)
+    }
+
+    /// The file, to be mapped privately.
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+}
