@@ -94,7 +94,8 @@ pub fn compare(expected: &[u8], found: &[u8]) -> Result<usize, Difference> {
             String::from_utf8_lossy(line).into_owned()
         })
     };
-    for line in 0.. {
+    let mut line = 0;
+    loop {
         let (a, b) = (expected.next(), found.next());
         if a != b {
             return Err(Difference {
@@ -106,8 +107,8 @@ pub fn compare(expected: &[u8], found: &[u8]) -> Result<usize, Difference> {
         if a.is_none() {
             return Ok(line);
         }
+        line += 1;
     }
-    Ok(0)
 }
 
 /// A line of the guests that is not the host's.

@@ -8,6 +8,7 @@
 //! Both strings are searched reversed: where an alignment ends on the reversed text is where it
 //! starts on the text, so that starting positions are found without a traceback.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bio::io::fasta;
@@ -19,6 +20,9 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha12Rng;
 
 use super::sam::{Line, Place, lines};
+
+/// Bases that Myers' algorithm takes in one machine word.
+const WORD: usize = 64;
 
 /// How many reads to check, and which.
 #[derive(Clone, Copy, Debug)]
@@ -172,21 +176,38 @@ fn best_places<'a>(references: &'a [Reversed], bases: &[u8]) -> Vec<Place<'a>> {
 }
 
 /// Last base (on the given text) and distance of all alignments within `limit`.
+///
+/// A long read is searched in two steps, for speed: an alignment of the whole holds one of its
+/// first 64 bases, with no more edits, and those are searched over the whole text first.
 fn ends(pattern: &[u8], text: &[u8], limit: usize) -> Vec<(usize, usize)> {
-    if pattern.len() <= 64 {
-        // The limit is a few edits.
-        let found = Myers::<u64>::new(pattern)
-            .find_all_end(text, limit as u8)
+    let head = &pattern[..pattern.len().min(WORD)];
+    // The limit is a few edits.
+    let heads = Myers::<u64>::new(head);
+    let heads = heads.find_all_end(text, limit as u8);
+    if head.len() == pattern.len() {
+        return heads
+            .map(|(end, distance)| (end, usize::from(distance)))
+            .collect();
+    }
+    let mut windows: Vec<Range<usize>> = Vec::new();
+    for (end, _) in heads {
+        let start = (end + 1).saturating_sub(head.len() + limit);
+        let stop = text.len().min(end + 1 + pattern.len() - head.len() + limit);
+        match windows.last_mut() {
+            Some(last) if start <= last.end => last.end = stop,
+            _ => windows.push(start..stop),
+        }
+    }
+    let whole = long::Myers::<u64>::new(pattern);
+    let in_window = |window: Range<usize>| {
+        let found = whole
+            .find_all_end(&text[window.clone()], limit)
             .collect::<Vec<_>>();
         found
             .into_iter()
-            .map(|(end, distance)| (end, usize::from(distance)))
-            .collect()
-    } else {
-        long::Myers::<u64>::new(pattern)
-            .find_all_end(text, limit)
-            .collect()
-    }
+            .map(move |(end, distance)| (window.start + end, distance))
+    };
+    windows.into_iter().flat_map(in_window).collect()
 }
 
 /// Why the sample could not be checked, or that it was answered wrong.
@@ -352,6 +373,24 @@ mod tests {
         let line = b"r\t0\ta\t1\t60\t30M\t*\t0\t0\tA\tI\tNM:i:1\n";
         let error = check_all(&fasta, stranger, line).unwrap_err();
         assert!(matches!(error, CheckError::Wrong(_)), "{error}");
+    }
+
+    #[test]
+    fn the_search_in_two_steps_finds_what_one_search_finds() {
+        let mut random = ChaCha12Rng::seed_from_u64(23);
+        let unit = random_bases(&mut random, 90);
+        let text = [unit.repeat(4), random_bases(&mut random, 300), unit].concat();
+        for len in [65, 100, 180] {
+            for start in (0..text.len() - len).step_by(11) {
+                let mut pattern = text[start..start + len].to_vec();
+                pattern.remove(len / 3);
+                pattern[len / 2] = b'N';
+                let whole = long::Myers::<u64>::new(pattern.as_slice());
+                let one: Vec<_> = whole.find_all_end(&text, 5).collect();
+                assert!(!one.is_empty());
+                assert_eq!(ends(&pattern, &text, 5), one);
+            }
+        }
     }
 
     #[test]

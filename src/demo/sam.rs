@@ -105,8 +105,12 @@ pub fn write(path: &Path, header: &[u8], text: &[u8]) -> Result<(), WriteError> 
         std::fs::rename(&temporary, path)
     };
     write().map_err(|source| {
-        // The first error is the one to tell; a file that was not even created cannot be removed.
-        std::fs::remove_file(&temporary).unwrap_or_default();
+        // The first error is the one to return; what was not even created need not be removed.
+        if let Err(error) = std::fs::remove_file(&temporary)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(file = %temporary.display(), %error, "a temporary file is left behind");
+        }
         WriteError {
             path: path.to_path_buf(),
             source,

@@ -4,8 +4,6 @@
 //! it came from. The same genome, count and seed give the same bytes on every machine (ChaCha12,
 //! whose stream is fixed by its specification).
 
-use std::io::Write;
-
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha12Rng;
 
@@ -89,8 +87,8 @@ impl Simulation {
                 start
             };
             let strand = if reverse { '-' } else { '+' };
-            // Writing to a vector cannot fail.
-            writeln!(text, "@ecoli_{number}_{position}_{strand}").unwrap_or_default();
+            let title = format!("@ecoli_{number}_{position}_{strand}\n");
+            text.extend_from_slice(title.as_bytes());
             text.extend_from_slice(&read.bases);
             text.extend_from_slice(b"\n+\n");
             text.extend_from_slice(&read.qualities);

@@ -214,12 +214,13 @@ fn check(references: &[Vec<u8>], mapper: &mut Mapper<'_>, read: &[u8]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+    // Each case builds an index of 64 MiB: few cases with many reads each.
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
     #[test]
     fn finds_what_the_full_table_finds(
         references in prop::collection::vec(sequence(), 1..4),
-        draws in prop::collection::vec(draw(), 40),
+        draws in prop::collection::vec(draw(), 100),
     ) {
         let index = index_of(&references);
         let mut mapper = Mapper::new(&index);
