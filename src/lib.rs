@@ -1,4 +1,44 @@
 //! fork() for virtual machines.
+//!
+//! Boot a VM, bring it into the state you want, [`Vm::fork`] it: every clone continues from that
+//! very instant, with memory and disks copy-on-write. A guest can ask for the same from inside,
+//! through the fork doorbell ([`abi`]).
+//!
+//! ```no_run
+//! use std::time::Duration;
+//! use forkvm::{BootSpec, CloneSpec, Vm, guest};
+//!
+//! let spec = BootSpec {
+//!     name: "parent".into(),
+//!     memory_mib: 512,
+//!     vcpus: 1,
+//!     disks: Vec::new(),
+//!     payload: guest::bare(),
+//!     cmdline: "job=touch mib=16".into(),
+//! };
+//! let parent = Vm::boot(spec)?;
+//! parent.wait_ready(Duration::from_secs(10))?;
+//! for clone in parent.fork(CloneSpec::new(4))? {
+//!     println!("clone {} {}", clone.id(), clone.join().end);
+//! }
+//! # Ok::<(), forkvm::Error>(())
+//! ```
+//!
+//! The layers below are crates of their own: `forkvm-devices` (device models), `forkvm-vmm` (KVM
+//! machines), `forkvm-clone-engine` (freeze, images, spawning).
 
 #[cfg(feature = "cli")]
 pub mod demo;
+pub mod guest;
+mod vm;
+
+pub use forkvm_abi as abi;
+pub use forkvm_clone_engine as engine;
+pub use forkvm_clone_engine::{
+    BootSpec, CloneSpec, DiskSource, DiskSpec, End, FamilyConfig, Finished, ForkPoint, FreezeKind,
+    Identity, MemoryMode, Timeline,
+};
+pub use forkvm_devices as devices;
+pub use forkvm_vmm as vmm;
+pub use forkvm_vmm::boot::Payload;
+pub use vm::{CloneVm, Error, Vm};

@@ -97,7 +97,7 @@ impl DiskSource {
     fn thaw(&self, after: &DiskSource) -> Result<(), DisksError> {
         if let DiskSource::Durable { base, top } = after {
             let path = top.path().unwrap_or_else(|| Path::new(""));
-            base.forget_overlay(path)?;
+            base.unfreeze(path)?;
             Overlay::remove_files(path)?;
         }
         Ok(())

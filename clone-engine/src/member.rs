@@ -37,7 +37,6 @@ const PAUSE_DEADLINE: Duration = Duration::from_secs(5);
 /// Handle of a VM. The VM runs on when all handles are dropped, until it ends or its family does.
 pub struct Member {
     name: String,
-    depth: u32,
     config: VmConfig,
     inbox: Sender<Message>,
     seen: Mutex<Seen>,
@@ -116,7 +115,6 @@ impl Member {
         let name = identity.name.clone();
         let member = Arc::new(Member {
             name: name.clone(),
-            depth: identity.depth,
             config: vm.config().clone(),
             inbox: inbox.sender,
             seen: Mutex::new(Seen {

@@ -1,0 +1,94 @@
+//! What the KVM tests have in common: a guest on the embedded image, with its consoles kept.
+
+use std::io::{self, Write};
+use std::ops::Deref;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use forkvm::engine::{Consoles, ForkLog};
+use forkvm::{BootSpec, FamilyConfig, Identity, Vm, guest};
+
+/// Far beyond what anything here takes on a slow host.
+pub const LONG: Duration = Duration::from_secs(120);
+
+/// Consoles of a whole family, in one text.
+#[derive(Clone, Default)]
+pub struct Kept(Arc<Mutex<String>>);
+
+impl Kept {
+    /// All that was printed, each line behind the name of its VM.
+    pub fn text(&self) -> String {
+        self.0.lock().unwrap().clone()
+    }
+}
+
+impl Consoles for Kept {
+    fn open(&self, vm: &Identity) -> io::Result<Box<dyn Write + Send>> {
+        Ok(Box::new(Line { name: vm.name.clone(), line: Vec::new(), kept: self.0.clone() }))
+    }
+}
+
+struct Line {
+    name: String,
+    line: Vec<u8>,
+    kept: Arc<Mutex<String>>,
+}
+
+impl Write for Line {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        for &byte in bytes {
+            self.line.push(byte);
+            if byte == b'\n' {
+                let line = String::from_utf8_lossy(&self.line);
+                self.kept.lock().unwrap().push_str(&format!("{}: {line}", self.name));
+                self.line.clear();
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A VM under test. Its whole family ends with it.
+pub struct Guest {
+    vm: Vm,
+    pub consoles: Kept,
+    pub log: Arc<ForkLog>,
+}
+
+impl Deref for Guest {
+    type Target = Vm;
+
+    fn deref(&self) -> &Vm {
+        &self.vm
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.vm.family().end();
+    }
+}
+
+/// Boots the embedded guest with a job.
+pub fn boot(name: &str, memory_mib: u64, vcpus: u32, cmdline: &str) -> Guest {
+    let consoles = Kept::default();
+    let log = Arc::new(ForkLog::default());
+    let config = FamilyConfig {
+        consoles: Arc::new(consoles.clone()),
+        observer: log.clone(),
+        ..FamilyConfig::default()
+    };
+    let spec = BootSpec {
+        name: name.into(),
+        memory_mib,
+        vcpus,
+        disks: Vec::new(),
+        payload: guest::bare(),
+        cmdline: cmdline.into(),
+    };
+    Guest { vm: Vm::boot_with(spec, config).unwrap(), consoles, log }
+}
