@@ -133,21 +133,22 @@ impl RawFile {
         self.frozen.store(true, Ordering::Release);
         // flock(2) gives the old lock up before it takes the new one. A writer that slips in
         // between finds the mark and goes again.
-        let marked = BaseMark::of(overlay)
+        let marked = BaseMark::of(overlay.clone())
             .store(&self.path)
             .and_then(|()| lock_patiently(|| self.file.try_lock_shared()).map_err(io_error));
         if marked.is_err()
-            && let Err(error) = self.unfreeze()
+            && let Err(error) = self.unfreeze(&overlay)
         {
             tracing::error!(%error, disk = %self.path.display(), "a freeze could not be undone");
         }
         marked
     }
 
-    /// Undoes [`RawFile::freeze_as_base`] when a fork is rolled back: the mark is removed and this
-    /// instance writes again. An error while anybody else has the file open; the disk then stays
-    /// frozen. A disk that is not frozen is left alone.
-    pub fn unfreeze(&self) -> Result<(), MarkError> {
+    /// Undoes [`RawFile::freeze_as_base`] for `overlay` when a fork is rolled back. Once no overlay
+    /// is left the mark is removed and this instance writes again. An error while anybody else has
+    /// the file open; the disk then stays frozen, under its mark. A disk that is not frozen is left
+    /// alone.
+    pub fn unfreeze(&self, overlay: &Path) -> Result<(), MarkError> {
         if !self.frozen.load(Ordering::Acquire) {
             return Ok(());
         }
@@ -155,6 +156,13 @@ impl RawFile {
             path: self.path.clone(),
             source,
         };
+        let overlay = std::path::absolute(overlay).map_err(io_error)?;
+        if let Some(mut mark) = BaseMark::load(&self.path)? {
+            mark.overlays.retain(|named| *named != overlay);
+            if !mark.overlays.is_empty() {
+                return mark.store(&self.path);
+            }
+        }
         if let Err(error) = self.file.try_lock() {
             // The failed attempt has cost the shared lock as well.
             lock_patiently(|| self.file.try_lock_shared()).map_err(io_error)?;
@@ -163,25 +171,6 @@ impl RawFile {
         BaseMark::remove(&self.path)?;
         self.frozen.store(false, Ordering::Release);
         Ok(())
-    }
-
-    /// Undoes one [`RawFile::freeze_as_base`]: takes `overlay` out of the mark, and the mark away
-    /// with its last one.
-    pub fn forget_overlay(&self, overlay: &Path) -> Result<(), MarkError> {
-        let io_error = |source| MarkError::Io {
-            path: self.path.clone(),
-            source,
-        };
-        let overlay = std::path::absolute(overlay).map_err(io_error)?;
-        let mark = BaseMark::load(&self.path)?;
-        let mut mark = mark.ok_or_else(|| MarkError::Gone {
-            disk: self.path.clone(),
-        })?;
-        mark.overlays.retain(|other| *other != overlay);
-        if mark.overlays.is_empty() {
-            return self.unfreeze();
-        }
-        mark.store(&self.path)
     }
 }
 

@@ -6,7 +6,7 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -43,6 +43,7 @@ impl RawFile {
         let opened = OpenOptions::new()
             .read(true)
             .write(access == Access::ReadWrite)
+            .custom_flags(libc::O_NONBLOCK) // opening a pipe by mistake must not wait for a peer
             .open(path);
         let file = opened.map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => RawFileError::Missing { path: path.into() },

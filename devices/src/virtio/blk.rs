@@ -70,7 +70,7 @@ pub struct BlkCounters {
     pub flush_requests: u64,
     /// DISCARD and WRITE_ZEROES requests that succeeded.
     pub discard_requests: u64,
-    /// Bytes that they made read as zero.
+    /// Bytes that such requests made read as zero.
     pub discarded_bytes: u64,
     /// Requests that ended with another status than OK, or without one.
     pub failed_requests: u64,
@@ -198,8 +198,9 @@ impl Blk {
         // Section 5.2.6.2: every flag is unsupported here, unmap included.
         let ranges = self.ranges(ranges, memory, MOST_DISCARD_SECTORS, 0)?;
         for (range, _) in ranges {
-            self.counters.discarded_bytes += range.end - range.start;
+            let len = range.end - range.start;
             self.layer.discard(range)?;
+            self.counters.discarded_bytes += len;
         }
         self.counters.discard_requests += 1;
         Ok(Written)
@@ -213,17 +214,18 @@ impl Blk {
         let unmap = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
         let ranges = self.ranges(ranges, memory, MOST_ZEROED_SECTORS, unmap)?;
         for (range, flags) in ranges {
-            self.counters.discarded_bytes += range.end - range.start;
+            let len = range.end - range.start;
             if flags & unmap != 0 {
                 self.layer.discard(range)?;
-                continue;
+            } else {
+                // Without the flag the driver wants the space to stay allocated.
+                for part in parts(range) {
+                    let zeros = bounce(&mut self.bounce, &part);
+                    zeros.fill(0);
+                    self.layer.write_at(part.start, zeros)?;
+                }
             }
-            // Without the flag the driver wants the space to stay allocated.
-            for part in parts(range) {
-                let zeros = bounce(&mut self.bounce, &part);
-                zeros.fill(0);
-                self.layer.write_at(part.start, zeros)?;
-            }
+            self.counters.discarded_bytes += len;
         }
         self.counters.discard_requests += 1;
         Ok(Written)

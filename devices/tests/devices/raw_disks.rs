@@ -147,7 +147,7 @@ fn a_fork_that_is_rolled_back_leaves_the_disk_as_it_was() {
     let place = place();
     let raw = open(&place, Access::ReadWrite).unwrap();
     raw.freeze_as_base(&place.overlay).unwrap();
-    raw.unfreeze().unwrap();
+    raw.unfreeze(&place.overlay).unwrap();
     raw.write_at(0, &[9; 512]).unwrap();
     assert!(
         open(&place, Access::ReadOnly).is_err(),
@@ -168,12 +168,42 @@ fn a_base_that_somebody_reads_stays_frozen() {
     let raw = open(&place, Access::ReadWrite).unwrap();
     raw.freeze_as_base(&place.overlay).unwrap();
     let reader = open(&place, Access::ReadOnly).unwrap();
-    raw.unfreeze().unwrap_err();
+    raw.unfreeze(&place.overlay).unwrap_err();
     assert!(raw.read_only());
     drop(reader);
     open(&place, Access::ReadOnly).unwrap();
-    raw.unfreeze().unwrap();
+    raw.unfreeze(&place.overlay).unwrap();
     assert!(!raw.read_only());
+}
+
+#[test]
+fn a_second_fork_that_is_rolled_back_leaves_the_first_ones_overlay_in_the_mark() {
+    let place = place();
+    let second = place.directory.path().join("second");
+    let raw = open(&place, Access::ReadWrite).unwrap();
+    raw.freeze_as_base(&place.overlay).unwrap();
+    raw.freeze_as_base(&second).unwrap();
+    raw.unfreeze(&second).unwrap();
+    assert!(raw.read_only());
+    drop(raw);
+    let error = open(&place, Access::ReadWrite).unwrap_err();
+    assert!(matches!(&error, RawFileError::FrozenBase { overlays, .. }
+        if *overlays == [place.overlay.clone()]));
+}
+
+#[test]
+fn a_pipe_is_no_disk_and_nobody_waits_for_its_other_end() {
+    let place = place();
+    let pipe = place.directory.path().join("pipe");
+    assert!(
+        std::process::Command::new("mkfifo")
+            .arg(&pipe)
+            .status()
+            .unwrap()
+            .success()
+    );
+    let error = RawFile::open(&pipe, Access::ReadOnly).unwrap_err();
+    assert!(matches!(error, RawFileError::NotAFile { .. }), "{error}");
 }
 
 #[test]
