@@ -124,9 +124,9 @@ impl Device for Serial {
     }
 
     fn activate(&mut self) -> Result<(), DeviceError> {
-        // What the registers wished for while they were restored is covered by the same pulse.
-        let wished = self.uart.interrupt_evt().take();
-        if wished || self.uart.state().interrupt_identification & NOTHING_PENDING == 0 {
+        if self.uart.state().interrupt_identification & NOTHING_PENDING == 0 {
+            // The same edge serves what the registers wished for while they were restored.
+            self.uart.interrupt_evt().take();
             self.interrupt
                 .pulse()
                 .map_err(|source| DeviceError::Interrupt {

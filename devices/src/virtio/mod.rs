@@ -8,6 +8,7 @@ pub mod chain;
 pub mod mmio;
 mod queue_pass;
 pub mod rng;
+mod saved_queue;
 
 pub use blk::{Blk, BlkCounters};
 pub use chain::Chain;

@@ -165,6 +165,19 @@ fn a_damaged_overlay_is_not_merged() {
 }
 
 #[test]
+fn the_overlay_stays_until_the_mark_says_that_it_is_merged() {
+    let forked = Forked::new();
+    // The mark is written under this name first.
+    let obstacle = forked.directory.path().join("disk.forkvm-base.new");
+    fs::create_dir(&obstacle).unwrap();
+    assert!(matches!(forked.commit(), Err(CommitError::Mark(_))));
+    assert!(forked.overlay.exists() && forked.directory.path().join("overlay.map").exists());
+    fs::remove_dir(obstacle).unwrap();
+    forked.commit().unwrap();
+    forked.assert_merged();
+}
+
+#[test]
 fn a_commit_that_was_killed_while_it_merged_is_finished_by_the_same_command() {
     let forked = Forked::new();
     let mut calls = 0;

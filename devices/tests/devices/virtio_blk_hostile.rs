@@ -152,6 +152,28 @@ fn a_chain_that_is_a_loop_comes_back() {
 }
 
 #[test]
+fn a_chain_that_promises_more_than_there_is_ends_with_ioerr() {
+    let mut driver = driver(writable_disk());
+    driver.put_header(FLUSH, 0);
+    let cut = [
+        Descriptor {
+            flags: NEXT,
+            next: 1,
+            ..readable(HEADER, 16)
+        },
+        Descriptor {
+            flags: NEXT | WRITE,
+            next: 500,
+            ..writable(STATUS, 1)
+        },
+    ];
+    driver.write_table(DESC, &cut);
+    driver.offer(0);
+    driver.notify();
+    assert_eq!(driver.bytes(STATUS, 1), [IOERR]);
+}
+
+#[test]
 fn an_indirect_table_of_65535_entries_costs_no_more_than_a_queue() {
     let mut driver = driver(writable_disk());
     let table = Descriptor {

@@ -221,6 +221,8 @@ fn activating_an_idle_device_writes_no_guest_memory() {
     old.request(&[writable(DATA, 8)]);
     old.set(reg::INTERRUPT_ACK, 1);
     let mut new = restored(&old);
+    // A value that the device would never write, where it would write first: the avail event.
+    new.put16(USED + 4 + 8 * u64::from(QUEUE_SIZE), 0x7777);
     let before = all(&new.memory);
     new.device.activate().unwrap();
     assert!(all(&new.memory) == before);
