@@ -175,6 +175,7 @@ impl Parent<'_> {
             layout,
             state,
             image,
+            freeze: freeze.kind(),
             disks,
             forker: request.forker,
             requested: request.at,

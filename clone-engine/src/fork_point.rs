@@ -1,5 +1,7 @@
 //! Fork points: what clones are spawned from, now or later.
 
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
@@ -10,6 +12,7 @@ use forkvm_vmm::{MemoryLayout, VmConfig};
 use crate::disks::DisksAtFork;
 use crate::family::Family;
 use crate::fork::ForkError;
+use crate::freeze::FreezeKind;
 use crate::identity::Identity;
 use crate::image::MemoryImage;
 use crate::member::Member;
@@ -25,6 +28,8 @@ pub struct ForkPoint {
     pub(crate) layout: MemoryLayout,
     pub(crate) state: Sections,
     pub(crate) image: Arc<MemoryImage>,
+    /// How it was made.
+    pub(crate) freeze: FreezeKind,
     pub(crate) disks: DisksAtFork,
     /// Doorbell slot of the guest's call that asked for it; `None` when the host asked.
     pub(crate) forker: Option<u32>,
@@ -37,7 +42,7 @@ pub struct ForkPoint {
 
 impl ForkPoint {
     /// Spawns `count` clones: all of them run, or none and an error says why.
-    pub fn spawn(&self, count: u32) -> Result<Vec<Arc<Member>>, ForkError> {
+    pub fn spawn(self: &Arc<Self>, count: u32) -> Result<Vec<Arc<Member>>, ForkError> {
         let observer = self.family.config().observer.clone();
         let first = self.ids.fetch_add(count, Ordering::Relaxed) + 1;
         let mut waiting = Vec::with_capacity(count as usize);
@@ -59,13 +64,33 @@ impl ForkPoint {
             }
         }
         phase.done();
-        observer.forked(&self.parent, &clones);
+        observer.forked(self, &clones);
         Ok(clones)
     }
 
     /// What the clones are.
     pub fn config(&self) -> &VmConfig {
         &self.config
+    }
+
+    /// How the parent's memory was kept; never [`FreezeKind::Auto`].
+    pub fn freeze(&self) -> FreezeKind {
+        self.freeze
+    }
+
+    /// Whether the guest asked for it, rather than the host.
+    pub fn by_guest(&self) -> bool {
+        self.forker.is_some()
+    }
+
+    /// Clone steps from the boot to its clones.
+    pub fn depth(&self) -> u32 {
+        self.parent.depth + 1
+    }
+
+    /// Memory of the image that is populated, in bytes.
+    pub fn populated(&self) -> io::Result<u64> {
+        Ok(self.image.file().metadata()?.blocks() * 512)
     }
 
     /// Bytes of the state of one clone, as a state file would hold it.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use forkvm_vmm::PausedVm;
 use thiserror::Error;
 
-use crate::identity::Identity;
+use crate::fork_point::ForkPoint;
 use crate::member::Member;
 
 /// What a fork goes through, in this order. The names are the spans of the trace and the columns of
@@ -89,8 +89,8 @@ pub trait Observer: Send + Sync {
     /// The parent stood still for `took`, from the barrier's request to its run.
     fn parent_paused(&self, took: Duration);
 
-    /// `clones` of `parent` run.
-    fn forked(&self, parent: &Identity, clones: &[Arc<Member>]);
+    /// `clones` of `point` run.
+    fn forked(&self, point: &Arc<ForkPoint>, clones: &[Arc<Member>]);
 }
 
 /// An observer did not let a phase happen.
@@ -111,7 +111,7 @@ impl Observer for NoObserver {
 
     fn parent_paused(&self, _took: Duration) {}
 
-    fn forked(&self, _parent: &Identity, _clones: &[Arc<Member>]) {}
+    fn forked(&self, _point: &Arc<ForkPoint>, _clones: &[Arc<Member>]) {}
 }
 
 /// Keeps how long each phase took, and who came of it, for a report.
@@ -152,7 +152,7 @@ impl Observer for ForkLog {
         self.pauses.lock().unwrap_or_else(PoisonError::into_inner).push(took);
     }
 
-    fn forked(&self, _parent: &Identity, clones: &[Arc<Member>]) {
+    fn forked(&self, _point: &Arc<ForkPoint>, clones: &[Arc<Member>]) {
         self.clones.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(clones);
     }
 }
