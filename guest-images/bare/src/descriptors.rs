@@ -86,6 +86,12 @@ exception_stubs:
 exception:
     pop rdi                         # vector
     pop rsi                         # error code
+    cmp qword ptr [rsp], offset ring0_wrmsr
+    je 2f
+    cmp qword ptr [rsp], offset ring0_rdmsr
+    je 2f
+    lock bts dword ptr [exception_taken], 0
+    jc 3f                           # one vCPU reports; its stack is the only one
     pop rdx                         # RIP
     mov rcx, cr2
     mov r8, [rsp + 16]              # RSP
@@ -96,10 +102,20 @@ exception:
     push offset {report}
     iretq
 
+    # An MSR that this CPU does not have.
+2:
+    mov qword ptr [rsp], offset ring0_refused
+    iretq
+3:
+    hlt
+    jmp 3b
+
     .section .bss.exception_stack, "aw", @nobits
     .balign 16
     .skip 16384
 exception_stack_top:
+exception_taken:
+    .skip 4
     "#,
     cpus = const MAX_VCPUS,
     tss_stride = const TSS_STRIDE,

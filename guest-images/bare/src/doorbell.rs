@@ -54,7 +54,18 @@ impl Doorbell {
     /// Forks this VM into `clones`, by the call slot of vCPU `cpu`. The error is a negated
     /// [`forkvm_abi::errno`], and nothing was forked. A clone reports [`report::ACTION`] first.
     pub fn fork(&self, cpu: usize, clones: u32) -> Result<Forked, i64> {
-        let id = self.call(cpu, op::FORK, clones)? as u32;
+        self.fork_ringing(cpu, clones, port::write32)
+    }
+
+    /// [`Doorbell::fork`] with a bell of the caller's: `ring` writes its second argument to the
+    /// port that is its first.
+    pub fn fork_ringing(
+        &self,
+        cpu: usize,
+        clones: u32,
+        ring: impl FnOnce(u16, u32),
+    ) -> Result<Forked, i64> {
+        let id = self.call(cpu, op::FORK, clones, ring)? as u32;
         if id != 0 {
             self.report(report::ACTION);
         }
@@ -64,12 +75,12 @@ impl Doorbell {
 
     /// Waits until all clones of `forked` have ended and answers the worst of their statuses.
     pub fn join(&self, cpu: usize, forked: Forked) -> Result<u32, i64> {
-        self.call(cpu, op::JOIN, forked.ticket).map(|status| status as u32)
+        self.call(cpu, op::JOIN, forked.ticket, port::write32).map(|status| status as u32)
     }
 
     /// Saves this machine. Answers whether this is the machine that was restored from it.
     pub fn save(&self, cpu: usize) -> Result<bool, i64> {
-        self.call(cpu, op::SAVE, 0).map(|answer| answer != 0)
+        self.call(cpu, op::SAVE, 0, port::write32).map(|answer| answer != 0)
     }
 
     /// Tells the host `value`; never waits.
@@ -113,11 +124,17 @@ impl Doorbell {
         }
     }
 
-    fn call(&self, cpu: usize, op: u32, arg: u32) -> Result<i64, i64> {
+    fn call(
+        &self,
+        cpu: usize,
+        op: u32,
+        arg: u32,
+        ring: impl FnOnce(u16, u32),
+    ) -> Result<i64, i64> {
         let call = Call { op, arg, result: 0, granted: 0, ticket: 0, reserved: [0; 40] };
         // SAFETY: the slot is this vCPU's own; the host reads it when the bell rings.
         unsafe { slot(cpu).write_volatile(call) };
-        port::write32(PORT + reg::RING, cpu as u32);
+        ring(PORT + reg::RING, cpu as u32);
         match read_call(cpu).result {
             error if error < 0 => Err(error),
             answer => Ok(answer),

@@ -26,6 +26,7 @@ mod panic;
 mod port;
 mod random;
 mod records;
+mod registers;
 mod ring0;
 mod serial;
 mod smp;

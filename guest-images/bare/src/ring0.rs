@@ -34,6 +34,33 @@ ring0_wait:
 2:
     iretq
 
+    # Writes RSI to MSR RDI. RAX becomes 0, or 1 when that raised an exception.
+ring0_write_msr:
+    mov ecx, edi
+    mov eax, esi
+    mov rdx, rsi
+    shr rdx, 32
+    .global ring0_wrmsr
+ring0_wrmsr:
+    wrmsr
+    mov eax, 0
+    iretq
+
+    # Reads MSR RDI into the eight bytes at RSI. RAX as above.
+ring0_read_msr:
+    mov ecx, edi
+    .global ring0_rdmsr
+ring0_rdmsr:
+    rdmsr
+    mov [rsi], eax
+    mov [rsi + 4], edx
+    mov eax, 0
+    iretq
+    .global ring0_refused
+ring0_refused:
+    mov eax, 1
+    iretq
+
     # Interrupts on, in the RFLAGS that ring 3 gets back.
 ring0_enable_interrupts:
     or dword ptr [rsp + 16], 0x200
@@ -46,6 +73,8 @@ unsafe extern "C" {
     static ring0_entry: u8;
     static ring0_wait: u8;
     static ring0_enable_interrupts: u8;
+    static ring0_write_msr: u8;
+    static ring0_read_msr: u8;
 }
 
 /// Address of the handler of INT3.
@@ -66,23 +95,46 @@ pub fn wait_while(word: &AtomicU32, value: u32) {
     unsafe { call(&raw const ring0_wait, word.as_ptr().addr() as u64, u64::from(value)) };
 }
 
+/// Writes `value` to `msr` of this vCPU. False where the CPU refuses it (CPUID, as ring 3 reads it,
+/// does not always tell what a KVM lets a guest have).
+///
+/// # Safety
+/// Nothing in this guest relies on what `msr` does.
+pub unsafe fn write_msr(msr: u32, value: u64) -> bool {
+    // SAFETY: the routine writes the MSR; the rest is the caller's word.
+    unsafe { call(&raw const ring0_write_msr, u64::from(msr), value) == 0 }
+}
+
+/// Reads `msr` of this vCPU; `None` where the CPU refuses it.
+pub fn read_msr(msr: u32) -> Option<u64> {
+    let mut value = 0u64;
+    // SAFETY: the routine writes the eight bytes of `value`; reading an MSR changes nothing.
+    unsafe {
+        let to = (&raw mut value).expose_provenance() as u64;
+        let refused = call(&raw const ring0_read_msr, u64::from(msr), to);
+        (refused == 0).then_some((&raw const value).read_volatile())
+    }
+}
+
 /// Runs the ring-0 code at `routine` with RDI and RSI; it ends in IRETQ and changes no register
-/// but RAX, RCX and RDX.
+/// but RAX, RCX, RDX, RSI and RDI. Answers RAX.
 ///
 /// # Safety
 /// `routine` is one of the assembly routines written for this, and its arguments are what it needs.
-pub unsafe fn call(routine: *const u8, rdi: u64, rsi: u64) {
+pub unsafe fn call(routine: *const u8, rdi: u64, rsi: u64) -> u64 {
+    let answer;
     // SAFETY: the gate of vector 3 leads to `ring0_entry`, on the vCPU's ring-0 stack; the rest is
     // the caller's word.
     unsafe {
         asm!(
             "int3",
-            inout("rax") routine => _,
+            inout("rax") routine => answer,
             inout("r11") u64::from(MARK) => _,
-            in("rdi") rdi,
-            in("rsi") rsi,
+            inout("rdi") rdi => _,
+            inout("rsi") rsi => _,
             out("rcx") _,
             out("rdx") _,
         );
     }
+    answer
 }

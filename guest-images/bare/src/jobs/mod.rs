@@ -5,6 +5,7 @@ mod counter;
 mod fork;
 mod hello;
 mod map_reads;
+mod registers;
 mod save;
 mod spin;
 mod touch;
@@ -31,6 +32,7 @@ const JOBS: &[(&str, Job)] = &[
     ("fork", fork::run),
     ("hello", hello::run),
     ("map-reads", map_reads::run),
+    ("registers", registers::run),
     ("save", save::run),
     ("spin", spin::run),
     ("touch", touch::run),
