@@ -20,6 +20,9 @@ pub const SERIAL_PORT_LEN: u16 = 8;
 /// Interrupt line of the UART, as on a PC.
 pub const SERIAL_GSI: u32 = 4;
 
+/// Interrupt line that no device has: a test raises it by hand to see an interrupt arrive.
+pub const TEST_GSI: u32 = 23;
+
 /// I/O port of the exit device. A 32-bit write ends the whole machine with that value as its exit
 /// status; QEMU's `isa-debug-exit` at this port ends QEMU likewise.
 pub const EXIT_PORT: u16 = 0xf4;

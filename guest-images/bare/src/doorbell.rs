@@ -98,6 +98,12 @@ impl Doorbell {
         header(offset_of!(PageHeader, clone_id))
     }
 
+    /// The first eight bytes of what no other VM has.
+    pub fn generation(&self) -> u64 {
+        let [low, high] = [0, 4].map(|at| header(offset_of!(PageHeader, generation) + at));
+        u64::from(high) << 32 | u64::from(low)
+    }
+
     /// Reports [`report::ACTION`] in a VM that a fork of the host's has made a clone.
     pub fn report_action_of_clone(&self) {
         if self.clone_id() != 0 {

@@ -47,6 +47,9 @@ const PIC_MASKS: [u16; 2] = [0x21, 0xa1];
 /// How often each line has interrupted since boot, forks included.
 static COUNTS: [AtomicU32; LINES] = [const { AtomicU32::new(0) }; LINES];
 
+/// Interrupts of any vCPU since boot, wake-ups included.
+static TOTAL: AtomicU32 = AtomicU32::new(0);
+
 global_asm!(
     r#"
     .section .text, "ax", @progbits
@@ -61,6 +64,7 @@ line_stubs:
     .endr
 
 acknowledge:
+    lock inc dword ptr [rip + {total}]
     push rax
     mov eax, 0xfee000b0             # EOI of the local APIC
     mov dword ptr [rax], 0
@@ -71,6 +75,7 @@ spurious:
     lines = const LINES,
     stub_stride = const STUB_STRIDE,
     counts = sym COUNTS,
+    total = sym TOTAL,
 );
 
 unsafe extern "C" {
@@ -118,6 +123,16 @@ pub fn wait_for(gsi: u32, seen: u32) {
     while count(gsi) == seen {
         ring0::wait_while(&COUNTS[gsi as usize], seen);
     }
+}
+
+/// Interrupts of any vCPU since boot, wake-ups included.
+pub fn total() -> u32 {
+    TOTAL.load(Ordering::Acquire)
+}
+
+/// Halts the calling vCPU until it is interrupted, unless [`total`] is no longer `seen`.
+pub fn wait_for_any(seen: u32) {
+    ring0::wait_while(&TOTAL, seen);
 }
 
 /// Physical id of the calling vCPU's local APIC.

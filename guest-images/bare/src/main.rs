@@ -10,6 +10,7 @@
 extern crate alloc;
 
 mod args;
+mod barrier;
 mod boot;
 mod boot_info;
 mod compiler_memory;
@@ -31,6 +32,9 @@ mod ring0;
 mod serial;
 mod smp;
 mod tar;
+mod tsc;
+mod versioned_disk;
+mod versioned_pages;
 mod virtio_blk;
 
 use boot_info::BootProtocol;

@@ -12,9 +12,11 @@ use crate::port;
 
 /// Register offsets and bits of the 16550 (TL16C550C data sheet, section 8).
 const DATA: u16 = SERIAL_PORT;
+const INTERRUPT_ENABLE: u16 = SERIAL_PORT + 1;
 const FIFO_CONTROL: u16 = SERIAL_PORT + 2;
 const LINE_STATUS: u16 = SERIAL_PORT + 5;
 const FIFO_ENABLE: u8 = 1;
+const RECEIVED_DATA: u8 = 1;
 const DATA_READY: u8 = 1 << 0;
 const TRANSMITTER_EMPTY: u8 = 1 << 5;
 const FIFO_LEN: u8 = 16;
@@ -63,9 +65,19 @@ pub fn print_last_words(text: fmt::Arguments<'_>) {
     if console.write_fmt(text).is_err() {}
 }
 
+/// Lets the UART raise its interrupt for input.
+pub fn interrupt_on_input() {
+    port::write8(INTERRUPT_ENABLE, RECEIVED_DATA);
+}
+
+/// Whether a byte was typed that [`read`] has not returned.
+pub fn has_input() -> bool {
+    port::read8(LINE_STATUS) & DATA_READY != 0
+}
+
 /// A byte that was typed, if there is one.
 pub fn read() -> Option<u8> {
-    (port::read8(LINE_STATUS) & DATA_READY != 0).then(|| port::read8(DATA))
+    has_input().then(|| port::read8(DATA))
 }
 
 /// Prints a line to the console.

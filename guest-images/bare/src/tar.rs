@@ -4,6 +4,7 @@
 
 use alloc::string::String;
 use alloc::vec::Vec;
+use core::fmt;
 
 use crate::virtio_blk::{Disk, DiskError, SECTOR};
 
@@ -25,6 +26,15 @@ pub enum TarError {
     Disk(DiskError),
     /// What lies at this sector should be a header and is none.
     Header(u64),
+}
+
+impl fmt::Display for TarError {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            TarError::Disk(error) => write!(out, "reading the tar archive: {error}"),
+            TarError::Header(sector) => write!(out, "no tar archive: sector {sector} is no header"),
+        }
+    }
 }
 
 /// Offsets and lengths of a header's fields.

@@ -8,6 +8,7 @@
 #![allow(unsafe_code)] // Device registers, and memory that a device reads and writes.
 
 use alloc::boxed::Box;
+use core::fmt;
 use core::ptr::with_exposed_provenance_mut;
 use core::sync::atomic::{AtomicU16, Ordering, fence};
 
@@ -94,6 +95,15 @@ pub enum DiskError {
     Range,
     /// The device answered with this status: 1 is an I/O error, 2 an unknown request.
     Status(u8),
+}
+
+impl fmt::Display for DiskError {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DiskError::Range => write!(out, "a request beyond its end, or not of whole sectors"),
+            DiskError::Status(status) => write!(out, "it answered with status {status}"),
+        }
+    }
 }
 
 #[repr(C)]

@@ -11,6 +11,7 @@
 //! Reports: [`INDEX`] when the index is begun, READY when it is there, ACTION by a clone as soon as
 //! it runs, ANSWER after its first record.
 
+use alloc::string::String;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
@@ -176,7 +177,7 @@ fn map_text(
         }
     });
     if let Some(error) = failed.into_inner() {
-        return Err(Problem::Fastq(alloc::string::String::new(), error));
+        return Err(Problem::Fastq(String::new(), error));
     }
     let mut records = records.into_inner();
     for lines in mapped {
@@ -200,7 +201,7 @@ enum Problem {
     Disk(u32, DiskError),
     Archive(u32, tar::TarError),
     Fasta(forkvm_read_mapper::FastaError),
-    Fastq(alloc::string::String, FastqError),
+    Fastq(String, FastqError),
 }
 
 impl Problem {
@@ -215,10 +216,8 @@ impl Problem {
 impl core::fmt::Display for Problem {
     fn fmt(&self, out: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         match self {
-            Problem::Disk(disk, error) => write!(out, "disk {disk} failed: {error:?}"),
-            Problem::Archive(disk, error) => {
-                write!(out, "disk {disk} holds no tar archive: {error:?}")
-            }
+            Problem::Disk(disk, error) => write!(out, "disk {disk} failed: {error}"),
+            Problem::Archive(disk, error) => write!(out, "disk {disk}: {error}"),
             Problem::Fasta(error) => write!(out, "disk {REFERENCES}: {error}"),
             Problem::Fastq(file, error) => write!(out, "disk {READS}, share of {file}: {error}"),
         }

@@ -5,6 +5,7 @@ mod counter;
 mod fork;
 mod hello;
 mod map_reads;
+mod oracle;
 mod registers;
 mod save;
 mod spin;
@@ -32,6 +33,7 @@ const JOBS: &[(&str, Job)] = &[
     ("fork", fork::run),
     ("hello", hello::run),
     ("map-reads", map_reads::run),
+    ("oracle", oracle::run),
     ("registers", registers::run),
     ("save", save::run),
     ("spin", spin::run),
