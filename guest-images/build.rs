@@ -33,7 +33,9 @@ fn main() {
     let target_dir = PathBuf::from(variable("OUT_DIR")).join("bare");
     let mut cargo = Command::new(variable("CARGO"));
     // In its directory, so that its .cargo/config.toml counts.
-    cargo.current_dir(&bare).args(["build", "--release", "--locked", "--target", TARGET]);
+    cargo
+        .current_dir(&bare)
+        .args(["build", "--release", "--locked", "--target", TARGET]);
     cargo.arg("--target-dir").arg(&target_dir);
     for (name, _) in env::vars_os() {
         if name.to_str().is_some_and(is_of_this_build) {
@@ -42,7 +44,10 @@ fn main() {
     }
     let status = cargo.status();
     if !status.as_ref().is_ok_and(|status| status.success()) {
-        eprintln!("building the guest in {} failed ({status:?}): {cargo:?}", bare.display());
+        eprintln!(
+            "building the guest in {} failed ({status:?}): {cargo:?}",
+            bare.display()
+        );
         exit(1);
     }
     let elf = target_dir.join(TARGET).join("release/forkvm-bare");
@@ -63,8 +68,13 @@ fn is_of_this_build(name: &str) -> bool {
         "RUSTDOCFLAGS",
         "RUSTFLAGS",
     ];
-    const PREFIXES: [&str; 5] =
-        ["CARGO_BUILD_", "CARGO_FEATURE_", "CARGO_PKG_", "CARGO_PROFILE_", "CARGO_TARGET_"];
+    const PREFIXES: [&str; 5] = [
+        "CARGO_BUILD_",
+        "CARGO_FEATURE_",
+        "CARGO_PKG_",
+        "CARGO_PROFILE_",
+        "CARGO_TARGET_",
+    ];
     FLAGS.contains(&name) || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
 }
 

@@ -12,7 +12,10 @@ pub struct Barrier {
 impl Barrier {
     /// A barrier for `vcpus` vCPUs.
     pub fn new(vcpus: usize) -> Barrier {
-        Barrier { vcpus: vcpus as u32, arrived: AtomicU32::new(0) }
+        Barrier {
+            vcpus: vcpus as u32,
+            arrived: AtomicU32::new(0),
+        }
     }
 
     /// Returns when all vCPUs have called this equally often.

@@ -17,7 +17,7 @@ use core::arch::global_asm;
 
 use forkvm_abi::MAX_VCPUS;
 
-use crate::descriptors::{KERNEL_CODE, TSS0, TSS_STRIDE, USER_CODE, USER_DATA};
+use crate::descriptors::{KERNEL_CODE, TSS_STRIDE, TSS0, USER_CODE, USER_DATA};
 use crate::paging::PML4;
 
 /// Where the trampoline of the other vCPUs is put: below 1 MiB, page-aligned, and free once the
@@ -251,6 +251,10 @@ pub fn place_trampoline() {
     unsafe {
         let from = &raw const ap_trampoline;
         let len = (&raw const ap_trampoline_end).offset_from_unsigned(from);
-        core::ptr::copy_nonoverlapping(from, core::ptr::with_exposed_provenance_mut(TRAMPOLINE), len);
+        core::ptr::copy_nonoverlapping(
+            from,
+            core::ptr::with_exposed_provenance_mut(TRAMPOLINE),
+            len,
+        );
     }
 }

@@ -61,7 +61,11 @@ impl BootInfo {
 
     /// RAM of the machine in MiB, rounded up: firmware keeps a few KiB.
     pub fn ram_mib(&self) -> u64 {
-        self.ram().iter().map(|(start, end)| end - start).sum::<u64>().div_ceil(1 << 20)
+        self.ram()
+            .iter()
+            .map(|(start, end)| end - start)
+            .sum::<u64>()
+            .div_ceil(1 << 20)
     }
 
     fn add_ram(&mut self, start: u64, len: u64) {

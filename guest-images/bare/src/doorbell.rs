@@ -40,7 +40,10 @@ pub fn connect() -> Option<Doorbell> {
     if port::read32(PORT + reg::MAGIC) != MAGIC || port::read32(PORT + reg::VERSION) != VERSION {
         return None;
     }
-    port::write32(PORT + reg::PAGE, ((&raw const PAGE).addr() / size_of::<Page>()) as u32);
+    port::write32(
+        PORT + reg::PAGE,
+        ((&raw const PAGE).addr() / size_of::<Page>()) as u32,
+    );
     let vcpus = port::read32(PORT + reg::VCPUS);
     Some(Doorbell { vcpus })
 }
@@ -70,17 +73,23 @@ impl Doorbell {
             self.report(report::ACTION);
         }
         let answer = read_call(cpu);
-        Ok(Forked { id, granted: answer.granted, ticket: answer.ticket })
+        Ok(Forked {
+            id,
+            granted: answer.granted,
+            ticket: answer.ticket,
+        })
     }
 
     /// Waits until all clones of `forked` have ended and answers the worst of their statuses.
     pub fn join(&self, cpu: usize, forked: Forked) -> Result<u32, i64> {
-        self.call(cpu, op::JOIN, forked.ticket, port::write32).map(|status| status as u32)
+        self.call(cpu, op::JOIN, forked.ticket, port::write32)
+            .map(|status| status as u32)
     }
 
     /// Saves this machine. Answers whether this is the machine that was restored from it.
     pub fn save(&self, cpu: usize) -> Result<bool, i64> {
-        self.call(cpu, op::SAVE, 0, port::write32).map(|answer| answer != 0)
+        self.call(cpu, op::SAVE, 0, port::write32)
+            .map(|answer| answer != 0)
     }
 
     /// Tells the host `value`; never waits.
@@ -114,7 +123,9 @@ impl Doorbell {
     /// Asks for an interrupt at each change of [`Doorbell::fork_count`].
     pub fn want_interrupt(&self) {
         interrupts::route(slot::DOORBELL_GSI);
-        let wish = (&raw mut PAGE).cast::<u8>().wrapping_add(offset_of!(PageHeader, want_interrupt));
+        let wish = (&raw mut PAGE)
+            .cast::<u8>()
+            .wrapping_add(offset_of!(PageHeader, want_interrupt));
         // SAFETY: an aligned field of the page, which only the host reads.
         unsafe { wish.cast::<u32>().write_volatile(1) };
     }
@@ -130,14 +141,15 @@ impl Doorbell {
         }
     }
 
-    fn call(
-        &self,
-        cpu: usize,
-        op: u32,
-        arg: u32,
-        ring: impl FnOnce(u16, u32),
-    ) -> Result<i64, i64> {
-        let call = Call { op, arg, result: 0, granted: 0, ticket: 0, reserved: [0; 40] };
+    fn call(&self, cpu: usize, op: u32, arg: u32, ring: impl FnOnce(u16, u32)) -> Result<i64, i64> {
+        let call = Call {
+            op,
+            arg,
+            result: 0,
+            granted: 0,
+            ticket: 0,
+            reserved: [0; 40],
+        };
         // SAFETY: the slot is this vCPU's own; the host reads it when the bell rings.
         unsafe { slot(cpu).write_volatile(call) };
         ring(PORT + reg::RING, cpu as u32);
@@ -149,7 +161,10 @@ impl Doorbell {
 }
 
 fn slot(cpu: usize) -> *mut Call {
-    (&raw mut PAGE).cast::<u8>().wrapping_add(call_offset(cpu)).cast()
+    (&raw mut PAGE)
+        .cast::<u8>()
+        .wrapping_add(call_offset(cpu))
+        .cast()
 }
 
 fn read_call(cpu: usize) -> Call {

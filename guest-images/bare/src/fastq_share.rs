@@ -54,7 +54,11 @@ pub fn read(disk: &Disk, file: &File, range: Range<u64>) -> Result<Vec<u8>, Disk
         };
         let at_end = to == file.len;
         let start = boundary(range.start);
-        let end = if range.end == file.len { None } else { boundary(range.end) };
+        let end = if range.end == file.len {
+            None
+        } else {
+            boundary(range.end)
+        };
         match (start, end) {
             (Some(start), Some(end)) => return Ok(cut(bytes, start, end)),
             // No record starts after the range, or none even in it.

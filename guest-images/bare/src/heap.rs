@@ -24,11 +24,19 @@ unsafe extern "C" {
 /// Gives the RAM of `boot` to the allocator. Called once.
 pub fn claim(boot: &BootInfo) {
     let image = (&raw const image_end).addr() as u64;
-    for &(start, end) in boot.ram().iter().filter(|(start, _)| *start < HIGH_RAM_START) {
+    for &(start, end) in boot
+        .ram()
+        .iter()
+        .filter(|(start, _)| *start < HIGH_RAM_START)
+    {
         claim_range(start.max(image), end.min(HIGH_RAM_START));
     }
     // The tables of high RAM come from the heap, so low RAM has to be there first.
-    for &(start, end) in boot.ram().iter().filter(|(start, _)| *start >= HIGH_RAM_START) {
+    for &(start, end) in boot
+        .ram()
+        .iter()
+        .filter(|(start, _)| *start >= HIGH_RAM_START)
+    {
         paging::map_high(end);
         claim_range(start, end);
     }

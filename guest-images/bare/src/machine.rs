@@ -20,7 +20,10 @@ pub struct Machine {
 impl Machine {
     /// The machine that `boot` describes.
     pub fn new(boot: &BootInfo, doorbell: Option<Doorbell>) -> Machine {
-        Machine { ram_mib: boot.ram_mib(), doorbell }
+        Machine {
+            ram_mib: boot.ram_mib(),
+            doorbell,
+        }
     }
 
     /// RAM in MiB.
@@ -38,17 +41,23 @@ impl Machine {
 
     /// [`Doorbell::fork`] by vCPU `cpu`. Where the host refuses, the guest ends with [`REFUSED`].
     pub fn fork(&self, cpu: usize, clones: u32) -> Forked {
-        self.doorbell().fork(cpu, clones).unwrap_or_else(|error| refused("fork", error))
+        self.doorbell()
+            .fork(cpu, clones)
+            .unwrap_or_else(|error| refused("fork", error))
     }
 
     /// [`Doorbell::join`] by vCPU `cpu`. Where the host refuses, the guest ends with [`REFUSED`].
     pub fn join(&self, cpu: usize, forked: Forked) -> u32 {
-        self.doorbell().join(cpu, forked).unwrap_or_else(|error| refused("join", error))
+        self.doorbell()
+            .join(cpu, forked)
+            .unwrap_or_else(|error| refused("join", error))
     }
 
     /// [`Doorbell::save`] by vCPU `cpu`. Where the host refuses, the guest ends with [`REFUSED`].
     pub fn save(&self, cpu: usize) -> bool {
-        self.doorbell().save(cpu).unwrap_or_else(|error| refused("save", error))
+        self.doorbell()
+            .save(cpu)
+            .unwrap_or_else(|error| refused("save", error))
     }
 }
 

@@ -42,7 +42,11 @@ use boot_info::BootProtocol;
 /// Where the first vCPU enters ring 3: `info` is what the boot protocol left for the kernel.
 #[unsafe(no_mangle)]
 extern "C" fn start(info: u64, protocol: u64) -> ! {
-    let protocol = if protocol == 0 { BootProtocol::Linux } else { BootProtocol::Pvh };
+    let protocol = if protocol == 0 {
+        BootProtocol::Linux
+    } else {
+        BootProtocol::Pvh
+    };
     descriptors::fill_idt();
     let boot = boot_info::read(info, protocol);
     heap::claim(&boot);

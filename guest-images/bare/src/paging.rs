@@ -44,7 +44,13 @@ unsafe impl Sync for Table {}
 
 impl Table {
     const fn new() -> Table {
-        Table([const { Entry { bits: core::mem::ManuallyDrop::new(AtomicU64::new(0)) } }; ENTRIES])
+        Table(
+            [const {
+                Entry {
+                    bits: core::mem::ManuallyDrop::new(AtomicU64::new(0)),
+                }
+            }; ENTRIES],
+        )
     }
 
     /// A directory that maps 1 GiB from `start` with the page bits `bits`.
@@ -52,7 +58,7 @@ impl Table {
         let mut table = Table::new();
         let mut index = 0;
         while index < ENTRIES {
-            let entry = start + index as u64 * LARGE_PAGE | bits;
+            let entry = (start + index as u64 * LARGE_PAGE) | bits;
             table.0[index].bits = core::mem::ManuallyDrop::new(AtomicU64::new(entry));
             index += 1;
         }

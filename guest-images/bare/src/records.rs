@@ -22,7 +22,13 @@ pub struct RecordsWriter<'a> {
 impl<'a> RecordsWriter<'a> {
     /// Starts a text on `disk`, whose content is given up.
     pub fn new(disk: &'a Disk) -> RecordsWriter<'a> {
-        RecordsWriter { disk, piece: Vec::with_capacity(PIECE), sector: TEXT_SECTOR, len: 0, records: 0 }
+        RecordsWriter {
+            disk,
+            piece: Vec::with_capacity(PIECE),
+            sector: TEXT_SECTOR,
+            len: 0,
+            records: 0,
+        }
     }
 
     /// Appends `text`, which holds `records` records.
@@ -41,7 +47,8 @@ impl<'a> RecordsWriter<'a> {
 
     /// Writes what is left, then the header, and makes both stable. Answers the number of records.
     pub fn finish(mut self) -> Result<u64, DiskError> {
-        self.piece.resize(self.piece.len().next_multiple_of(SECTOR), 0);
+        self.piece
+            .resize(self.piece.len().next_multiple_of(SECTOR), 0);
         self.write_piece()?;
         self.disk.flush()?;
         let mut header = [0; SECTOR];

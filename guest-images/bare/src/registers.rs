@@ -251,7 +251,9 @@ const LAPIC: [(&str, usize, u32); 3] = [
 ];
 
 /// DR0 to DR3, DR7, CR0, CR2, CR3, CR4.
-const SYSTEM: [&str; 9] = ["DR0", "DR1", "DR2", "DR3", "DR7", "CR0", "CR2", "CR3", "CR4"];
+const SYSTEM: [&str; 9] = [
+    "DR0", "DR1", "DR2", "DR3", "DR7", "CR0", "CR2", "CR3", "CR4",
+];
 
 /// The registers of one vCPU.
 pub struct Registers {
@@ -287,7 +289,15 @@ impl Registers {
         fill_fx(&mut block.fx_input, seed);
         let hold = Hold::Rounds(1);
         let (msrs, system) = ([None; MSR_COUNT], [0; SYSTEM.len()]);
-        Registers { block, cpu, seed, hold, msrs, system, xcr0: 0 }
+        Registers {
+            block,
+            cpu,
+            seed,
+            hold,
+            msrs,
+            system,
+            xcr0: 0,
+        }
     }
 
     /// Sets the calling vCPU's system registers and remembers what they read as.
@@ -297,7 +307,11 @@ impl Registers {
         // SAFETY: breakpoint addresses of breakpoints that DR7 leaves off, and CR2, which only a
         // page fault handler reads.
         unsafe {
-            ring0::call(&raw const ring0_set_debug, debug.as_ptr().addr() as u64, address(5));
+            ring0::call(
+                &raw const ring0_set_debug,
+                debug.as_ptr().addr() as u64,
+                address(5),
+            );
         }
         for (kept, (name, msr, value)) in self.msrs.iter_mut().zip(all_msrs(self.seed)) {
             // SAFETY: MSRs that this guest does not work with, and values that each may have.
@@ -307,7 +321,9 @@ impl Registers {
                 println!("note: MSR {name} does not keep what is written: {kept:x?}");
             }
         }
-        LAPIC.iter().for_each(|&(_, register, value)| interrupts::lapic_write(register, value));
+        LAPIC
+            .iter()
+            .for_each(|&(_, register, value)| interrupts::lapic_write(register, value));
         self.system = read_system();
         self.xcr0 = xcr0();
         if self.system[..4] != debug && self.cpu == 0 {
@@ -352,11 +368,15 @@ impl Registers {
             };
             let found = block.output[register];
             if found != expected {
-                return Err(format!("general register {register}: {found:#x}, not {expected:#x}"));
+                return Err(format!(
+                    "general register {register}: {found:#x}, not {expected:#x}"
+                ));
             }
         }
-        let (found, expected) =
-            (block.output[RFLAGS] & SETTABLE_FLAGS, block.input[RFLAGS] & SETTABLE_FLAGS);
+        let (found, expected) = (
+            block.output[RFLAGS] & SETTABLE_FLAGS,
+            block.input[RFLAGS] & SETTABLE_FLAGS,
+        );
         if found != expected {
             return Err(format!("RFLAGS: {found:#x}, not {expected:#x}"));
         }
@@ -371,7 +391,9 @@ impl Registers {
                     32..160 => "x87 stack",
                     _ => "XMM",
                 };
-                return Err(format!("{class}, FXSAVE byte {index}: {found:#x}, not {expected:#x}"));
+                return Err(format!(
+                    "{class}, FXSAVE byte {index}: {found:#x}, not {expected:#x}"
+                ));
             }
         }
         if block.avx != 0 && block.high_output != block.high_input {
@@ -444,7 +466,8 @@ unsafe fn xgetbv0() -> u64 {
 /// Every MSR that is filled, with its value.
 fn all_msrs(seed: u64) -> impl Iterator<Item = (&'static str, u32, u64)> {
     let filled = MSRS.iter().zip(0..);
-    let filled = filled.map(move |(&(name, msr, mask), index)| (name, msr, mix(seed ^ index) & mask));
+    let filled =
+        filled.map(move |(&(name, msr, mask), index)| (name, msr, mix(seed ^ index) & mask));
     filled.chain([(PAT.0, PAT.1, PAT_VALUE)])
 }
 
@@ -452,7 +475,11 @@ fn read_system() -> [u64; SYSTEM.len()] {
     let mut values = [0u64; SYSTEM.len()];
     // SAFETY: the routine writes exactly these nine values.
     unsafe {
-        ring0::call(&raw const ring0_read_system, (&raw mut values).expose_provenance() as u64, 0);
+        ring0::call(
+            &raw const ring0_read_system,
+            (&raw mut values).expose_provenance() as u64,
+            0,
+        );
         (&raw const values).read_volatile()
     }
 }

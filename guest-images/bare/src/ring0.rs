@@ -92,7 +92,13 @@ pub fn enable_interrupts() {
 /// ends the wait.
 pub fn wait_while(word: &AtomicU32, value: u32) {
     // SAFETY: the routine reads the word, which is borrowed, and halts.
-    unsafe { call(&raw const ring0_wait, word.as_ptr().addr() as u64, u64::from(value)) };
+    unsafe {
+        call(
+            &raw const ring0_wait,
+            word.as_ptr().addr() as u64,
+            u64::from(value),
+        )
+    };
 }
 
 /// Writes `value` to `msr` of this vCPU. False where the CPU refuses it (CPUID, as ring 3 reads it,

@@ -21,7 +21,10 @@ const DATA_READY: u8 = 1 << 0;
 const TRANSMITTER_EMPTY: u8 = 1 << 5;
 const FIFO_LEN: u8 = 16;
 
-static CONSOLE: Mutex<Console> = Mutex::new(Console { room: 0, fifo: false });
+static CONSOLE: Mutex<Console> = Mutex::new(Console {
+    room: 0,
+    fifo: false,
+});
 
 struct Console {
     /// Bytes that can be written before the line status has to be asked again.
@@ -61,7 +64,10 @@ pub fn print(text: fmt::Arguments<'_>) {
 
 /// Prints although a vCPU may have stopped while it held the console: for the last words.
 pub fn print_last_words(text: fmt::Arguments<'_>) {
-    let mut console = Console { room: 0, fifo: true };
+    let mut console = Console {
+        room: 0,
+        fifo: true,
+    };
     if console.write_fmt(text).is_err() {}
 }
 

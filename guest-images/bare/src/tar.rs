@@ -60,7 +60,11 @@ pub fn list(disk: &Disk) -> Result<Vec<File>, TarError> {
         if matches!(header[TYPE], b'0' | 0) {
             let name = until_zero(&header[NAME]);
             let name = String::from_utf8_lossy(name).into_owned();
-            files.push(File { name, len, sector: sector + 1 });
+            files.push(File {
+                name,
+                len,
+                sector: sector + 1,
+            });
         }
         sector += 1 + len.div_ceil(SECTOR as u64);
     }

@@ -28,7 +28,12 @@ impl<'a> VersionedDisk<'a> {
     pub fn fill(disk: &'a Disk, bytes: u64, seed: u64) -> Result<VersionedDisk<'a>, DiskError> {
         let sectors = bytes.min(disk.bytes()) / SECTOR as u64;
         let tags = vec![0; sectors as usize];
-        let mut new = VersionedDisk { disk, tags, salt: 0, random: Random::new(seed) };
+        let mut new = VersionedDisk {
+            disk,
+            tags,
+            salt: 0,
+            random: Random::new(seed),
+        };
         new.set_salt(seed);
         for at in (0..sectors).step_by(MOST as usize) {
             new.write(at, MOST.min(sectors - at), Wait::Poll, || {})?;

@@ -31,7 +31,11 @@ impl VersionedPages {
     /// `count` pages that have not been written yet.
     pub fn new(count: usize, salt: u64) -> VersionedPages {
         let tags = (0..count).map(|_| AtomicU64::new(0)).collect();
-        VersionedPages { pages: pages::allocate(count), tags, salt: AtomicU64::new(salt % VERSION) }
+        VersionedPages {
+            pages: pages::allocate(count),
+            tags,
+            salt: AtomicU64::new(salt % VERSION),
+        }
     }
 
     /// Number of pages.
@@ -46,7 +50,10 @@ impl VersionedPages {
 
     /// Writes page `number` once more.
     pub fn write(&self, number: usize) {
-        let (page, old) = (&self.pages[number], self.tags[number].load(Ordering::Relaxed));
+        let (page, old) = (
+            &self.pages[number],
+            self.tags[number].load(Ordering::Relaxed),
+        );
         let tag = (old / VERSION + 1) * VERSION + self.salt.load(Ordering::Relaxed);
         page.set(NUMBER, number as u64);
         page.set(TAG, tag);
@@ -62,21 +69,31 @@ impl VersionedPages {
 
     /// Checks page `number`; the error says what differs.
     pub fn check(&self, number: usize) -> Result<(), String> {
-        let (page, tag) = (&self.pages[number], self.tags[number].load(Ordering::Relaxed));
+        let (page, tag) = (
+            &self.pages[number],
+            self.tags[number].load(Ordering::Relaxed),
+        );
         let header = [page.get(NUMBER), page.get(TAG)];
         if header != [number as u64, tag] {
-            return Err(format!("page {number}: header {header:x?}, not [{number:x}, {tag:x}]"));
+            return Err(format!(
+                "page {number}: header {header:x?}, not [{number:x}, {tag:x}]"
+            ));
         }
         let mut hash = 0u64;
         for index in BODY..WORDS {
             let (found, expected) = (page.get(index), body(number, tag, index));
             if found != expected {
-                return Err(format!("page {number} word {index}: {found:#x}, not {expected:#x}"));
+                return Err(format!(
+                    "page {number} word {index}: {found:#x}, not {expected:#x}"
+                ));
             }
             hash = hash.wrapping_add(found);
         }
         if page.get(HASH) != hash {
-            return Err(format!("page {number}: hash {:#x}, not {hash:#x}", page.get(HASH)));
+            return Err(format!(
+                "page {number}: hash {:#x}, not {hash:#x}",
+                page.get(HASH)
+            ));
         }
         Ok(())
     }

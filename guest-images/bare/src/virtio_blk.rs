@@ -178,7 +178,8 @@ impl Disk {
             return None;
         }
         // SAFETY: all of it are integers, for which zero is a value.
-        let shared: &'static mut Shared = Box::leak(unsafe { Box::new_zeroed().assume_init() });
+        let shared: Shared = unsafe { core::mem::zeroed() };
+        let shared: &'static mut Shared = Box::leak(Box::new(shared));
 
         // The order of section 3.1.1.
         write(registers, reg::STATUS, 0);
@@ -187,7 +188,11 @@ impl Disk {
         let wanted = offered & (F_READ_ONLY | F_FLUSH | F_VERSION_1);
         for half in 0..2 {
             write(registers, reg::DRIVER_FEATURES_SEL, half);
-            write(registers, reg::DRIVER_FEATURES, (wanted >> (32 * half)) as u32);
+            write(
+                registers,
+                reg::DRIVER_FEATURES,
+                (wanted >> (32 * half)) as u32,
+            );
         }
         write(registers, reg::STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK);
         write(registers, reg::QUEUE_SEL, 0);
@@ -197,11 +202,27 @@ impl Disk {
             return None;
         }
         write(registers, reg::QUEUE_NUM, QUEUE as u32);
-        write64(registers, reg::QUEUE_DESC, (&raw const shared.descriptors).addr());
-        write64(registers, reg::QUEUE_DRIVER, (&raw const shared.driver_flags).addr());
-        write64(registers, reg::QUEUE_DEVICE, (&raw const shared.device_flags).addr());
+        write64(
+            registers,
+            reg::QUEUE_DESC,
+            (&raw const shared.descriptors).addr(),
+        );
+        write64(
+            registers,
+            reg::QUEUE_DRIVER,
+            (&raw const shared.driver_flags).addr(),
+        );
+        write64(
+            registers,
+            reg::QUEUE_DEVICE,
+            (&raw const shared.device_flags).addr(),
+        );
         write(registers, reg::QUEUE_READY, 1);
-        write(registers, reg::STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+        write(
+            registers,
+            reg::STATUS,
+            ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK,
+        );
 
         let [low, high] = [0, 4].map(|at| u64::from(read(registers, reg::CONFIG + at)));
         Some(Disk {
@@ -234,7 +255,8 @@ impl Disk {
         let mut at = sector;
         for part in data.chunks_mut(REQUEST) {
             let sectors = (part.len() / SECTOR) as u64;
-            self.post(READ, at, part.as_mut_ptr(), part.len(), Wait::Poll).finish()?;
+            self.post(READ, at, part.as_mut_ptr(), part.len(), Wait::Poll)
+                .finish()?;
             at += sectors;
         }
         Ok(())
@@ -266,20 +288,24 @@ impl Disk {
 
     /// Makes what was written stable.
     pub fn flush(&self) -> Result<(), DiskError> {
-        self.post(FLUSH, 0, core::ptr::null_mut(), 0, Wait::Poll).finish()
+        self.post(FLUSH, 0, core::ptr::null_mut(), 0, Wait::Poll)
+            .finish()
     }
 
     /// The disk's id, padded with zeros.
     pub fn id(&self) -> Result<[u8; 20], DiskError> {
         let mut id = [0; 20];
-        self.post(GET_ID, 0, id.as_mut_ptr(), id.len(), Wait::Poll).finish()?;
+        self.post(GET_ID, 0, id.as_mut_ptr(), id.len(), Wait::Poll)
+            .finish()?;
         Ok(id)
     }
 
     fn check(&self, sector: u64, len: usize) -> Result<(), DiskError> {
-        let end = sector.checked_mul(SECTOR as u64).and_then(|at| at.checked_add(len as u64));
+        let end = sector
+            .checked_mul(SECTOR as u64)
+            .and_then(|at| at.checked_add(len as u64));
         match end {
-            Some(end) if end <= self.bytes && len % SECTOR == 0 => Ok(()),
+            Some(end) if end <= self.bytes && len.is_multiple_of(SECTOR) => Ok(()),
             _ => Err(DiskError::Range),
         }
     }
@@ -287,9 +313,17 @@ impl Disk {
     /// Queues a request. What `data` points to belongs to the device until it is finished.
     fn post(&self, kind: u32, sector: u64, data: *mut u8, len: usize, wait: Wait) -> Posted<'_> {
         let mut queue = self.queue.lock();
-        queue.header = Header { kind, reserved: 0, sector };
+        queue.header = Header {
+            kind,
+            reserved: 0,
+            sector,
+        };
         queue.status = UNANSWERED;
-        let data_flags = if kind == WRITE { NEXT } else { NEXT | DEVICE_WRITES };
+        let data_flags = if kind == WRITE {
+            NEXT
+        } else {
+            NEXT | DEVICE_WRITES
+        };
         let header = (&raw const queue.header).expose_provenance();
         let status = (&raw mut queue.status).expose_provenance();
         let mut put = {
@@ -317,9 +351,17 @@ impl Disk {
         let index = queue.driver_index.load(Ordering::Relaxed);
         queue.driver_ring[usize::from(index) % QUEUE].store(0, Ordering::Relaxed);
         // The device sees the index only after everything that it leads to.
-        queue.driver_index.store(index.wrapping_add(1), Ordering::Release);
+        queue
+            .driver_index
+            .store(index.wrapping_add(1), Ordering::Release);
         let answered = index.wrapping_add(1);
-        Posted { disk: self, queue, wait, answered, _data: core::marker::PhantomData }
+        Posted {
+            disk: self,
+            queue,
+            wait,
+            answered,
+            _data: core::marker::PhantomData,
+        }
     }
 }
 

@@ -45,7 +45,9 @@ fn verify(machine: &Machine, args: Args<'_>, disk: &Disk) -> Result<u32, DiskErr
 
     let mut forked = None;
     sectors.write_somewhere(Wait::Interrupt, || forked = Some(machine.fork(0, clones)))?;
-    let Some(forked) = forked else { return Ok(WRONG) };
+    let Some(forked) = forked else {
+        return Ok(WRONG);
+    };
 
     let inherited = sectors.check()?;
     // From here on every VM of the family writes something else.
@@ -53,9 +55,20 @@ fn verify(machine: &Machine, args: Args<'_>, disk: &Disk) -> Result<u32, DiskErr
     write(&mut sectors)?;
     disk.flush()?;
     if let Some(sector) = inherited.or(sectors.check()?) {
-        println!("wrong: blk-verify: clone {} sector {sector} is not what it wrote", forked.id);
+        println!(
+            "wrong: blk-verify: clone {} sector {sector} is not what it wrote",
+            forked.id
+        );
         return Ok(WRONG);
     }
-    println!("blk-verify ok clone={} sectors={}", forked.id, sectors.sectors());
-    Ok(if forked.id == 0 { machine.join(0, forked) } else { OK })
+    println!(
+        "blk-verify ok clone={} sectors={}",
+        forked.id,
+        sectors.sectors()
+    );
+    Ok(if forked.id == 0 {
+        machine.join(0, forked)
+    } else {
+        OK
+    })
 }

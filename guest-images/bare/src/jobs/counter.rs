@@ -39,7 +39,10 @@ pub fn run(machine: &Machine, args: Args<'_>) -> u32 {
         let mut counted = 0;
         while !stop.load(Ordering::Acquire) {
             if !step(&counters[cpu], &mut counted) {
-                println!("wrong: counter {cpu} is {}, not {counted}", counters[cpu].get(0));
+                println!(
+                    "wrong: counter {cpu} is {}, not {counted}",
+                    counters[cpu].get(0)
+                );
                 wrong.store(WRONG, Ordering::Relaxed);
                 return;
             }
@@ -48,8 +51,15 @@ pub fn run(machine: &Machine, args: Args<'_>) -> u32 {
     match forked.into_inner() {
         Some(forked) if wrong.into_inner() == OK => {
             let (clone, granted) = (forked.id, forked.granted);
-            println!("counter ok clone={clone} of={granted} vcpus={}", counters.len());
-            if clone == 0 { machine.join(0, forked) } else { OK }
+            println!(
+                "counter ok clone={clone} of={granted} vcpus={}",
+                counters.len()
+            );
+            if clone == 0 {
+                machine.join(0, forked)
+            } else {
+                OK
+            }
         }
         _ => WRONG,
     }
@@ -64,8 +74,8 @@ fn fork_while_counting(
 ) -> Option<Forked> {
     let mut counted = 0;
     let mut count_all_to = |floor: &dyn Fn(usize) -> u64| -> bool {
-        for cpu in 1..counters.len() {
-            while counters[cpu].get(0) < floor(cpu) {
+        for (cpu, counter) in counters.iter().enumerate().skip(1) {
+            while counter.get(0) < floor(cpu) {
                 if wrong.load(Ordering::Relaxed) != 0 {
                     return false;
                 }

@@ -14,10 +14,17 @@ const SEED: u64 = 1;
 pub fn run(machine: &Machine, args: Args<'_>) -> u32 {
     let clones = args.number("n", 1) as u32;
     let memory = pages::allocate(args.number("mib", 0) as usize * pages::PER_MIB);
-    memory.iter().zip(0..).for_each(|(page, number)| page.fill(SEED, number));
+    memory
+        .iter()
+        .zip(0..)
+        .for_each(|(page, number)| page.fill(SEED, number));
 
     let forked = machine.fork(0, clones);
-    if memory.iter().zip(0..).any(|(page, number)| page.check(SEED, number).is_err()) {
+    if memory
+        .iter()
+        .zip(0..)
+        .any(|(page, number)| page.check(SEED, number).is_err())
+    {
         println!("wrong: memory changed at the fork");
         return WRONG;
     }

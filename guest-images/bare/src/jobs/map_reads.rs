@@ -70,7 +70,10 @@ fn map_reads(
     let index = Index::build(References::from_fasta(&fasta).map_err(Problem::Fasta)?);
     drop(fasta);
     let (list, bases) = (index.references().list().len(), index.references().bases());
-    println!("references={list} bases={bases} index_mib={}", index.size().div_ceil(1 << 20));
+    println!(
+        "references={list} bases={bases} index_mib={}",
+        index.size().div_ceil(1 << 20)
+    );
     // Before the fork, so that the clones find it brought up.
     let before = doorbell.fork_count();
     let by_host = args.text("forked_by") == Some("host");
@@ -89,13 +92,18 @@ fn map_reads(
         };
         let mut writer = RecordsWriter::new(output);
         for (file, range) in fastq_share::parts(&files, index_of_share, shares) {
-            let text = fastq_share::read(reads, file, range).map_err(|e| Problem::Disk(READS, e))?;
+            let text =
+                fastq_share::read(reads, file, range).map_err(|e| Problem::Disk(READS, e))?;
             map_text(&index, &text, &first, |lines, records| {
-                writer.append(lines, records).map_err(|error| Problem::Disk(OUTPUT, error))
+                writer
+                    .append(lines, records)
+                    .map_err(|error| Problem::Disk(OUTPUT, error))
             })
             .map_err(|problem| problem.in_file(file))?;
         }
-        let records = writer.finish().map_err(|error| Problem::Disk(OUTPUT, error))?;
+        let records = writer
+            .finish()
+            .map_err(|error| Problem::Disk(OUTPUT, error))?;
         println!("mapped share {index_of_share} of {shares}: records={records}");
         Ok(OK)
     };
@@ -129,7 +137,8 @@ fn read_references(disk: &Disk) -> Result<Vec<u8>, Problem> {
     for file in &files {
         let start = fasta.len();
         fasta.resize(start + padded(file), 0);
-        disk.read(file.sector, &mut fasta[start..]).map_err(|e| Problem::Disk(REFERENCES, e))?;
+        disk.read(file.sector, &mut fasta[start..])
+            .map_err(|e| Problem::Disk(REFERENCES, e))?;
         fasta.truncate(start + file.len as usize);
         if fasta.last().is_some_and(|&byte| byte != b'\n') {
             fasta.push(b'\n');
@@ -156,7 +165,10 @@ fn map_text(
             if piece >= pieces {
                 return;
             }
-            let (start, end) = (boundary(text, piece * PIECE), boundary(text, (piece + 1) * PIECE));
+            let (start, end) = (
+                boundary(text, piece * PIECE),
+                boundary(text, (piece + 1) * PIECE),
+            );
             let mut lines = Vec::with_capacity(PIECE);
             for record in Records::new(&text[start..end]) {
                 match record {
@@ -168,7 +180,10 @@ fn map_text(
                         first();
                     }
                     Err(error) => {
-                        *failed.lock() = Some(FastqError { offset: start + error.offset, ..error });
+                        *failed.lock() = Some(FastqError {
+                            offset: start + error.offset,
+                            ..error
+                        });
                         return;
                     }
                 }

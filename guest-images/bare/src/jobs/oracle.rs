@@ -43,7 +43,11 @@ const PATIENCE: u64 = 20 << 30;
 /// Sets everything going and verifies it at every fork.
 pub fn run(machine: &Machine, args: Args<'_>) -> u32 {
     let doorbell = machine.doorbell();
-    let disk = if args.flag("disk") { Disk::open(0) } else { None };
+    let disk = if args.flag("disk") {
+        Disk::open(0)
+    } else {
+        None
+    };
     if args.flag("disk") && disk.as_ref().is_none_or(Disk::read_only) {
         println!("oracle disk=1 needs a writable disk 0");
         return USAGE;
@@ -111,7 +115,9 @@ impl<'a> Oracle<'a> {
         worker.registers.set_system();
         worker.registers.hold(Hold::Rounds(ROUNDS));
         self.counters[cpu].set(0, 0);
-        (cpu..self.pages.len()).step_by(smp::count()).for_each(|page| self.pages.write(page));
+        (cpu..self.pages.len())
+            .step_by(smp::count())
+            .for_each(|page| self.pages.write(page));
         self.barrier.wait();
         if cpu == 0 {
             self.doorbell.report(report::READY);
@@ -142,7 +148,11 @@ impl<'a> Oracle<'a> {
     fn step(&self, worker: &mut Worker<'_>) -> Result<(), String> {
         let counter = &self.counters[worker.cpu];
         if counter.get(0) != worker.counted {
-            return Err(format!("counter {}, not {}", counter.get(0), worker.counted));
+            return Err(format!(
+                "counter {}, not {}",
+                counter.get(0),
+                worker.counted
+            ));
         }
         worker.counted += 1;
         counter.set(0, worker.counted);
@@ -157,7 +167,8 @@ impl<'a> Oracle<'a> {
             worker.next_page = worker.cpu;
         }
         if let Some(disk) = &mut worker.disk {
-            disk.write_somewhere(Wait::Poll, || {}).map_err(|error| format!("disk: {error}"))?;
+            disk.write_somewhere(Wait::Poll, || {})
+                .map_err(|error| format!("disk: {error}"))?;
         }
         if !self.writers && self.disk.is_none() {
             let total = interrupts::total();
@@ -203,7 +214,10 @@ impl<'a> Oracle<'a> {
             if let Some(difference) = self.wrong.lock().take() {
                 self.fail(0, difference);
             }
-            println!("oracle ok fork={fork} clone={clone} pages={}", self.pages.len());
+            println!(
+                "oracle ok fork={fork} clone={clone} pages={}",
+                self.pages.len()
+            );
             if clone != 0 && !self.go_on {
                 machine::exit(OK);
             }

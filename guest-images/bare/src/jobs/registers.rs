@@ -37,7 +37,10 @@ pub fn run(machine: &Machine, args: Args<'_>) -> u32 {
             ready.fetch_add(1, Ordering::Release);
             registers.hold(Hold::UntilReleased);
         }
-        if let Err(difference) = registers.check_held().and_then(|()| registers.check_system()) {
+        if let Err(difference) = registers
+            .check_held()
+            .and_then(|()| registers.check_system())
+        {
             *wrong.lock() = Some((cpu, difference));
         }
     });
@@ -49,9 +52,16 @@ pub fn run(machine: &Machine, args: Args<'_>) -> u32 {
         }
     };
     if let Some((cpu, difference)) = wrong.into_inner() {
-        println!("wrong: registers: clone {} vCPU {cpu}: {difference}", forked.id);
+        println!(
+            "wrong: registers: clone {} vCPU {cpu}: {difference}",
+            forked.id
+        );
         return WRONG;
     }
     println!("registers ok clone={} vcpus={}", forked.id, smp::count());
-    if forked.id == 0 { machine.join(0, forked) } else { OK }
+    if forked.id == 0 {
+        machine.join(0, forked)
+    } else {
+        OK
+    }
 }

@@ -65,7 +65,11 @@ impl Pattern {
 
     /// How many times longer the range is than what is written of it.
     fn spread(self) -> usize {
-        if matches!(self, Pattern::Sequential) { 1 } else { 2 }
+        if matches!(self, Pattern::Sequential) {
+            1
+        } else {
+            2
+        }
     }
 
     /// Where in the range page `number` lies.

@@ -21,7 +21,10 @@ pub fn run(machine: &Machine, args: Args<'_>) -> u32 {
     let mut written: Vec<&'static [Page]> = Vec::new();
     for generation in 0..depth {
         let memory = pages::allocate(count);
-        memory.iter().zip(0..).for_each(|(page, at)| page.fill(u64::from(generation), at));
+        memory
+            .iter()
+            .zip(0..)
+            .for_each(|(page, at)| page.fill(u64::from(generation), at));
         written.push(memory);
         let forked = machine.fork(0, 1);
         verify(&written);
@@ -37,7 +40,11 @@ pub fn run(machine: &Machine, args: Args<'_>) -> u32 {
 
 fn verify(written: &[&'static [Page]]) {
     for (memory, generation) in written.iter().zip(0..) {
-        if memory.iter().zip(0..).any(|(page, at)| page.check(generation, at).is_err()) {
+        if memory
+            .iter()
+            .zip(0..)
+            .any(|(page, at)| page.check(generation, at).is_err())
+        {
             println!("wrong: tree: what generation {generation} wrote has changed");
             machine::exit(WRONG);
         }

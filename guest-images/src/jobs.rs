@@ -1,0 +1,71 @@
+//! The jobs of the freestanding guest, for people who choose one. `bare/src/jobs/` has the code.
+
+/// A job of [`BARE`](crate::BARE).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Job {
+    /// What `job=` takes.
+    pub name: &'static str,
+    /// What it does, in a line.
+    pub about: &'static str,
+    /// The arguments that it takes besides, with their defaults, as on the command line.
+    pub arguments: &'static str,
+}
+
+/// Every job of [`BARE`](crate::BARE), in the order of their names.
+pub const JOBS: &[Job] = &[
+    Job {
+        name: "blk-verify",
+        about: "forks with disk I/O in flight and verifies every sector",
+        arguments: "disk=0 mib=4 seed=1 n=1",
+    },
+    Job {
+        name: "counter",
+        about: "each vCPU counts while the first forks; no count may be lost or repeated",
+        arguments: "n=1",
+    },
+    Job {
+        name: "fork",
+        about: "forks into n clones; clone i exits with status i",
+        arguments: "n=1 mib=0",
+    },
+    Job {
+        name: "hello",
+        about: "prints vCPUs, RAM and disks",
+        arguments: "",
+    },
+    Job {
+        name: "map-reads",
+        about: "indexes the references on disk 0, forks, maps the reads on disk 1 to disk 2",
+        arguments: "clones=0 forked_by=guest",
+    },
+    Job {
+        name: "oracle",
+        about: "keeps memory, registers and disk busy and verifies them at each fork of the host's",
+        arguments: "mib=8 writers=0 disk=0 irq=0 go-on=0",
+    },
+    Job {
+        name: "registers",
+        about: "forks with known values in every register class and compares them",
+        arguments: "n=1 seed=1",
+    },
+    Job {
+        name: "save",
+        about: "asks the host to save the machine, and says which of the two it is afterwards",
+        arguments: "mib=4",
+    },
+    Job {
+        name: "spin",
+        about: "keeps every vCPU busy for ever",
+        arguments: "",
+    },
+    Job {
+        name: "touch",
+        about: "writes memory by a pattern and verifies it after a fork of the host's",
+        arguments: "mib=16 pattern=seq seed=1",
+    },
+    Job {
+        name: "tree",
+        about: "a fork of a fork, so many deep; exits with the depth",
+        arguments: "depth=3 mib=1",
+    },
+];
