@@ -201,6 +201,7 @@ impl Shell {
                 inner.kvm.tsc_deadline(),
             );
             vcpu.set_cpuid(&cpuid)?;
+            vcpu.learn_msrs()?;
             // The others wait for the first one's INIT and SIPI, as KVM creates them.
             if vcpu.index() == 0 {
                 boot::enter(vcpu.fd(), entry)?;
@@ -216,6 +217,7 @@ impl Shell {
     /// [`ReadyVm::doorbell`] before the start.
     pub fn restore(mut self, state: &mut SectionsReader<'_>) -> Result<ReadyVm, VmError> {
         self.inner.restore(state)?;
+        self.inner.vcpus.iter().try_for_each(|vcpu| lock(vcpu).learn_msrs())?;
         Ok(ReadyVm { inner: self.inner })
     }
 }

@@ -6,6 +6,7 @@
 #![allow(unsafe_code)] // mmap over a live range, memfd_create, seals: calls into the kernel.
 
 mod populated;
+mod source;
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -19,6 +20,8 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+
+pub use source::RamSource;
 
 /// Bytes of a page, the unit in which RAM is populated, copied and freed.
 pub const PAGE: u64 = 4096;

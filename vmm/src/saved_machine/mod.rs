@@ -62,6 +62,12 @@ impl SaveDir {
         self.save
     }
 
+    /// Where the files are until [`commit`](Self::commit), which syncs whatever is there: for what
+    /// has to be made by its path.
+    pub fn path(&self) -> &Path {
+        self.partial.path()
+    }
+
     /// Creates a file for something else, such as a disk's overlay, to be written by the caller
     /// before [`commit`](Self::commit), which syncs it.
     ///

@@ -77,10 +77,16 @@ impl Vcpu {
         unsafe { Kickable::new(flag) }
     }
 
-    /// Gives the vCPU its CPUID and, if none of the process has yet, learns which MSRs it has.
+    /// Gives the vCPU its CPUID.
     pub(crate) fn set_cpuid(&mut self, cpuid: &kvm_bindings::CpuId) -> Result<(), StateError> {
         self.fd.set_cpuid2(cpuid).map_err(writing("CPUID2"))?;
         Ok(())
+    }
+
+    /// Learns which MSRs a vCPU has, unless another one of the process has done so. Once its CPUID
+    /// is set; not left to the first save, which happens in a parent's pause.
+    pub(crate) fn learn_msrs(&self) -> Result<(), StateError> {
+        self.catalogue().map(|_known| ())
     }
 
     fn catalogue(&self) -> Result<&MsrCatalogue, StateError> {

@@ -1,0 +1,185 @@
+//! The demo's JSON object, as the contract of the command line lays it down.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use forkvm_clone_engine::{MemoryMode, Timeline};
+use hdrhistogram::Histogram;
+use serde::Serialize;
+
+use super::answers::Answers;
+use super::input::{Input, InputReport};
+use super::run::{Run, between, bytes_read};
+
+/// Percentiles of one measure.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Percentiles {
+    /// Median.
+    pub p50: f64,
+    /// 90th percentile.
+    pub p90: f64,
+    /// 99th percentile.
+    pub p99: f64,
+    /// Least.
+    pub min: f64,
+    /// Most.
+    pub max: f64,
+    /// Number of values.
+    pub n: u64,
+}
+
+impl Percentiles {
+    /// Of durations, in microseconds with a resolution of 1 ns up to 1 h; `None` for none.
+    pub fn of(times: impl IntoIterator<Item = Duration>) -> Option<Percentiles> {
+        let mut histogram = Histogram::<u64>::new_with_bounds(1, 3_600_000_000_000, 3).ok()?;
+        for time in times {
+            histogram.saturating_record((time.as_nanos() as u64).max(1));
+        }
+        let us = |nanoseconds: u64| nanoseconds as f64 / 1000.0;
+        let at = |quantile| us(histogram.value_at_quantile(quantile));
+        (!histogram.is_empty()).then(|| Percentiles {
+            p50: at(0.5),
+            p90: at(0.9),
+            p99: at(0.99),
+            min: us(histogram.min()),
+            max: us(histogram.max()),
+            n: histogram.len(),
+        })
+    }
+}
+
+/// Times of the clones' starts, from the request of the fork on.
+#[derive(Clone, Debug, Serialize)]
+pub struct EndPoints {
+    /// The VM object exists.
+    pub built: Option<Percentiles>,
+    /// State and memory are in place.
+    pub restored: Option<Percentiles>,
+    /// The first KVM_RUN is entered.
+    pub first_run: Option<Percentiles>,
+    /// The clone's first doorbell exit is seen.
+    pub first_action: Option<Percentiles>,
+    /// The clone's first record is seen.
+    pub first_answer: Option<Percentiles>,
+}
+
+/// `target/demo.json`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report<Host> {
+    /// Version of forkvm.
+    pub forkvm: &'static str,
+    /// Where it ran.
+    pub host: Host,
+    /// Which guest.
+    pub guest: &'static str,
+    /// Which job.
+    pub job: &'static str,
+    /// `guest` or `host`.
+    pub forked_by: &'static str,
+    /// RAM of each VM.
+    pub memory_mib: u64,
+    /// vCPUs of each VM.
+    pub vcpus: u32,
+    /// Clones that were made.
+    pub clones: usize,
+    /// Clone steps from the boot to them.
+    pub depth: u32,
+    /// How they map their memory.
+    pub memory_mode: &'static str,
+    /// How the parent's memory was kept.
+    pub freeze: &'static str,
+    /// Where they ran.
+    pub spawner: &'static str,
+    /// What was mapped.
+    pub input: InputReport,
+    /// What came out.
+    #[serde(flatten)]
+    pub answers: Answers,
+    /// Seed of the simulated reads.
+    pub seed: u64,
+    /// How long the parent stood still.
+    pub parent_pause_us: f64,
+    /// Populated memory at the fork.
+    pub populated_mib: f64,
+    /// From the request of the fork until the last clone entered its first KVM_RUN.
+    pub all_running_us: Option<f64>,
+    /// See [`EndPoints`].
+    pub end_points_us: EndPoints,
+    /// Each phase of the fork.
+    pub phases_us: BTreeMap<&'static str, Percentiles>,
+    /// Growth of anonymous memory while the clones worked, at most, for each of them.
+    pub private_kib_per_clone: u64,
+    /// Growth of the host's kernel memory, likewise, shared out over the clones and the parent.
+    pub kernel_kib_per_clone: u64,
+    /// Read from disk by each clone, on average.
+    pub blk_read_kib_per_clone: u64,
+    /// Pages that were fetched: none, since a copy-on-write clone has all.
+    pub pages_fetched: u64,
+    /// Time of each fetch; `null` without one.
+    pub fetch_us: Option<Percentiles>,
+    /// State of one clone, without memory.
+    pub state_bytes: usize,
+}
+
+impl<Host> Report<Host> {
+    /// Puts the figures of a run together.
+    pub fn new(
+        host: Host,
+        input: &Input,
+        seed: u64,
+        run: &Run,
+        answers: Answers,
+    ) -> std::io::Result<Report<Host>> {
+        let config = run.point.config();
+        let clones = run.clones.len().max(1) as u64;
+        let timelines: Vec<Timeline> = run.clones.iter().map(|clone| clone.timeline()).collect();
+        let times = |end: fn(&Timeline) -> Option<std::time::Instant>| {
+            timelines.iter().filter_map(move |line| between(line.fork_requested, end(line)))
+        };
+        let us = |time: Duration| time.as_nanos() as f64 / 1000.0;
+        let mut phases = BTreeMap::<_, Vec<Duration>>::new();
+        for (phase, took) in &run.phases {
+            phases.entry(phase.as_str()).or_default().push(*took);
+        }
+        let phases = phases.into_iter();
+        Ok(Report {
+            forkvm: env!("CARGO_PKG_VERSION"),
+            host,
+            guest: "bare",
+            job: "map-reads",
+            forked_by: if run.point.by_guest() { "guest" } else { "host" },
+            memory_mib: config.memory_mib,
+            vcpus: config.vcpus,
+            clones: run.clones.len(),
+            depth: run.point.depth(),
+            memory_mode: MemoryMode::Cow.as_str(),
+            freeze: run.point.freeze().as_str(),
+            spawner: "in-process",
+            input: InputReport {
+                index_build_ms: Some(us(run.index_build) / 1000.0),
+                ..input.report()
+            },
+            answers,
+            seed,
+            parent_pause_us: us(run.parent_pause),
+            populated_mib: run.point.populated()? as f64 / f64::from(1 << 20),
+            all_running_us: times(|line| line.first_run).max().map(us),
+            end_points_us: EndPoints {
+                built: Percentiles::of(times(|line| line.built)),
+                restored: Percentiles::of(times(|line| line.restored)),
+                first_run: Percentiles::of(times(|line| line.first_run)),
+                first_action: Percentiles::of(times(|line| line.first_action)),
+                first_answer: Percentiles::of(times(|line| line.first_answer)),
+            },
+            phases_us: phases
+                .filter_map(|(phase, times)| Some((phase, Percentiles::of(times)?)))
+                .collect(),
+            private_kib_per_clone: run.growth.private_kib / clones,
+            kernel_kib_per_clone: run.growth.kernel_kib / (clones + 1),
+            blk_read_kib_per_clone: run.finished.iter().map(bytes_read).sum::<u64>() / 1024 / clones,
+            pages_fetched: 0,
+            fetch_us: None,
+            state_bytes: run.point.state_bytes(),
+        })
+    }
+}
