@@ -3,10 +3,13 @@
 use std::fs::File;
 use std::io::{self, Read};
 
+use forkvm_devices::SavedState;
 use forkvm_devices::doorbell::Announcement;
+use serde::{Deserialize, Serialize};
 
-/// What tells a VM from every other one of its family, and from every other family.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What tells a VM from every other one of its family, and from every other family. Section
+/// `identity` of a saved machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     /// Name: the parent's, a dot, and a number that counts all clones the parent ever had. `X`,
     /// `X.1`, `X.1.4`.
@@ -19,6 +22,10 @@ pub struct Identity {
     pub fork_count: u32,
     /// 16 random bytes: the generation id.
     pub generation: [u8; 16],
+}
+
+impl SavedState for Identity {
+    const VERSION: u16 = 1;
 }
 
 impl Identity {

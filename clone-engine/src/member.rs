@@ -454,8 +454,13 @@ impl Serving {
             GuestOp::Save => match self.save() {
                 Ok(()) => Some(End::Saved),
                 Err(error) => {
-                    tracing::warn!(vm = self.member.name, %error, "a guest's save failed");
-                    self.answer_call(vcpu, call.slot, Answer::of(-errno::EIO));
+                    let error_text = with_causes(&error);
+                    tracing::warn!(vm = self.member.name, error_text, "a guest's save failed");
+                    let errno = match error {
+                        SaveError::NoPlace => errno::ENOSYS,
+                        _ => errno::EIO,
+                    };
+                    self.answer_call(vcpu, call.slot, Answer::of(-errno));
                     None
                 }
             },

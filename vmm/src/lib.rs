@@ -27,4 +27,7 @@ pub use kvm::{Kvm, KvmError, KvmFlavour};
 pub use machine::{Disk, DiskConfig, MachineError, Peripherals, VmConfig};
 pub use memory::{Backing, MemoryError, MemoryLayout, Ram, RamRegion};
 pub use vcpu::{RunError, StateError};
-pub use vm::{EndReason, EventSink, HostError, PausedVm, ReadyVm, Shell, Vm, VmError, VmEvent};
+pub use vm::{
+    EndReason, EventSink, HostError, MachineSummary, PausedVm, ReadyVm, Shell, VcpuSummary, Vm,
+    VmError, VmEvent,
+};

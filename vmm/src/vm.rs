@@ -27,8 +27,10 @@ use crate::vcpu::{
 };
 
 mod state;
+mod summary;
 
 pub use state::HostError;
+pub use summary::{MachineSummary, VcpuSummary};
 
 /// Three pages that real-mode emulation on Intel needs, out of the way of RAM and devices
 /// (KVM_SET_TSS_ADDR, KVM API 4.36).

@@ -4,7 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{BlockLayer, Presence, refused_write};
+use super::{BlockLayer, Presence, Storage, refused_write};
 
 /// A read-only view of another layer: what a fork leaves of a disk for its clones to build on.
 ///
@@ -47,5 +47,9 @@ impl BlockLayer for Frozen {
 
     fn presence(&self, offset: u64) -> io::Result<Presence> {
         self.0.presence(offset)
+    }
+
+    fn storage(&self) -> Storage<'_> {
+        self.0.storage()
     }
 }

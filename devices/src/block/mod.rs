@@ -13,8 +13,11 @@ mod presence_map;
 mod raw;
 mod sparse;
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
 
 pub use base_mark::MarkError;
 pub use commit::{CommitError, CommitReport, commit};
@@ -59,6 +62,31 @@ pub trait BlockLayer: Send + Sync {
     /// How many bytes from `offset` on have the same answer to "does this layer itself hold them",
     /// and the answer. A raw file holds all its sectors.
     fn presence(&self, offset: u64) -> io::Result<Presence>;
+
+    /// Where this layer keeps what it holds, for whoever has to find the same content again.
+    fn storage(&self) -> Storage<'_> {
+        Storage::Unknown
+    }
+}
+
+/// Answer of [`BlockLayer::storage`].
+pub enum Storage<'a> {
+    /// The whole disk is in this raw file.
+    Raw {
+        /// What the file was called when it was opened.
+        path: &'a Path,
+        /// The open file.
+        file: &'a File,
+    },
+    /// Some sectors are in an overlay, `base` has the others.
+    Overlay {
+        /// Path of the overlay's data file; `None` for an overlay in memory.
+        path: Option<&'a Path>,
+        /// The layer below.
+        base: &'a Arc<dyn BlockLayer>,
+    },
+    /// Where nobody else can find it.
+    Unknown,
 }
 
 /// Answer of [`BlockLayer::presence`].

@@ -5,7 +5,7 @@
 //! file is a memfd that exists from the first write on (a clone's overlay costs nothing while the
 //! clone is idle), or a file with its map beside it ([`PresenceMap`]), locked while it is open.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -16,7 +16,7 @@ use thiserror::Error;
 
 use super::base_mark::lock_alone;
 use super::presence_map::{MapError, PresenceMap};
-use super::{BlockLayer, Presence, SECTOR, check_range, durable, sparse};
+use super::{BlockLayer, Frozen, Presence, SECTOR, Storage, check_range, durable, sparse};
 
 /// A copy-on-write layer over `base`.
 pub struct Overlay {
@@ -90,6 +90,22 @@ impl Overlay {
         Ok(Overlay::over(base, path, file, present))
     }
 
+    /// The overlay in the file `path`, for reading only, together with other readers.
+    pub fn open_read_only(
+        path: impl Into<PathBuf>,
+        base: Arc<dyn BlockLayer>,
+    ) -> Result<Frozen, OverlayError> {
+        let path = path.into();
+        let file = File::open(&path).map_err(io_error(&path))?;
+        match file.try_lock_shared() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(OverlayError::Locked { path }),
+            Err(TryLockError::Error(source)) => return Err(io_error(&path)(source)),
+        }
+        let present = check_files(&file, &path, base.len())?;
+        Ok(Frozen::new(Arc::new(Overlay::over(base, path, file, present))))
+    }
+
     /// Removes the files of the overlay `path`, as far as they are there. An overlay that is open
     /// goes on without them until it is dropped.
     pub fn remove_files(path: &Path) -> Result<(), OverlayError> {
@@ -103,6 +119,11 @@ impl Overlay {
     /// Path of the data file; `None` for an overlay in memory.
     pub fn path(&self) -> Option<&Path> {
         self.path.as_deref()
+    }
+
+    /// Where the map of the overlay in the file `path` is kept.
+    pub fn map_path(path: &Path) -> PathBuf {
+        PresenceMap::path_of(path)
     }
 
     /// Bytes that the overlay itself holds.
@@ -224,6 +245,13 @@ impl BlockLayer for Overlay {
             len: run.end - run.start,
         })
     }
+
+    fn storage(&self) -> Storage<'_> {
+        Storage::Overlay {
+            path: self.path(),
+            base: &self.base,
+        }
+    }
 }
 
 /// A machine that ends without a last flush loses nothing: only a power loss may cost it data.
@@ -248,6 +276,12 @@ impl Drop for Overlay {
 pub(super) fn open_files(path: &Path, disk_len: u64) -> Result<(File, PresenceMap), OverlayError> {
     let file = OpenOptions::new().read(true).write(true).open(path);
     let file = lock(file.map_err(io_error(path))?, path)?;
+    let present = check_files(&file, path, disk_len)?;
+    Ok((file, present))
+}
+
+/// Checks the data file of an overlay of a disk of `disk_len` bytes, and reads its map.
+fn check_files(file: &File, path: &Path, disk_len: u64) -> Result<PresenceMap, OverlayError> {
     let len = file.metadata().map_err(io_error(path))?.len();
     if len != disk_len {
         return Err(OverlayError::Size {
@@ -256,8 +290,7 @@ pub(super) fn open_files(path: &Path, disk_len: u64) -> Result<(File, PresenceMa
             disk_len,
         });
     }
-    let present = PresenceMap::load(path, disk_len)?;
-    Ok((file, present))
+    Ok(PresenceMap::load(path, disk_len)?)
 }
 
 /// Takes over an overlay file that was left behind, if nothing would be lost.

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use thiserror::Error;
 
 use super::base_mark::{BaseMark, MarkError};
-use super::{BlockLayer, Presence, SECTOR, check_range, refused_write, sparse};
+use super::{BlockLayer, Presence, SECTOR, Storage, check_range, refused_write, sparse};
 
 /// What a disk is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,6 +108,19 @@ impl RawFile {
         })
     }
 
+    /// Takes over a disk that an earlier process has frozen as the base of overlays
+    /// ([`RawFile::freeze_as_base`]), to go on as the one that names overlays in its mark. `file` is
+    /// open for reading and writing; it is locked for reading.
+    pub fn from_frozen(file: File, path: impl Into<PathBuf>) -> Result<RawFile, RawFileError> {
+        let mut base = RawFile::from_file(file, path, Access::ReadOnly)?;
+        if BaseMark::load(&base.path)?.is_none() {
+            return Err(RawFileError::NotFrozen { path: base.path });
+        }
+        base.access = Access::ReadWrite;
+        base.frozen = AtomicBool::new(true);
+        Ok(base)
+    }
+
     /// What the file is called.
     pub fn path(&self) -> &Path {
         &self.path
@@ -154,6 +167,13 @@ impl BlockLayer for RawFile {
             present: true,
             len: rest.end - rest.start,
         })
+    }
+
+    fn storage(&self) -> Storage<'_> {
+        Storage::Raw {
+            path: &self.path,
+            file: &self.file,
+        }
     }
 }
 
@@ -202,6 +222,14 @@ pub enum RawFileError {
         path: PathBuf,
         /// The overlays over it that have been named.
         overlays: Vec<PathBuf>,
+    },
+    /// The overlays over it were merged or given up.
+    #[error(
+        "the disk {path} is not a frozen base any more: its overlays were merged or given up since"
+    )]
+    NotFrozen {
+        /// Path of the disk.
+        path: PathBuf,
     },
     /// The mark beside the disk cannot be used, so nobody knows whether it is a frozen base.
     #[error(transparent)]

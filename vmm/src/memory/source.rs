@@ -104,7 +104,9 @@ mod tests {
     #[test]
     fn ram_above_4_gib_is_saved_where_it_is() {
         let ram = Ram::new(MemoryLayout::new(4096).unwrap()).unwrap();
-        ram.guest().write_obj(1u8, GuestAddress(0xbfff_ffff)).unwrap();
+        ram.guest()
+            .write_obj(1u8, GuestAddress(0xbfff_ffff))
+            .unwrap();
         ram.guest()
             .write_obj(2u8, GuestAddress(0x1_0000_0000))
             .unwrap();

@@ -83,6 +83,16 @@ fn in_pae_paging(sregs: &kvm_sregs) -> bool {
 }
 
 impl VcpuState {
+    /// Where the guest goes on.
+    pub(crate) fn rip(&self) -> u64 {
+        self.regs.rip
+    }
+
+    /// KVM_MP_STATE: 0 runnable, 1 uninitialised, 3 halted, ….
+    pub(crate) fn mp_state(&self) -> u32 {
+        self.mp_state.mp_state
+    }
+
     /// Reads the state. The vCPU must be outside of KVM_RUN with its last exit finished.
     pub(crate) fn save(
         vcpu: &VcpuFd,

@@ -11,12 +11,12 @@ use crate::kvm::KvmFlavour;
 use crate::memory::MemoryLayout;
 use crate::vcpu::{reading, writing};
 
-const CONFIG: &str = "config";
-const HOST: &str = "host";
-const MEMORY: &str = "memory";
+pub(super) const CONFIG: &str = "config";
+pub(super) const HOST: &str = "host";
+pub(super) const MEMORY: &str = "memory";
 const KVM_VM: &str = "kvm/vm";
 
-fn vcpu_section(index: u32) -> String {
+pub(super) fn vcpu_section(index: u32) -> String {
     format!("kvm/vcpu/{index}")
 }
 
@@ -26,7 +26,7 @@ fn device_section(name: &str) -> String {
 
 /// Section `host`: where the state was taken. Compared at a restore.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct HostState {
+pub(super) struct HostState {
     kvm: KvmFlavour,
     /// CPUID leaf 0: `GenuineIntel`, `AuthenticAMD`, …
     cpu_vendor: String,
@@ -40,8 +40,8 @@ impl SavedState for HostState {
 
 /// Section `memory`: where RAM lies. Its content is elsewhere.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct MemoryState {
-    layout: MemoryLayout,
+pub(super) struct MemoryState {
+    pub(super) layout: MemoryLayout,
 }
 
 impl SavedState for MemoryState {
@@ -167,7 +167,7 @@ impl HostState {
         }
     }
 
-    fn text(&self) -> String {
+    pub(super) fn text(&self) -> String {
         let HostState {
             kvm,
             cpu_vendor,
