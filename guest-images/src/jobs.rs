@@ -26,7 +26,7 @@ pub const JOBS: &[Job] = &[
     Job {
         name: "fork",
         about: "forks into n clones; clone i exits with status i",
-        arguments: "n=1 mib=0",
+        arguments: "n=1 mib=0 tries=1",
     },
     Job {
         name: "hello",
@@ -49,6 +49,16 @@ pub const JOBS: &[Job] = &[
         arguments: "n=1 seed=1",
     },
     Job {
+        name: "ring",
+        about: "all vCPUs ask for a fork at once; prints what each was answered",
+        arguments: "",
+    },
+    Job {
+        name: "rubbish",
+        about: "writes and reads at random where devices are and are not",
+        arguments: "seed=1 rounds=2000",
+    },
+    Job {
         name: "save",
         about: "asks the host to save the machine, and says which of the two it is afterwards",
         arguments: "mib=4",
@@ -67,5 +77,10 @@ pub const JOBS: &[Job] = &[
         name: "tree",
         about: "a fork of a fork, so many deep; exits with the depth",
         arguments: "depth=3 mib=1",
+    },
+    Job {
+        name: "triple-fault",
+        about: "forks into n clones, the first of which triple-faults",
+        arguments: "n=2",
     },
 ];

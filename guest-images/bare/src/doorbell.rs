@@ -6,7 +6,7 @@ use core::mem::offset_of;
 use core::ptr;
 
 use forkvm_abi::doorbell::{
-    Call, MAGIC, PORT, Page, PageHeader, VERSION, call_offset, op, reg, report,
+    CALLS, Call, MAGIC, PORT, Page, PageHeader, VERSION, call_offset, op, reg, report,
 };
 use forkvm_abi::slot;
 
@@ -90,6 +90,19 @@ impl Doorbell {
     pub fn save(&self, cpu: usize) -> Result<bool, i64> {
         self.call(cpu, op::SAVE, 0, port::write32)
             .map(|answer| answer != 0)
+    }
+
+    /// Gives the doorbell its page again.
+    pub fn reconnect(&self) {
+        connect();
+    }
+
+    /// Puts `call`, whatever it says, into the page and rings slot `rung`, which need not
+    /// be one.
+    pub fn ring_rubbish(&self, rubbish: Call, rung: u32) {
+        // SAFETY: a slot of the page, which the host reads when the bell rings.
+        unsafe { slot(rung as usize % CALLS).write_volatile(rubbish) };
+        port::write32(PORT + reg::RING, rung);
     }
 
     /// Tells the host `value`; never waits.

@@ -61,6 +61,11 @@ ring0_refused:
     mov eax, 1
     iretq
 
+    # Leaves no gate for the exception that follows, nor for those that this raises.
+ring0_triple_fault:
+    lidt [rdi]
+    ud2
+
     # Interrupts on, in the RFLAGS that ring 3 gets back.
 ring0_enable_interrupts:
     or dword ptr [rsp + 16], 0x200
@@ -73,6 +78,7 @@ unsafe extern "C" {
     static ring0_entry: u8;
     static ring0_wait: u8;
     static ring0_enable_interrupts: u8;
+    static ring0_triple_fault: u8;
     static ring0_write_msr: u8;
     static ring0_read_msr: u8;
 }
@@ -86,6 +92,14 @@ pub fn entry() -> usize {
 pub fn enable_interrupts() {
     // SAFETY: the routine changes one flag; the gates that interrupts go through are set.
     unsafe { call(&raw const ring0_enable_interrupts, 0, 0) };
+}
+
+/// Ends this vCPU by a triple fault (Intel SDM volume 3, chapter 6.15, interrupt 8).
+pub fn triple_fault() {
+    let no_table = [0u8; 10];
+    let pointer = (&raw const no_table).expose_provenance() as u64;
+    // SAFETY: the routine reads the ten bytes and does not come back.
+    unsafe { call(&raw const ring0_triple_fault, pointer, 0) };
 }
 
 /// Halts until an interrupt comes, unless `word` is no longer `value`. Callers loop: any interrupt

@@ -7,10 +7,13 @@ mod hello;
 mod map_reads;
 mod oracle;
 mod registers;
+mod ring;
+mod rubbish;
 mod save;
 mod spin;
 mod touch;
 mod tree;
+mod triple_fault;
 
 use crate::args::Args;
 use crate::machine::Machine;
@@ -35,10 +38,13 @@ const JOBS: &[(&str, Job)] = &[
     ("map-reads", map_reads::run),
     ("oracle", oracle::run),
     ("registers", registers::run),
+    ("ring", ring::run),
+    ("rubbish", rubbish::run),
     ("save", save::run),
     ("spin", spin::run),
     ("touch", touch::run),
     ("tree", tree::run),
+    ("triple-fault", triple_fault::run),
 ];
 
 /// Runs the job that `command_line` names.
