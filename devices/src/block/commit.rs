@@ -1,8 +1,11 @@
-//! Merges the overlay of a forked disk back into its base, so that the disk can be written again.
+//! Merges the overlays of a forked disk back into its base, so that the disk can be written again.
+//!
+//! A disk whose VM was forked several times has one overlay per fork, each over the one before it;
+//! the mark names them from the lowest to the topmost, which is the order of the merge.
 //!
 //! Called by `forkvm disk commit`, when no VM needs the base any more. It may be killed at any time:
-//! the same command then finishes. Merging only copies from the overlay, so it can be repeated; the
-//! mark is set to *merged* once the base holds everything durably, before the overlay is removed;
+//! the same command then finishes. Merging only copies from the overlays, so it can be repeated; the
+//! mark is set to *merged* once the base holds everything durably, before an overlay is removed;
 //! the mark itself goes last.
 
 use std::fs::{File, OpenOptions};
@@ -15,7 +18,6 @@ use thiserror::Error;
 use super::base_mark::{BaseMark, MarkError, Phase, lock_alone};
 use super::overlay::{Overlay, OverlayError, open_files};
 use super::presence_map::PresenceMap;
-use super::raw::list;
 use super::sparse;
 
 /// Bytes that are copied at a time.
@@ -24,14 +26,15 @@ const COPY_LEN: u64 = 1 << 20;
 /// What [`commit`] did.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CommitReport {
-    /// The overlay, now removed.
-    pub overlay: PathBuf,
+    /// The overlays, now removed, from the lowest to the topmost.
+    pub overlays: Vec<PathBuf>,
     /// Bytes of the base that were replaced by this run; 0 when an earlier run had merged them.
     pub merged_bytes: u64,
 }
 
-/// Merges the only overlay over the raw disk `path` into it, and removes the overlay and the mark.
-/// `progress` is told the bytes done and the bytes in all.
+/// Merges the overlays over the raw disk `path` into it, and removes them and the mark. `progress` is
+/// told the bytes done and the bytes in all. All overlays are opened, and with that locked, before
+/// the first byte is merged.
 pub fn commit(
     path: &Path,
     progress: &mut dyn FnMut(u64, u64),
@@ -50,33 +53,39 @@ pub fn commit(
         .ok_or_else(|| CommitError::BaseInUse { path: path.into() })?;
     let mut mark =
         BaseMark::load(path)?.ok_or_else(|| CommitError::NotForked { path: path.into() })?;
-    let overlay = match mark.overlays.as_slice() {
-        [overlay] => overlay.clone(),
-        overlays => {
-            let (path, overlays) = (path.into(), overlays.to_vec());
-            return Err(CommitError::NotOneOverlay { path, overlays });
-        }
-    };
     let mut merged_bytes = 0;
     if mark.phase == Phase::Frozen {
         let disk_len = base.metadata().map_err(io_error)?.len();
-        let (data, present) = open_files(&overlay, disk_len).map_err(|error| match error {
-            OverlayError::Missing { path: overlay } => CommitError::OverlayMissing {
-                overlay,
-                mark: BaseMark::path_of(path),
-            },
-            error => CommitError::Overlay(error),
-        })?;
-        merge(&data, &present, &base, disk_len, progress).map_err(io_error)?;
+        let open = |overlay: &PathBuf| {
+            open_files(overlay, disk_len).map_err(|error| match error {
+                OverlayError::Missing { path: overlay } => CommitError::OverlayMissing {
+                    overlay,
+                    mark: BaseMark::path_of(path),
+                },
+                error => CommitError::Overlay(error),
+            })
+        };
+        let opened = mark
+            .overlays
+            .iter()
+            .map(open)
+            .collect::<Result<Vec<_>, _>>()?;
+        let total = opened.iter().map(|(_, present)| present.bytes()).sum();
+        for (data, present) in &opened {
+            let mut so_far = |done| progress(merged_bytes + done, total);
+            merge(data, present, &base, disk_len, &mut so_far).map_err(io_error)?;
+            merged_bytes += present.bytes();
+        }
         base.sync_all().map_err(io_error)?;
-        merged_bytes = present.bytes();
         mark.phase = Phase::Merged;
         mark.store(path)?;
     }
-    Overlay::remove_files(&overlay)?;
+    for overlay in &mark.overlays {
+        Overlay::remove_files(overlay)?;
+    }
     BaseMark::remove(path)?;
     Ok(CommitReport {
-        overlay,
+        overlays: mark.overlays,
         merged_bytes,
     })
 }
@@ -87,9 +96,8 @@ fn merge(
     present: &PresenceMap,
     base: &File,
     disk_len: u64,
-    progress: &mut dyn FnMut(u64, u64),
+    progress: &mut dyn FnMut(u64),
 ) -> io::Result<()> {
-    let total = present.bytes();
     let mut done = 0;
     let mut buffer = vec![0; COPY_LEN.min(disk_len) as usize];
     for (run, _) in present.runs(0..disk_len).filter(|(_, present)| *present) {
@@ -104,7 +112,7 @@ fn merge(
                 base.write_all_at(part, at)?;
             }
             done += end - at;
-            progress(done, total);
+            progress(done);
             at = end;
         }
     }
@@ -125,17 +133,6 @@ pub enum CommitError {
     BaseInUse {
         /// Path of the disk.
         path: PathBuf,
-    },
-    /// Merging one would corrupt the others.
-    #[error(
-        "the disk {path} is the base of several overlays ({}): only a single one can be merged",
-        list(.overlays)
-    )]
-    NotOneOverlay {
-        /// Path of the disk.
-        path: PathBuf,
-        /// The overlays.
-        overlays: Vec<PathBuf>,
     },
     /// The overlay is gone, and with it what was written since the fork.
     #[error(

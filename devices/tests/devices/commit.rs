@@ -66,7 +66,7 @@ fn a_commit_merges_the_overlay_and_makes_the_disk_a_plain_one() {
     let mut told = Vec::new();
     let report = commit(&forked.disk, &mut |done, total| told.push((done, total))).unwrap();
     assert_eq!(report.merged_bytes, 3 * SECTOR);
-    assert_eq!(report.overlay, forked.overlay);
+    assert_eq!(report.overlays, [forked.overlay.clone()]);
     assert_eq!(told.last(), Some(&(3 * SECTOR, 3 * SECTOR)));
     forked.assert_merged();
 }
@@ -113,28 +113,53 @@ fn a_commit_is_refused_while_a_vm_has_the_overlay_open() {
 }
 
 #[test]
-fn a_disk_with_two_overlays_cannot_be_committed() {
-    let forked = Forked::new();
-    let mark = fs::read_to_string(forked.mark()).unwrap();
-    let two = mark.replacen('[', "[\"/other\", ", 1);
-    fs::write(forked.mark(), two).unwrap();
-    let error = forked.commit().unwrap_err();
-    assert!(matches!(error, CommitError::NotOneOverlay { .. }));
-    assert!(error.to_string().contains("/other"), "{error}");
-}
-
-#[test]
-fn a_second_overlay_on_a_running_base_is_named_in_the_mark() {
+fn the_overlays_of_several_forks_are_merged_with_the_last_one_on_top() {
     let directory = TempDir::new().unwrap();
     let disk = directory.path().join("disk");
     numbered_disk(&disk);
-    let raw = RawFile::open(&disk, Access::ReadWrite).unwrap();
-    for name in ["one", "two", "two"] {
-        raw.freeze_as_base(&directory.path().join(name)).unwrap();
+    let base = Arc::new(RawFile::open(&disk, Access::ReadWrite).unwrap());
+    let mut top: Arc<dyn BlockLayer> = base.clone();
+    for (fork, name) in [(1u8, "one"), (2, "two")] {
+        let path = directory.path().join(name);
+        let overlay = Overlay::create(&path, top).unwrap();
+        base.freeze_as_base(&path).unwrap();
+        overlay.write_at(0, &[fork; 512]).unwrap();
+        overlay
+            .write_at(512 * u64::from(fork), &[fork; 512])
+            .unwrap();
+        overlay.flush().unwrap();
+        top = Arc::new(overlay);
     }
-    drop(raw);
-    let error = commit(&disk, &mut |_, _| {}).unwrap_err();
-    assert!(matches!(&error, CommitError::NotOneOverlay { overlays, .. } if overlays.len() == 2));
+    drop((top, base));
+    let report = commit(&disk, &mut |_, _| {}).unwrap();
+    assert_eq!(report.overlays.len(), 2);
+    let merged = fs::read(&disk).unwrap();
+    assert_eq!(merged[0], 2, "the later fork's sector is on top");
+    assert_eq!((merged[512], merged[1024]), (1, 2));
+    assert_eq!(
+        fs::read_dir(directory.path()).unwrap().count(),
+        1,
+        "only the disk is left"
+    );
+    RawFile::open(&disk, Access::ReadWrite).unwrap();
+}
+
+#[test]
+fn nothing_is_merged_when_one_of_several_overlays_is_missing() {
+    let forked = Forked::new();
+    let mark = fs::read_to_string(forked.mark()).unwrap();
+    let before = fs::read(&forked.disk).unwrap();
+    let (start, end) = mark.split_once(']').unwrap();
+    fs::write(
+        forked.mark(),
+        format!("{start}, \"/no/such/overlay\"]{end}"),
+    )
+    .unwrap();
+    let error = forked.commit().unwrap_err();
+    assert!(
+        matches!(&error, CommitError::OverlayMissing { overlay, .. } if overlay.ends_with("overlay"))
+    );
+    assert_eq!(fs::read(&forked.disk).unwrap(), before);
 }
 
 #[test]
