@@ -19,7 +19,7 @@ use crate::fork_point::ForkPoint;
 use crate::freeze::{Freeze, FreezeError, FreezeKind};
 use crate::identity::Identity;
 use crate::image::ImageBuilder;
-use crate::limits::{self, Limit};
+use crate::limits::{self, LimitError};
 use crate::member::Member;
 use crate::phase::{self, Observer, Phase, Vetoed};
 use crate::spawn::SpawnError;
@@ -179,6 +179,7 @@ impl Parent<'_> {
             disks,
             forker: request.forker,
             requested: request.at,
+            expected_write_mib: request.spec.expected_write_mib,
             numbers: self.numbers.clone(),
             ids: AtomicU32::new(0),
         };
@@ -204,46 +205,22 @@ fn publish(
 
 /// How many clones the host has room for, within what was asked.
 fn grant(vm: &Vm, spec: &CloneSpec, freeze: &dyn Freeze) -> Result<u32, ForkError> {
-    if spec.count == 0 {
-        return Err(ForkError::NoClones);
-    }
     let copy_kib = match freeze.kind() {
         FreezeKind::Copy => {
             vm.ram().populated()?.iter().map(|range| range.end - range.start).sum::<u64>() / 1024
         }
         _ => 0,
     };
-    let room = limits::room(vm.config(), spec.expected_write_mib, copy_kib);
-    let room = room.map_err(ForkError::Limits)?;
-    let granted = spec.count.min(room.clones);
-    if granted == 0 || (granted < spec.count && !spec.accept_fewer) {
-        return Err(ForkError::TooMany { asked: spec.count, room: granted, limit: room.limit });
-    }
-    Ok(granted)
+    let (write_mib, fewer) = (spec.expected_write_mib, spec.accept_fewer);
+    Ok(limits::grant(vm.config(), spec.count, fewer, write_mib, copy_kib)?)
 }
 
 /// Why nothing was forked. The parent runs on.
 #[derive(Debug, Error)]
 pub enum ForkError {
-    /// Zero clones.
-    #[error("a fork makes 1 clone or more, and 0 were asked for")]
-    NoClones,
-    /// The host has no room for them.
-    #[error(
-        "{asked} clones were asked for and the host has room for {room}: what runs out is {limit}; \
-         ask for fewer, or lower what each is expected to write"
-    )]
-    TooMany {
-        /// Clones asked for.
-        asked: u32,
-        /// Clones that would do.
-        room: u32,
-        /// What runs out.
-        limit: Limit,
-    },
-    /// The host's limits could not be read.
-    #[error("reading the host's limits failed")]
-    Limits(#[source] io::Error),
+    /// The host has no room for them, or none were asked for.
+    #[error(transparent)]
+    Limits(#[from] LimitError),
     /// A vCPU did not stop.
     #[error("phase pause")]
     Pause(#[from] PauseError),

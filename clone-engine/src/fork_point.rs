@@ -15,6 +15,7 @@ use crate::fork::ForkError;
 use crate::freeze::FreezeKind;
 use crate::identity::Identity;
 use crate::image::MemoryImage;
+use crate::limits;
 use crate::member::Member;
 use crate::phase::{self, Phase};
 
@@ -34,6 +35,8 @@ pub struct ForkPoint {
     /// Doorbell slot of the guest's call that asked for it; `None` when the host asked.
     pub(crate) forker: Option<u32>,
     pub(crate) requested: Instant,
+    /// What each clone is expected to write.
+    pub(crate) expected_write_mib: u64,
     /// Clones that the parent ever had, of this fork point and others: they number names.
     pub(crate) numbers: Arc<AtomicU32>,
     /// Clones of this fork point.
@@ -41,8 +44,18 @@ pub struct ForkPoint {
 }
 
 impl ForkPoint {
-    /// Spawns `count` clones: all of them run, or none and an error says why.
+    /// Spawns `count` clones: all of them run, or none and an error says why. Each is expected to
+    /// write as much as the spec of the fork said; the host must have room for that.
     pub fn spawn(self: &Arc<Self>, count: u32) -> Result<Vec<Arc<Member>>, ForkError> {
+        let granted = limits::grant(&self.config, count, false, self.expected_write_mib, 0)?;
+        self.spawn_granted(granted)
+    }
+
+    /// As [`ForkPoint::spawn`], for clones that there was room for when they were asked for.
+    pub(crate) fn spawn_granted(
+        self: &Arc<Self>,
+        count: u32,
+    ) -> Result<Vec<Arc<Member>>, ForkError> {
         let observer = self.family.config().observer.clone();
         let first = self.ids.fetch_add(count, Ordering::Relaxed) + 1;
         let mut waiting = Vec::with_capacity(count as usize);

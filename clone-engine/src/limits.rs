@@ -11,6 +11,7 @@ use std::io;
 use std::path::Path;
 
 use forkvm_vmm::VmConfig;
+use thiserror::Error;
 
 /// What one idle clone costs the host: KVM's structures, page tables, stacks of its threads.
 const FLOOR_KIB: u64 = 2 * 1024;
@@ -48,16 +49,57 @@ impl fmt::Display for Limit {
 
 /// How many clones can be had, and what would run out with one more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Room {
-    /// Clones.
-    pub clones: u32,
-    /// What runs out.
-    pub limit: Limit,
+struct Room {
+    clones: u32,
+    limit: Limit,
+}
+
+/// How many of `asked` clones may be made; see [`room`]. All of them, unless `accept_fewer`.
+pub(crate) fn grant(
+    config: &VmConfig,
+    asked: u32,
+    accept_fewer: bool,
+    expected_write_mib: u64,
+    copy_kib: u64,
+) -> Result<u32, LimitError> {
+    if asked == 0 {
+        return Err(LimitError::NoClones);
+    }
+    let room = room(config, expected_write_mib, copy_kib).map_err(LimitError::Unknown)?;
+    let granted = asked.min(room.clones);
+    if granted == 0 || (granted < asked && !accept_fewer) {
+        return Err(LimitError::TooMany { asked, room: granted, limit: room.limit });
+    }
+    Ok(granted)
+}
+
+/// Why no clones may be made.
+#[derive(Debug, Error)]
+pub enum LimitError {
+    /// Zero clones.
+    #[error("a fork makes 1 clone or more, and 0 were asked for")]
+    NoClones,
+    /// The host has no room for them.
+    #[error(
+        "{asked} clones were asked for and the host has room for {room}: what runs out is {limit}; \
+         ask for fewer, or lower what each is expected to write"
+    )]
+    TooMany {
+        /// Clones asked for.
+        asked: u32,
+        /// Clones that would do.
+        room: u32,
+        /// What runs out.
+        limit: Limit,
+    },
+    /// The host's limits could not be read.
+    #[error("reading the host's limits failed")]
+    Unknown(#[source] io::Error),
 }
 
 /// The room for clones of a machine like `config`, each of which is expected to write
 /// `expected_write_mib`; `copy_kib` is what the fork itself will copy.
-pub(crate) fn room(config: &VmConfig, expected_write_mib: u64, copy_kib: u64) -> io::Result<Room> {
+fn room(config: &VmConfig, expected_write_mib: u64, copy_kib: u64) -> io::Result<Room> {
     let vcpus = u64::from(config.vcpus);
     let per_clone_kib = FLOOR_KIB
         + VCPU_KIB * vcpus

@@ -26,7 +26,7 @@ use crate::family::Family;
 use crate::fork::{CloneSpec, ForkError, Frozen, Parent, Request, Ticket};
 use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
-use crate::limits::Limit;
+use crate::limits::{Limit, LimitError};
 use crate::saved::SaveError;
 use crate::spawn::SpawnError;
 use crate::timeline::Timeline;
@@ -528,7 +528,7 @@ impl Serving {
             Ok(frozen) => frozen,
             Err(error) => return (Err(error), None),
         };
-        match frozen.point.spawn(frozen.granted) {
+        match frozen.point.spawn_granted(frozen.granted) {
             Ok(clones) => {
                 let end = self.settle(&frozen);
                 self.last_ticket += 1;
@@ -584,9 +584,9 @@ fn with_causes(error: &dyn std::error::Error) -> String {
 
 fn errno_of(error: &ForkError) -> i64 {
     match error {
-        ForkError::NoClones => errno::EINVAL,
-        ForkError::TooMany { limit: Limit::Memory, .. } => errno::ENOMEM,
-        ForkError::TooMany { .. } => errno::ENOSPC,
+        ForkError::Limits(LimitError::NoClones) => errno::EINVAL,
+        ForkError::Limits(LimitError::TooMany { limit: Limit::Memory, .. }) => errno::ENOMEM,
+        ForkError::Limits(LimitError::TooMany { .. }) => errno::ENOSPC,
         ForkError::Pause(_) => errno::EBUSY,
         _ => errno::EIO,
     }
