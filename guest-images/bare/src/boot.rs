@@ -6,7 +6,7 @@
 //! * `ap_trampoline`: what a startup IPI runs, in real mode, from [`TRAMPOLINE`].
 //!
 //! `cpu_start` loads this vCPU's tables, turns on SSE and (where there is XSAVE) AVX, and leaves for
-//! ring 3 by IRETQ: to `start` on the first vCPU, to `ap_start` on the others.
+//! ring 3 by IRETQ with IOPL 3: to `start` on the first vCPU, to `ap_start` on the others.
 //!
 //! This is as little as can be, and plain instructions only: some KVMs interpret ring 0 at about
 //! a microsecond each. What ring 3 can do (fill the IDT, program the LAPIC) is done there.
@@ -54,7 +54,7 @@ first_cpu:
     mov cr3, rax
     xor r14d, r14d                  # vCPU 0
     mov r15, offset start
-    mov ebp, 0x2                    # RFLAGS: interrupts off until the IDT is filled
+    mov ebp, 0x3002                 # RFLAGS: IOPL 3, interrupts off until the IDT is filled
     jmp cpu_start
 
     .code32
@@ -97,7 +97,7 @@ ap_long:
     lock xadd [next_cpu], r14d      # vCPUs number themselves in the order they arrive
     mov r12d, r14d
     mov r15, offset ap_start
-    mov ebp, 0x202                  # RFLAGS: interrupts on
+    mov ebp, 0x3202                 # RFLAGS: IOPL 3, interrupts on
 
     # R14 = index of this vCPU, R15 = where to go in ring 3 with RDI = R12 and RSI = R13,
     # EBP = RFLAGS there.

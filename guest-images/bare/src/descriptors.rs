@@ -1,8 +1,10 @@
 //! Segments, task state segments and the interrupt descriptor table.
 //!
 //! All vCPUs share one GDT and one IDT; each has a TSS, for the ring-0 stack that an interrupt in
-//! ring 3 switches to, and for the I/O bitmap that opens every port to ring 3. (IOPL 3 would do that
-//! as well, but not every KVM that runs ring 3 natively honours it.) The tables are data of the image; `boot` fills in a vCPU's TSS when it
+//! ring 3 switches to, and for the I/O bitmap that opens every port to ring 3. IOPL 3 opens them as
+//! well, and both are needed: kvm-pvm drops IOPL at IRETQ, and QEMU's emulation (under the SVM lane's
+//! KVM) ignores the bitmap of a TSS that was restored, since its descriptor is a busy one.
+//! The tables are data of the image; `boot` fills in a vCPU's TSS when it
 //! starts, and [`fill_idt`] the gates, from ring 3, before interrupts are on.
 
 #![allow(unsafe_code)] // Tables that the CPU reads.
@@ -97,7 +99,7 @@ exception:
     mov r8, [rsp + 16]              # RSP
     push {user_data}
     push offset exception_stack_top - 8
-    push 2
+    push 0x3002
     push {user_code}
     push offset {report}
     iretq

@@ -1,4 +1,4 @@
-//! Port I/O, from ring 3: the I/O bitmap allows every port.
+//! Port I/O, from ring 3: the I/O bitmap and IOPL 3 allow every port.
 
 #![allow(unsafe_code)] // `in` and `out`.
 
