@@ -1,0 +1,170 @@
+//! Consoles of a family on one terminal.
+//!
+//! The VM that was started prints as it is. A clone's lines come whole, behind its name in brackets,
+//! or go to a file of its own. Input goes to the VM that was started.
+
+use std::fs::{self, File};
+use std::io::{self, IsTerminal, Read, Write};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use forkvm::Identity;
+use forkvm::engine::{Consoles, Member};
+
+/// A clone's line that is longer is cut here.
+const LINE_LEN: usize = 16 * 1024;
+
+/// How long to wait when the guest's UART is full.
+const FULL_PAUSE: Duration = Duration::from_millis(20);
+
+/// See the module's text.
+pub(crate) struct Terminal {
+    shared: Arc<Mutex<Shared>>,
+    dir: Option<PathBuf>,
+}
+
+struct Shared {
+    out: Box<dyn Write + Send>,
+    /// The VM that was started has begun a line.
+    mid_line: bool,
+}
+
+impl Terminal {
+    /// On `out`, with the clones' files in `dir` if there is one.
+    pub(crate) fn new(out: Box<dyn Write + Send>, dir: Option<PathBuf>) -> Terminal {
+        Terminal {
+            shared: Arc::new(Mutex::new(Shared {
+                out,
+                mid_line: false,
+            })),
+            dir,
+        }
+    }
+}
+
+impl Consoles for Terminal {
+    fn open(&self, vm: &Identity) -> io::Result<Box<dyn Write + Send>> {
+        if vm.depth == 0 {
+            return Ok(Box::new(Direct(self.shared.clone())));
+        }
+        match &self.dir {
+            Some(dir) => Ok(Box::new(File::create(file_of(dir, &vm.name))?)),
+            None => Ok(Box::new(Prefixed {
+                prefix: format!("[{}] ", vm.name),
+                line: Vec::new(),
+                shared: self.shared.clone(),
+            })),
+        }
+    }
+}
+
+/// The file of a clone's console.
+fn file_of(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!("{name}.log"))
+}
+
+fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The console of the VM that was started.
+struct Direct(Arc<Mutex<Shared>>);
+
+impl Write for Direct {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut shared = lock(&self.0);
+        let written = shared.out.write(bytes)?;
+        if let Some(last) = bytes[..written].last() {
+            shared.mid_line = *last != b'\n';
+        }
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        lock(&self.0).out.flush()
+    }
+}
+
+/// A clone's console.
+struct Prefixed {
+    prefix: String,
+    line: Vec<u8>,
+    shared: Arc<Mutex<Shared>>,
+}
+
+impl Prefixed {
+    fn print_line(&mut self) -> io::Result<()> {
+        let mut shared = lock(&self.shared);
+        let mut text = Vec::with_capacity(self.prefix.len() + self.line.len() + 2);
+        if shared.mid_line {
+            text.push(b'\n');
+            shared.mid_line = false;
+        }
+        text.extend_from_slice(self.prefix.as_bytes());
+        text.append(&mut self.line);
+        text.push(b'\n');
+        shared.out.write_all(&text)?;
+        shared.out.flush()
+    }
+}
+
+impl Write for Prefixed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        for &byte in bytes {
+            if byte != b'\n' {
+                self.line.push(byte);
+            }
+            if byte == b'\n' || self.line.len() >= LINE_LEN {
+                self.print_line()?;
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for Prefixed {
+    fn drop(&mut self) {
+        if !self.line.is_empty()
+            && let Err(error) = self.print_line()
+        {
+            tracing::debug!(%error, "the last line of a clone is lost");
+        }
+    }
+}
+
+/// Passes standard input to the VM's console, when it is a terminal, a pipe or a socket, until
+/// either ends.
+pub(crate) fn pass_input(vm: Arc<Member>) -> io::Result<()> {
+    if !is_live(&io::stdin()) {
+        return Ok(());
+    }
+    let pass = move || {
+        let mut buffer = [0; 256];
+        while let Ok(len @ 1..) = io::stdin().read(&mut buffer) {
+            let mut rest = &buffer[..len];
+            while !rest.is_empty() {
+                match vm.console_input(rest) {
+                    Ok(taken) => rest = &rest[taken..],
+                    Err(_ended) => return,
+                }
+                if !rest.is_empty() {
+                    thread::sleep(FULL_PAUSE);
+                }
+            }
+        }
+    };
+    thread::Builder::new().name("stdin".into()).spawn(pass)?;
+    Ok(())
+}
+
+fn is_live(stdin: &io::Stdin) -> bool {
+    let kind = fs::metadata("/dev/stdin").map(|metadata| metadata.file_type());
+    stdin.is_terminal() || kind.is_ok_and(|kind| kind.is_fifo() || kind.is_socket())
+}

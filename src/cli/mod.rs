@@ -1,0 +1,124 @@
+//! The command line: one module per command.
+//!
+//! A command prints for people and returns an [`Outcome`]; what all commands share (options,
+//! logging, JSON, errors, exit codes) is here and in [`output`]. Words and exit codes are a contract
+//! with scripts: 0 done, 1 failed, 2 usage, 3 the host lacks something, 128 + n ended by signal n.
+
+mod console;
+mod disk;
+mod disk_option;
+mod doctor;
+mod errors;
+mod host;
+mod log;
+mod output;
+mod progress;
+mod restore;
+mod run;
+mod session;
+mod state;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+use forkvm::engine::limits;
+
+use output::{Outcome, Output};
+
+const EXAMPLES: &str = "\
+Examples:
+  forkvm doctor                                  Does this host suffice?
+  forkvm run --guest hello                       Boot the guest that forkvm carries with it
+  forkvm run --guest 'fork n=3 mib=4'            A guest that forks itself into three clones
+  forkvm run --kernel bzImage --initrd initrd --cmdline 'console=ttyS0' --disk root.img,overlay
+  forkvm run --guest 'touch mib=64' --save DIR   Ctrl-C saves the machine to DIR ...
+  forkvm restore DIR                             ... and this lets it run on
+  forkvm state show DIR                          What is in a saved machine
+  forkvm disk commit disk.img                    Merge what a forked VM wrote into its disk
+
+Exit codes: 0 done, 1 failed, 2 usage, 3 the host lacks something, 128+n ended by signal n;
+run and restore end with the status of the VM that was started.";
+
+/// fork() for virtual machines.
+#[derive(Debug, Parser)]
+#[command(name = "forkvm", version, about, after_help = EXAMPLES)]
+struct Cli {
+    /// Write the result as one JSON object to FILE; with `-` to standard output, and all else goes
+    /// to standard error
+    #[arg(long, value_name = "FILE", global = true)]
+    json: Option<PathBuf>,
+    /// What to log to standard error, such as `info` or `forkvm_clone_engine=debug` [default: warn,
+    /// or the environment variable FORKVM_LOG]
+    #[arg(long, value_name = "FILTER", global = true)]
+    log: Option<String>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Each is a module of its name.
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Check whether this host has what forkvm needs, and say how to mend what it lacks
+    Doctor(doctor::Doctor),
+    /// Boot a VM and serve it until it and all its clones have ended
+    Run(run::Run),
+    /// Let a saved VM run on
+    Restore(restore::Restore),
+    /// Look at saved machines
+    #[command(subcommand)]
+    State(state::State),
+    /// Work on disks that were forked
+    #[command(subcommand)]
+    Disk(disk::Disk),
+    /// Print the completions of a shell, to be put where that shell looks for them
+    #[command(after_help = "Example:\n  forkvm completions bash > /etc/bash_completion.d/forkvm")]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Runs the command that the arguments name.
+pub(crate) fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if let Err(error) = log::init(cli.log.as_deref()) {
+        return errors::report(&error);
+    }
+    if let Err(error) = limits::raise_nofile() {
+        tracing::warn!(%error, "RLIMIT_NOFILE could not be raised: few clones will fit");
+    }
+    let output = Output::new(cli.json);
+    let outcome = cli.command.run(&output);
+    let status = match &outcome {
+        Ok(outcome) => ExitCode::from(outcome.status),
+        Err(error) => errors::report(error),
+    };
+    let report = match outcome {
+        Ok(outcome) => outcome.report,
+        Err(error) => errors::to_json(&error),
+    };
+    match output.write_json(&report) {
+        Ok(()) => status,
+        Err(error) => errors::report(&error),
+    }
+}
+
+impl Command {
+    fn run(self, output: &Output) -> anyhow::Result<Outcome> {
+        match self {
+            Command::Doctor(command) => command.run(output),
+            Command::Run(command) => command.run(output),
+            Command::Restore(command) => command.run(output),
+            Command::State(command) => command.run(output),
+            Command::Disk(command) => command.run(output),
+            Command::Completions { shell } => {
+                let mut text = output.text();
+                clap_complete::generate(shell, &mut Cli::command(), "forkvm", &mut text);
+                Ok(Outcome::done(
+                    serde_json::json!({ "shell": shell.to_string() }),
+                ))
+            }
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! `forkvm restore`: lets a saved VM run on.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Args;
+use forkvm::engine::saved::OpenMachine;
+
+use super::output::{Outcome, Output};
+use super::progress::Progress;
+use super::run::vm_name;
+use super::session::{Session, SessionOptions};
+
+const EXAMPLES: &str = "\
+Examples:
+  forkvm restore DIR
+  forkvm restore DIR --name second --save DIR2
+
+DIR is not changed: it can be restored any number of times. Its disks have to be where and what they
+were at the save; a disk that was written through to its file can go on only once, since the machine
+that goes on changes it. The guest's clocks go on from the instant of the save.";
+
+/// Options of `restore`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Restore {
+    /// Where the machine was saved
+    dir: PathBuf,
+    /// Name of the VM [default: the one that it had]
+    #[arg(long, value_parser = vm_name)]
+    name: Option<String>,
+    #[command(flatten)]
+    session: SessionOptions,
+}
+
+impl Restore {
+    pub(crate) fn run(self, output: &Output) -> anyhow::Result<Outcome> {
+        let what = || format!("restoring {}", self.dir.display());
+        let machine = OpenMachine::open(&self.dir).with_context(what)?;
+        let session = Session::new(self.session, output)?;
+        let mut bar = Progress::new("loading memory");
+        let restored = session
+            .family()
+            .restore(machine, self.name.as_deref(), &mut |progress| {
+                bar.update(progress.done, progress.total);
+            });
+        drop(bar);
+        session.serve(restored.with_context(what)?)
+    }
+}

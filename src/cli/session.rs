@@ -1,0 +1,280 @@
+//! A family under the command line: consoles, signals, and the wait for its end.
+//!
+//! Clones outlive their parent, as processes do, so the command waits for all of them. SIGINT,
+//! SIGTERM and SIGHUP end the family in one order: with `--save` the VM that was started is saved
+//! while it still waits for its clones (so that it does not see them die), then the clones are
+//! ended; without, everything is ended, the deepest clones first and the VM that was started last.
+//! A second signal ends the process at once.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Args;
+use forkvm::engine::saved::{SaveTo, Saver};
+use forkvm::engine::{Family, ForkPoint, Member, MemberError, Observer, Phase, Vetoed};
+use forkvm::vmm::{Kvm, PausedVm};
+use forkvm::{CloneSpec, End, FamilyConfig, FreezeKind};
+use serde_json::{Value, json};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::console::{Terminal, pass_input};
+use super::host::Host;
+use super::output::{Outcome, Output};
+use super::progress::Progress;
+
+/// How long one VM is waited for before the others are looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// Options of every command that runs VMs.
+#[derive(Debug, Args)]
+pub(crate) struct SessionOptions {
+    /// On Ctrl-C, SIGTERM or the guest's request save the machine to the new directory DIR rather
+    /// than ending it; a clone that asks for it is saved to DIR-NAME
+    #[arg(long, value_name = "DIR")]
+    save: Option<PathBuf>,
+    /// Write the clones' consoles to DIR/NAME.log rather than to standard output
+    #[arg(long, value_name = "DIR")]
+    console_dir: Option<PathBuf>,
+    /// How a fork keeps the parent's memory: auto, remap, copy or stop
+    #[arg(long, value_name = "FREEZE", default_value = "auto")]
+    freeze: FreezeKind,
+}
+
+/// A family that has no VM yet.
+pub(crate) struct Session {
+    family: Arc<Family>,
+    clones: Receiver<Arc<Member>>,
+    control: Arc<Control>,
+    save: Option<PathBuf>,
+}
+
+/// What the thread that hears signals knows.
+struct Control {
+    family: Arc<Family>,
+    /// The VM that was started, from then on.
+    root: Mutex<Option<Arc<Member>>>,
+    saves: bool,
+    /// The signal that ended the family; 0 for none.
+    ended_by: AtomicI32,
+}
+
+impl Session {
+    /// Opens KVM and the consoles, and begins to hear signals.
+    pub(crate) fn new(options: SessionOptions, output: &Output) -> anyhow::Result<Session> {
+        let SessionOptions {
+            save,
+            console_dir,
+            freeze,
+        } = options;
+        if let Some(dir) = &console_dir {
+            std::fs::create_dir_all(dir)
+                .with_context(|| format!("making the directory {}", dir.display()))?;
+        }
+        if let Some(dir) = &save {
+            // Now rather than when the machine has to be saved.
+            anyhow::ensure!(
+                std::fs::symlink_metadata(dir).is_err(),
+                "cannot save to {}: it exists already; name another directory, or remove it",
+                dir.display()
+            );
+        }
+        let (sender, clones) = channel();
+        let config = FamilyConfig {
+            consoles: Arc::new(Terminal::new(output.text(), console_dir)),
+            observer: Arc::new(Births(Mutex::new(sender))),
+            guest_forks: CloneSpec {
+                freeze,
+                ..CloneSpec::default()
+            },
+            saver: save
+                .clone()
+                .map(|dir| Arc::new(saver(dir)) as Arc<dyn Saver>),
+            ..FamilyConfig::default()
+        };
+        let family = Family::new(Arc::new(Kvm::open()?), config);
+        let control = Arc::new(Control {
+            family: family.clone(),
+            root: Mutex::default(),
+            saves: save.is_some(),
+            ended_by: AtomicI32::new(0),
+        });
+        control.clone().hear_signals().context("hearing signals")?;
+        Ok(Session {
+            family,
+            clones,
+            control,
+            save,
+        })
+    }
+
+    /// The family, to start its first VM.
+    pub(crate) fn family(&self) -> &Arc<Family> {
+        &self.family
+    }
+
+    /// Serves the VM that was started, and its clones, until all have ended.
+    pub(crate) fn serve(self, root: Arc<Member>) -> anyhow::Result<Outcome> {
+        *self
+            .control
+            .root
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(root.clone());
+        pass_input(root.clone()).context("starting a thread for standard input")?;
+        let vms = self.wait_for_all(root.clone());
+        let end = root.wait().end;
+        let signal = self.control.ended_by.load(Ordering::Acquire);
+        let status = if signal == 0 {
+            exit_code(&end)
+        } else {
+            exit_code_of_signal(signal)
+        };
+        let saved_to = self.save.filter(|_| end == End::Saved);
+        let report = json!({ "host": Host::here(), "vms": vms, "saved_to": saved_to });
+        Ok(Outcome { status, report })
+    }
+
+    /// Tells of each VM as it ends; returns what was told.
+    fn wait_for_all(&self, root: Arc<Member>) -> Vec<Value> {
+        let mut running = vec![root];
+        let mut ended = Vec::new();
+        loop {
+            // A clone is announced before its parent can end, so none is missed.
+            let before = running.len();
+            let mut left = Vec::new();
+            for vm in running {
+                match vm.wait_for(Duration::ZERO) {
+                    Some(finished) => ended.push(self.tell(&vm, &finished.end)),
+                    None => left.push(vm),
+                }
+            }
+            running = left;
+            let gone = before != running.len();
+            running.extend(self.clones.try_iter());
+            match running.first() {
+                None => return ended,
+                Some(_) if gone => {}
+                Some(vm) => {
+                    vm.wait_for(LOOK_EVERY);
+                }
+            }
+        }
+    }
+
+    fn tell(&self, vm: &Member, end: &End) -> Value {
+        let identity = vm.identity();
+        eprintln!("forkvm: {} {end}", identity.name);
+        if let (End::Saved, Some(dir)) = (end, &self.save) {
+            let dir = SaveTo::new(dir).dir_of(&identity);
+            eprintln!("forkvm: `forkvm restore {}` lets it run on", dir.display());
+        }
+        json!({
+            "name": identity.name,
+            "depth": identity.depth,
+            "end": end.to_string(),
+            "status": end.status(),
+        })
+    }
+}
+
+impl Control {
+    fn hear_signals(self: Arc<Self>) -> io::Result<()> {
+        let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+        let hear = move || {
+            let mut second = false;
+            for signal in signals.forever() {
+                let root = self
+                    .root
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .clone();
+                let Some(root) = root.filter(|_| !second) else {
+                    signal_hook::low_level::exit(exit_code_of_signal(signal).into());
+                };
+                second = true;
+                // In a thread of its own, so that a second signal is heard meanwhile.
+                let control = self.clone();
+                let end = move || control.end(&root, signal);
+                if let Err(error) = thread::Builder::new().name("end".into()).spawn(end) {
+                    tracing::error!(%error, "no thread to end the family; it ends at once");
+                    signal_hook::low_level::exit(exit_code_of_signal(signal).into());
+                }
+            }
+        };
+        thread::Builder::new().name("signals".into()).spawn(hear)?;
+        Ok(())
+    }
+
+    /// Ends the family in its order. What cannot be saved runs on.
+    fn end(&self, root: &Member, signal: i32) {
+        let saved = if self.saves { Some(root.save()) } else { None };
+        match saved {
+            Some(Ok(())) => {}
+            Some(Err(MemberError::Ended { .. })) | None => {
+                self.ended_by.store(signal, Ordering::Release);
+            }
+            Some(Err(error)) => {
+                super::errors::report(&error.into());
+                eprintln!(
+                    "forkvm: {} runs on; another signal ends it at once",
+                    root.name()
+                );
+                return;
+            }
+        }
+        self.family.end();
+    }
+}
+
+/// Hears of clones.
+struct Births(Mutex<Sender<Arc<Member>>>);
+
+impl Observer for Births {
+    fn enter(&self, _phase: Phase, _paused: Option<&PausedVm<'_>>) -> Result<(), Vetoed> {
+        Ok(())
+    }
+
+    fn leave(&self, _phase: Phase, _took: Duration) {}
+
+    fn parent_paused(&self, _took: Duration) {}
+
+    fn forked(&self, _point: &Arc<ForkPoint>, clones: &[Arc<Member>]) {
+        let sender = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for clone in clones {
+            if sender.send(clone.clone()).is_err() {
+                tracing::debug!(clone = clone.name(), "forked while the command ends");
+            }
+        }
+    }
+}
+
+fn saver(dir: PathBuf) -> SaveTo {
+    let bar = Mutex::new(None);
+    SaveTo::new(dir).with_progress(move |progress| {
+        let mut bar = bar.lock().unwrap_or_else(PoisonError::into_inner);
+        let shown = bar.get_or_insert_with(|| Progress::new("saving memory"));
+        shown.update(progress.done, progress.total);
+        if progress.done == progress.total {
+            *bar = None;
+        }
+    })
+}
+
+/// The status of the VM that was started; 1 if it failed.
+fn exit_code(end: &End) -> u8 {
+    match end {
+        End::TripleFault { .. } | End::Failed(_) => 1,
+        // A status that has no room is not taken for another one, 0 least of all.
+        end => u8::try_from(end.status()).unwrap_or(u8::MAX),
+    }
+}
+
+fn exit_code_of_signal(signal: i32) -> u8 {
+    128 + signal as u8
+}
