@@ -9,7 +9,7 @@ use std::io;
 use std::sync::atomic::AtomicU32;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use forkvm_abi::{doorbell::report, errno};
@@ -41,6 +41,8 @@ pub struct Member {
     inbox: Sender<Message>,
     seen: Mutex<Seen>,
     changed: Condvar,
+    /// The thread that serves it, until somebody has waited for its end.
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// What a VM has shown so far.
@@ -125,6 +127,7 @@ impl Member {
                 when_ended: Vec::new(),
             }),
             changed: Condvar::new(),
+            thread: Mutex::new(None),
         });
         let serving = Serving {
             family: family.clone(),
@@ -140,9 +143,12 @@ impl Member {
         };
         family.enter(&member);
         let spawned = thread::Builder::new().name(format!("vm-{name}")).spawn(|| serving.serve());
-        if let Err(source) = spawned {
-            family.leave(&member);
-            return Err(SpawnError::Host { what: "a thread to serve the VM", source });
+        match spawned {
+            Ok(thread) => *member.thread() = Some(thread),
+            Err(source) => {
+                family.leave(&member);
+                return Err(SpawnError::Host { what: "a thread to serve the VM", source });
+            }
         }
         Ok(member)
     }
@@ -218,15 +224,34 @@ impl Member {
         }
     }
 
-    /// Waits until it has ended.
+    fn thread(&self) -> MutexGuard<'_, Option<JoinHandle<()>>> {
+        self.thread.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until it has ended. Nothing of it is left then but what handles of it hold.
     pub fn wait(&self) -> Finished {
         let seen = self.wait_until(None, |seen| seen.finished.is_some());
-        seen.finished.clone().expect("waited for it")
+        let finished = seen.finished.clone().expect("waited for it");
+        drop(seen);
+        self.join_thread();
+        finished
     }
 
     /// Waits until it has ended, or until `deadline` has passed.
     pub fn wait_for(&self, deadline: Duration) -> Option<Finished> {
-        self.wait_until(Some(deadline), |seen| seen.finished.is_some()).finished.clone()
+        let ended = |seen: &Seen| seen.finished.is_some();
+        let finished = self.wait_until(Some(deadline), ended).finished.clone()?;
+        self.join_thread();
+        Some(finished)
+    }
+
+    /// The thread's last act is to tell the end, but until it is gone it holds the disks. Whoever
+    /// comes second waits for the first.
+    fn join_thread(&self) {
+        let mut thread = self.thread();
+        if let Some(Err(_panic)) = thread.take().map(JoinHandle::join) {
+            tracing::error!(vm = self.name, "the thread that served it panicked");
+        }
     }
 
     /// Waits until the guest has reported `value`, for the `times`th time. An error when the VM

@@ -1,5 +1,10 @@
 //! What the KVM tests have in common: a guest on the embedded image, with its consoles kept.
 
+#![allow(dead_code, unreachable_pub, unused_imports)] // Each test binary uses a part of it.
+
+mod oracle;
+mod setup;
+
 use std::io::{self, Write};
 use std::ops::Deref;
 use std::sync::{Arc, Mutex};
@@ -7,6 +12,10 @@ use std::time::Duration;
 
 use forkvm::engine::{Consoles, ForkLog};
 use forkvm::{BootSpec, FamilyConfig, Identity, Vm, guest};
+
+pub use oracle::{expect_end, expect_oracle_ok, finish_oracle};
+pub(crate) use setup::need_kvm;
+pub use setup::{Setup, full_scale, has_kvm, scaled};
 
 /// Far beyond what anything here takes on a slow host.
 pub const LONG: Duration = Duration::from_secs(120);

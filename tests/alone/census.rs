@@ -1,0 +1,123 @@
+//! What this process holds, by kind and number, as the kernel tells it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long a thread that was joined may still be listed, and a descriptor that KVM closes late.
+const SETTLES: Duration = Duration::from_secs(5);
+
+/// How many there are of each name.
+type Counts = BTreeMap<String, usize>;
+
+/// What can leak.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Census {
+    /// Open descriptors, by what they are open on.
+    descriptors: Counts,
+    /// Threads, by name.
+    threads: Counts,
+    /// Mappings of memfds and KVM objects.
+    mappings: Counts,
+    /// 512-byte blocks that all open memfds have together. Each counts once.
+    memfd_blocks: u64,
+    /// Names and lengths of the files in the watched folder.
+    files: BTreeMap<String, u64>,
+}
+
+impl Census {
+    /// Of now. `folder` is where the disks of the VMs are.
+    pub(crate) fn take(folder: &Path) -> Census {
+        let mut descriptors = Counts::new();
+        let mut memfds = BTreeMap::new();
+        for entry in fs::read_dir("/proc/self/fd").unwrap() {
+            let path = entry.unwrap().path();
+            // The descriptor that reads the directory is gone by now.
+            let Ok(target) = fs::read_link(&path) else { continue };
+            let target = target.to_string_lossy().into_owned();
+            if target.starts_with("/memfd:")
+                && let Ok(metadata) = fs::metadata(&path)
+            {
+                memfds.insert(metadata.ino(), metadata.blocks());
+            }
+            if !target.ends_with("/fd") {
+                *descriptors.entry(target).or_default() += 1;
+            }
+        }
+        let threads = fs::read_dir("/proc/self/task").unwrap();
+        let threads = threads.filter_map(|entry| {
+            let name = fs::read_to_string(entry.unwrap().path().join("comm")).ok()?;
+            Some(name.trim().to_owned())
+        });
+        let maps = fs::read_to_string("/proc/self/maps").unwrap();
+        let mappings = maps.lines().filter_map(|line| {
+            let name = line.split_ascii_whitespace().nth(5)?;
+            (name.contains("memfd:") || name.contains("anon_inode:")).then(|| name.to_owned())
+        });
+        let files = fs::read_dir(folder).unwrap().map(|entry| {
+            let entry = entry.unwrap();
+            (entry.file_name().into_string().unwrap(), entry.metadata().unwrap().len())
+        });
+        Census {
+            descriptors,
+            threads: count(threads),
+            mappings: count(mappings),
+            memfd_blocks: memfds.values().sum(),
+            files: files.collect(),
+        }
+    }
+
+    /// The names of the files in the watched folder.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &str> {
+        self.files.keys().map(String::as_str)
+    }
+
+    /// The same, but for what a fork leaves for good: the parent's overlay of its disk, open and
+    /// locked, and the mark beside the disk.
+    pub(crate) fn without_disk_files(mut self, disk: &Path) -> Census {
+        let disk = disk.to_str().unwrap();
+        self.descriptors.retain(|name, _| !name.starts_with(disk));
+        self.files.clear();
+        self
+    }
+}
+
+fn count(names: impl Iterator<Item = String>) -> Counts {
+    names.fold(Counts::new(), |mut counts, name| {
+        *counts.entry(name).or_default() += 1;
+        counts
+    })
+}
+
+/// What `take` sees once it is `before` again, or what it sees at last.
+pub(crate) fn settled(before: Option<&Census>, take: impl Fn() -> Census) -> Census {
+    let start = Instant::now();
+    loop {
+        let now = take();
+        if Some(&now) == before || start.elapsed() > SETTLES {
+            return now;
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// What `take` sees comes to be `before` again.
+pub(crate) fn expect_again(before: &Census, take: impl Fn() -> Census, what: &str) {
+    let now = settled(Some(before), take);
+    assert!(now == *before, "{what}\nbefore {before:#?}\nafter {now:#?}");
+}
+
+/// A line of /proc/self/status, in KiB.
+pub(crate) fn status_kib(field: &str) -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    line.unwrap().trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// Mappings of all kinds.
+pub(crate) fn mapping_count() -> usize {
+    fs::read_to_string("/proc/self/maps").unwrap().lines().count()
+}

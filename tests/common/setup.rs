@@ -1,0 +1,139 @@
+//! How a test builds its VM, and what it asks of the host before.
+
+use std::env;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use forkvm::engine::{Consoles, ForkLog, Member, Observer, Phase, Vetoed};
+use forkvm::vmm::PausedVm;
+use forkvm::{
+    BootSpec, CloneSpec, DiskSource, DiskSpec, FamilyConfig, ForkPoint, Vm, guest,
+};
+
+use super::{Guest, Kept};
+
+/// Returns from a test that needs KVM on a host that has none, and says so.
+macro_rules! need_kvm {
+    () => {
+        if !$crate::common::has_kvm() {
+            println!("skipped: this host has no /dev/kvm");
+            return;
+        }
+    };
+}
+pub(crate) use need_kvm;
+
+/// Whether there is a KVM to test. One that is there and cannot be used fails the test.
+pub fn has_kvm() -> bool {
+    Path::new("/dev/kvm").exists()
+}
+
+/// `full`, or `small` where everything takes fifty times as long (docs/testing.md).
+pub fn scaled(full: u32, small: u32) -> u32 {
+    if full_scale() { full } else { small }
+}
+
+/// Whether counts and sizes are what they should be, rather than what a slow host can do.
+pub fn full_scale() -> bool {
+    env::var_os("FORKVM_TEST_SCALE").is_none_or(|scale| scale != "small")
+}
+
+type Hook = dyn Fn(Phase, Option<&PausedVm<'_>>) -> Result<(), Vetoed> + Send + Sync;
+
+/// A VM of the embedded guest that is to be booted: 64 MiB and one vCPU, unless it is told.
+pub struct Setup {
+    spec: BootSpec,
+    config: FamilyConfig,
+    consoles: Kept,
+    log: Arc<ForkLog>,
+}
+
+impl Setup {
+    /// With the command line `cmdline`, which names the job.
+    pub fn new(cmdline: impl Into<String>) -> Setup {
+        let (consoles, log) = (Kept::default(), Arc::new(ForkLog::default()));
+        let spec = BootSpec {
+            name: "vm".into(),
+            memory_mib: 64,
+            vcpus: 1,
+            disks: Vec::new(),
+            payload: guest::bare(),
+            cmdline: cmdline.into(),
+        };
+        let config = FamilyConfig {
+            consoles: Arc::new(consoles.clone()),
+            observer: log.clone(),
+            ..FamilyConfig::default()
+        };
+        Setup { spec, config, consoles, log }
+    }
+
+    pub fn memory_mib(mut self, mib: u64) -> Setup {
+        self.spec.memory_mib = mib;
+        self
+    }
+
+    pub fn vcpus(mut self, vcpus: u32) -> Setup {
+        self.spec.vcpus = vcpus;
+        self
+    }
+
+    /// One more disk.
+    pub fn disk(mut self, source: DiskSource) -> Setup {
+        let name = format!("disk{}", self.spec.disks.len());
+        self.spec.disks.push(DiskSpec { name, source });
+        self
+    }
+
+    /// `hook` is called at the beginning of each phase, and may fail it.
+    pub fn hook(
+        mut self,
+        hook: impl Fn(Phase, Option<&PausedVm<'_>>) -> Result<(), Vetoed> + Send + Sync + 'static,
+    ) -> Setup {
+        self.config.observer = Arc::new(Hooked { log: self.log.clone(), hook: Box::new(hook) });
+        self
+    }
+
+    /// How forks that the guest asks for are done.
+    pub fn guest_forks(mut self, spec: CloneSpec) -> Setup {
+        self.config.guest_forks = spec;
+        self
+    }
+
+    /// Other consoles than those that the test can read.
+    pub fn consoles(mut self, consoles: impl Consoles + 'static) -> Setup {
+        self.config.consoles = Arc::new(consoles);
+        self
+    }
+
+    pub fn boot(self) -> Guest {
+        let vm = Vm::boot_with(self.spec, self.config).unwrap();
+        Guest { vm, consoles: self.consoles, log: self.log }
+    }
+}
+
+/// Keeps the log and calls the test's hook.
+struct Hooked {
+    log: Arc<ForkLog>,
+    hook: Box<Hook>,
+}
+
+impl Observer for Hooked {
+    fn enter(&self, phase: Phase, paused: Option<&PausedVm<'_>>) -> Result<(), Vetoed> {
+        self.log.enter(phase, paused)?;
+        (self.hook)(phase, paused)
+    }
+
+    fn leave(&self, phase: Phase, took: Duration) {
+        self.log.leave(phase, took);
+    }
+
+    fn parent_paused(&self, took: Duration) {
+        self.log.parent_paused(took);
+    }
+
+    fn forked(&self, point: &Arc<ForkPoint>, clones: &[Arc<Member>]) {
+        self.log.forked(point, clones);
+    }
+}

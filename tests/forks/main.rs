@@ -1,0 +1,12 @@
+//! Forks of live guests on KVM: what a parent, its clones and its host may rely on.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod disks;
+mod fork_matrix;
+mod hostile_guest;
+mod limits;
+mod lineage;
+mod registers;
+mod several_vcpus_ring_at_once;
