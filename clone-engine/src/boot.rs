@@ -13,7 +13,7 @@ use thiserror::Error;
 use crate::disks::DiskSource;
 use crate::family::Family;
 use crate::identity::Identity;
-use crate::member::{Inbox, Member};
+use crate::member::{Inbox, Member, Waiting};
 use crate::spawn::SpawnError;
 use crate::timeline::Timeline;
 
@@ -61,7 +61,7 @@ impl Family {
         let shell = Shell::build(self.kvm(), config, ram, peripherals, inbox.event_sink())?;
         let vm = shell.boot(&spec.payload, &spec.cmdline)?;
         vm.doorbell().announce(&identity.announcement()).map_err(VmError::from)?;
-        Ok(Member::start(self, vm, identity, disks, inbox, Timeline::default())?)
+        Ok(Waiting::new(self, vm, identity, disks, inbox, Timeline::default())?.start()?)
     }
 }
 

@@ -103,17 +103,28 @@ impl Inbox {
     }
 }
 
-impl Member {
-    /// Lets a prepared VM run and starts to serve it.
-    pub(crate) fn start(
+/// A VM that waits for its start, with the thread that will serve it.
+///
+/// The thread is there before, so that the start of many VMs is not held up by those that run
+/// already. Dropped instead of started, all of it goes.
+pub(crate) struct Waiting {
+    family: Arc<Family>,
+    member: Arc<Member>,
+    vm: Option<ReadyVm>,
+    /// Where the thread waits for the running VM.
+    serve: Option<Sender<Vm>>,
+}
+
+impl Waiting {
+    /// Of a VM whose state is in place.
+    pub(crate) fn new(
         family: &Arc<Family>,
         vm: ReadyVm,
         identity: Identity,
         disks: Vec<DiskSource>,
         inbox: Inbox,
         timeline: Timeline,
-    ) -> Result<Arc<Member>, SpawnError> {
-        let vm = vm.start()?;
+    ) -> Result<Waiting, SpawnError> {
         let name = identity.name.clone();
         let member = Arc::new(Member {
             name: name.clone(),
@@ -129,30 +140,62 @@ impl Member {
             changed: Condvar::new(),
             thread: Mutex::new(None),
         });
-        let serving = Serving {
-            family: family.clone(),
-            member: member.clone(),
-            vm,
-            disks,
-            inbox: inbox.receiver,
-            numbers: Arc::default(),
-            tickets: HashMap::new(),
-            last_ticket: 0,
-            joins: Vec::new(),
-            stopped_at: None,
-        };
-        family.enter(&member);
-        let spawned = thread::Builder::new().name(format!("vm-{name}")).spawn(|| serving.serve());
-        match spawned {
-            Ok(thread) => *member.thread() = Some(thread),
-            Err(source) => {
-                family.leave(&member);
-                return Err(SpawnError::Host { what: "a thread to serve the VM", source });
+        let (serve, started) = channel();
+        let serving = {
+            let (family, member) = (family.clone(), member.clone());
+            move || {
+                let Ok(vm) = started.recv() else { return };
+                let serving = Serving {
+                    family,
+                    member,
+                    vm,
+                    disks,
+                    inbox: inbox.receiver,
+                    numbers: Arc::default(),
+                    tickets: HashMap::new(),
+                    last_ticket: 0,
+                    joins: Vec::new(),
+                    stopped_at: None,
+                };
+                serving.serve();
             }
-        }
-        Ok(member)
+        };
+        let thread = thread::Builder::new().name(format!("vm-{name}")).spawn(serving);
+        let thread =
+            thread.map_err(|source| SpawnError::Host { what: "a thread to serve the VM", source })?;
+        *member.thread() = Some(thread);
+        Ok(Waiting { family: family.clone(), member, vm: Some(vm), serve: Some(serve) })
     }
 
+    /// Lets it run.
+    pub(crate) fn start(mut self) -> Result<Arc<Member>, SpawnError> {
+        let (Some(vm), Some(serve)) = (self.vm.take(), self.serve.take()) else {
+            unreachable!("both are there until the start or the drop");
+        };
+        self.family.enter(&self.member);
+        let started = vm.start().map_err(SpawnError::from).and_then(|vm| {
+            let gone = |_| io::Error::other("the thread that should serve the VM is gone");
+            serve.send(vm).map_err(gone).map_err(|source| SpawnError::Host { what: "its start", source })
+        });
+        if let Err(error) = started {
+            self.family.leave(&self.member);
+            return Err(error);
+        }
+        Ok(self.member.clone())
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        // After a start there is nothing left to drop, and the thread has its own work.
+        if let Some(serve) = self.serve.take() {
+            drop((serve, self.vm.take()));
+            self.member.join_thread();
+        }
+    }
+}
+
+impl Member {
     fn seen(&self) -> MutexGuard<'_, Seen> {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -153,7 +153,9 @@ fn table(report: &Report<Host>) -> Table {
     };
     let host = &report.host;
     let Report { clones, vcpus, memory_mib, freeze, memory_mode, forked_by, answers, .. } = report;
-    let mut row = |name: &str, value: String| drop(table.add_row([name, &value]));
+    let mut row = |name: &str, value: String| {
+        table.add_row([name, &value]);
+    };
     row("host", format!("{}, {} CPUs, KVM {}, load {}", host.kernel, host.cpus, host.kvm, host.load1));
     row("fork", format!("{clones} clones by the {forked_by}, freeze {freeze}, memory {memory_mode}"));
     row("each VM", format!("{memory_mib} MiB, {vcpus} vCPUs, {:.1} MiB populated", report.populated_mib));

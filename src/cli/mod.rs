@@ -5,6 +5,7 @@
 //! with scripts: 0 done, 1 failed, 2 usage, 3 the host lacks something, 128 + n ended by signal n.
 
 mod console;
+mod demo;
 mod disk;
 mod disk_option;
 mod doctor;
@@ -61,6 +62,8 @@ struct Cli {
 enum Command {
     /// Check whether this host has what forkvm needs, and say how to mend what it lacks
     Doctor(doctor::Doctor),
+    /// Run the main job on real input: clones of one VM map reads of real genomes
+    Demo(demo::Demo),
     /// Boot a VM and serve it until it and all its clones have ended
     Run(run::Run),
     /// Let a saved VM run on
@@ -108,6 +111,7 @@ impl Command {
     fn run(self, output: &Output) -> anyhow::Result<Outcome> {
         match self {
             Command::Doctor(command) => command.run(output),
+            Command::Demo(command) => command.run(output),
             Command::Run(command) => command.run(output),
             Command::Restore(command) => command.run(output),
             Command::State(command) => command.run(output),

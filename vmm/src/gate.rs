@@ -24,6 +24,8 @@ pub(crate) struct Gate {
 struct State {
     open: bool,
     ending: bool,
+    /// The machine's end was seen by one of the threads.
+    ended: bool,
     vcpus: Vec<Place>,
 }
 
@@ -56,6 +58,7 @@ impl Gate {
             state: Mutex::new(State {
                 open: false,
                 ending: false,
+                ended: false,
                 vcpus,
             }),
             go: Condvar::new(),
@@ -104,10 +107,18 @@ impl Gate {
         self.go.notify_all();
     }
 
-    /// Called by thread `vcpu` as its last act.
-    pub(crate) fn leave(&self, vcpu: u32) {
-        self.lock().vcpus[vcpu as usize] = Place::Gone;
+    /// Called by thread `vcpu` as its last act; `ended` when the whole machine ends with it.
+    pub(crate) fn leave(&self, vcpu: u32, ended: bool) {
+        let mut state = self.lock();
+        state.vcpus[vcpu as usize] = Place::Gone;
+        state.ended |= ended;
+        drop(state);
         self.came.notify_all();
+    }
+
+    /// Whether a thread has left with the machine's end.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.lock().ended
     }
 
     /// Whether the thread should come to the gate.
@@ -259,7 +270,7 @@ mod tests {
         let gate = Gate::new(2);
         gate.open();
         gate.pass(0);
-        gate.leave(0);
+        gate.leave(0, false);
         gate.close(SOON, |_| ()).unwrap();
     }
 }

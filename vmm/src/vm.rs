@@ -230,6 +230,11 @@ impl ReadyVm {
         lock(&self.inner.machine.doorbell)
     }
 
+    /// What the machine is.
+    pub fn config(&self) -> &VmConfig {
+        &self.inner.config
+    }
+
     /// Lets it run.
     pub fn start(self) -> Result<Vm, VmError> {
         self.inner.machine.activate()?;
@@ -308,6 +313,12 @@ impl PausedVm<'_> {
     /// The fork doorbell.
     pub fn doorbell(&self) -> MutexGuard<'_, Doorbell> {
         lock(&self.inner.machine.doorbell)
+    }
+
+    /// Whether the guest has ended its machine, which its owner is just being told: there is nothing
+    /// to go on with.
+    pub fn has_ended(&self) -> bool {
+        self.inner.gate.has_ended()
     }
 
     /// What the machine is.
@@ -419,7 +430,7 @@ impl Runner {
             Ok(Err(error)) => Some(EndReason::Failed(error)),
             Err(_panic) => Some(EndReason::Failed(RunError::Panicked { vcpu: self.index })),
         };
-        self.gate.leave(self.index);
+        self.gate.leave(self.index, reason.is_some());
         if let Some(reason) = reason {
             (self.events)(VmEvent::Ended(reason));
         }

@@ -15,7 +15,7 @@ use super::{IDENTITY, OpenMachine, disk_section};
 use crate::disks::DiskSource;
 use crate::family::Family;
 use crate::identity::Identity;
-use crate::member::{Inbox, Member};
+use crate::member::{Inbox, Member, Waiting};
 use crate::spawn::SpawnError;
 use crate::timeline::Timeline;
 
@@ -60,14 +60,8 @@ impl Family {
         let vm = shell.restore(&mut sections)?;
         sections.finish()?;
         tell(&vm, &identity)?;
-        Ok(Member::start(
-            self,
-            vm,
-            identity,
-            machine.disks,
-            inbox,
-            Timeline::default(),
-        )?)
+        let disks = machine.disks;
+        Ok(Waiting::new(self, vm, identity, disks, inbox, Timeline::default())?.start()?)
     }
 }
 

@@ -16,7 +16,7 @@ use crate::disks::DiskSource;
 use crate::family::Family;
 use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
-use crate::member::{Inbox, Member};
+use crate::member::{Inbox, Member, Waiting};
 use crate::phase::{self, Observer, Phase};
 use crate::timeline::Timeline;
 
@@ -70,8 +70,7 @@ impl Spawner for InProcess {
         tell(&vm, &identity, point.forker(), granted)?;
         phase.done();
 
-        let family = family.clone();
-        Ok(Box::new(Waiting { family, vm, identity, disks, inbox, timeline }))
+        Ok(Box::new(Waiting::new(family, vm, identity, disks, inbox, timeline)?))
     }
 }
 
@@ -93,18 +92,8 @@ fn tell(
     Ok(())
 }
 
-struct Waiting {
-    family: Arc<Family>,
-    vm: ReadyVm,
-    identity: Identity,
-    disks: Vec<DiskSource>,
-    inbox: Inbox,
-    timeline: Timeline,
-}
-
 impl Prepared for Waiting {
     fn start(self: Box<Self>) -> Result<Arc<Member>, SpawnError> {
-        let Waiting { family, vm, identity, disks, inbox, timeline } = *self;
-        Member::start(&family, vm, identity, disks, inbox, timeline)
+        Waiting::start(*self)
     }
 }
