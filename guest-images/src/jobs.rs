@@ -71,7 +71,7 @@ pub const JOBS: &[Job] = &[
     Job {
         name: "touch",
         about: "writes memory by a pattern and verifies it after a fork of the host's",
-        arguments: "mib=16 pattern=seq seed=1",
+        arguments: "mib=16 pattern=seq seed=1 idle=0",
     },
     Job {
         name: "tree",

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use forkvm::engine::{Consoles, ForkLog, Member, Observer, Phase, Vetoed};
+use forkvm::engine::{Consoles, ForkLog, Member, NoObserver, Observer, Phase, Vetoed};
 use forkvm::vmm::PausedVm;
 use forkvm::{
     BootSpec, CloneSpec, DiskSource, DiskSpec, FamilyConfig, ForkPoint, Vm, guest,
@@ -92,6 +92,12 @@ impl Setup {
         hook: impl Fn(Phase, Option<&PausedVm<'_>>) -> Result<(), Vetoed> + Send + Sync + 'static,
     ) -> Setup {
         self.config.observer = Arc::new(Hooked { log: self.log.clone(), hook: Box::new(hook) });
+        self
+    }
+
+    /// Keeps no log of forks, which would hold all clones that ever were.
+    pub fn unlogged(mut self) -> Setup {
+        self.config.observer = Arc::new(NoObserver);
         self
     }
 

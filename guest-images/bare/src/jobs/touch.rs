@@ -1,7 +1,7 @@
-//! `touch mib=16 pattern=seq|stride|random seed=1`: memory for a fork of the host's to carry over.
+//! `touch mib=16 pattern=seq|stride|random seed=1 idle=0`: memory for a host's fork to carry over.
 //!
 //! Writes `mib` MiB, reports READY and halts. When the fork count changes, in the parent as in the
-//! clones, it checks every word. `seq` writes consecutive pages; `stride` every other page of a
+//! clones, it checks every word; with `idle=1` only when it changes once more. `seq` writes consecutive pages; `stride` every other page of a
 //! range twice as long; `random` one of every two neighbours, by the seed.
 
 use forkvm_abi::doorbell::report;
@@ -30,6 +30,9 @@ pub fn run(machine: &Machine, args: Args<'_>) -> u32 {
     doorbell.report(report::READY);
     doorbell.wait_for_fork(before);
     doorbell.report_action_of_clone();
+    if args.flag("idle") {
+        doorbell.wait_for_fork(doorbell.fork_count());
+    }
 
     let mut checksum = 0u64;
     for number in 0..count {

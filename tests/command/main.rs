@@ -1,0 +1,13 @@
+//! The `forkvm` command as its users meet it: run as a program, with files, pipes and signals.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod command_line;
+mod damage;
+mod disk_commit;
+mod doctor;
+mod harness;
+mod saved_disks;
+mod saved_machines;
+mod signals;
