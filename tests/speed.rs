@@ -18,13 +18,19 @@ use common::{Guest, LONG, Setup, expect_end, need_kvm, scaled};
 /// A guest of 512 MiB that has written `mib` MiB and waits for a fork. Its clones show that they
 /// run, and halt.
 fn warm(mib: u32) -> Guest {
-    let vm = Setup::new(format!("job=touch mib={mib} idle=1")).memory_mib(512).boot();
+    let vm = Setup::new(format!("job=touch mib={mib} idle=1"))
+        .memory_mib(512)
+        .boot();
     vm.wait_ready(LONG).unwrap();
     vm
 }
 
 fn keep(vm: &Guest) -> std::sync::Arc<ForkPoint> {
-    vm.fork_point(CloneSpec { freeze: FreezeKind::Remap, ..CloneSpec::new(1) }).unwrap()
+    vm.fork_point(CloneSpec {
+        freeze: FreezeKind::Remap,
+        ..CloneSpec::new(1)
+    })
+    .unwrap()
 }
 
 /// `name: p50 … p90 … max … (n)`, in microseconds.
@@ -49,8 +55,14 @@ fn wait_for_action(clone: &Member) -> Instant {
 /// `Anonymous` of this process, in KiB.
 fn anonymous_kib() -> u64 {
     let rollup = fs::read_to_string("/proc/self/smaps_rollup").unwrap();
-    let line = rollup.lines().find_map(|line| line.strip_prefix("Anonymous:"));
-    line.unwrap().trim().trim_end_matches(" kB").parse().unwrap()
+    let line = rollup
+        .lines()
+        .find_map(|line| line.strip_prefix("Anonymous:"));
+    line.unwrap()
+        .trim()
+        .trim_end_matches(" kB")
+        .parse()
+        .unwrap()
 }
 
 #[test]
@@ -104,7 +116,10 @@ fn thirty_two_clones_run_after_the_fork_point_exists() {
         let_go.push(start.elapsed());
         let last = clones.iter().map(|clone| wait_for_action(clone)).max();
         first_action.push(last.unwrap() - start);
-        let last = clones.iter().filter_map(|clone| clone.timeline().first_run).max();
+        let last = clones
+            .iter()
+            .filter_map(|clone| clone.timeline().first_run)
+            .max();
         first_run.push(last.unwrap() - start);
     }
     print_times("32 clones, all let go", let_go);

@@ -12,7 +12,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("forkvm-guest-images", &["forkvm-abi"]),
     ("forkvm-devices", &["forkvm-abi"]),
     ("forkvm-vmm", &["forkvm-abi", "forkvm-devices"]),
-    ("forkvm-clone-engine", &["forkvm-abi", "forkvm-devices", "forkvm-vmm"]),
+    (
+        "forkvm-clone-engine",
+        &["forkvm-abi", "forkvm-devices", "forkvm-vmm"],
+    ),
     (
         "forkvm",
         &[
@@ -49,35 +52,59 @@ fn metadata(features: Option<CargoOpt>) -> Metadata {
 }
 
 fn id_of<'a>(metadata: &'a Metadata, name: &str) -> &'a PackageId {
-    let package = metadata.workspace_packages().into_iter().find(|package| package.name == name);
-    &package.unwrap_or_else(|| panic!("the workspace has no {name}")).id
+    let package = metadata
+        .workspace_packages()
+        .into_iter()
+        .find(|package| package.name == name);
+    &package
+        .unwrap_or_else(|| panic!("the workspace has no {name}"))
+        .id
 }
 
 /// Names of all crates that `name` is built with, directly or not, tests and build scripts apart.
 fn built_with(metadata: &Metadata, name: &str) -> BTreeSet<String> {
-    let nodes: BTreeMap<_, _> =
-        metadata.resolve.as_ref().unwrap().nodes.iter().map(|node| (&node.id, node)).collect();
+    let nodes: BTreeMap<_, _> = metadata
+        .resolve
+        .as_ref()
+        .unwrap()
+        .nodes
+        .iter()
+        .map(|node| (&node.id, node))
+        .collect();
     let mut seen = BTreeSet::new();
     let mut waiting = vec![id_of(metadata, name)];
     while let Some(id) = waiting.pop() {
         let normal = nodes[id].deps.iter().filter(|dep| {
-            dep.dep_kinds.iter().any(|kind| kind.kind == DependencyKind::Normal)
+            dep.dep_kinds
+                .iter()
+                .any(|kind| kind.kind == DependencyKind::Normal)
         });
         waiting.extend(normal.map(|dep| &dep.pkg).filter(|id| seen.insert(*id)));
     }
-    seen.into_iter().map(|id| metadata[id].name.to_string()).collect()
+    seen.into_iter()
+        .map(|id| metadata[id].name.to_string())
+        .collect()
 }
 
 #[test]
 fn dependencies_point_one_way() {
     let metadata = metadata(None);
-    let members: BTreeSet<_> =
-        metadata.workspace_packages().iter().map(|package| package.name.to_string()).collect();
+    let members: BTreeSet<_> = metadata
+        .workspace_packages()
+        .iter()
+        .map(|package| package.name.to_string())
+        .collect();
     let known: BTreeSet<_> = MAY_USE.iter().map(|(name, _)| (*name).to_owned()).collect();
     assert_eq!(members, known, "every crate of the workspace has its place");
     for (name, may_use) in MAY_USE {
-        let used = built_with(&metadata, name).intersection(&members).cloned().collect();
-        let allowed = may_use.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
+        let used = built_with(&metadata, name)
+            .intersection(&members)
+            .cloned()
+            .collect();
+        let allowed = may_use
+            .iter()
+            .map(|name| (*name).to_owned())
+            .collect::<BTreeSet<_>>();
         let more = BTreeSet::difference(&used, &allowed).collect::<Vec<_>>();
         assert!(more.is_empty(), "{name} must not build on {more:?}");
     }
@@ -108,7 +135,10 @@ fn there_is_one_version_of_each_rust_vmm_crate_and_each_is_used_directly() {
 #[test]
 fn devices_know_no_kvm() {
     let used = built_with(&metadata(None), "forkvm-devices");
-    let kvm: Vec<_> = used.iter().filter(|name| name.starts_with("kvm-")).collect();
+    let kvm: Vec<_> = used
+        .iter()
+        .filter(|name| name.starts_with("kvm-"))
+        .collect();
     assert!(kvm.is_empty(), "forkvm-devices is built with {kvm:?}");
 }
 
@@ -128,5 +158,8 @@ fn the_library_alone_needs_nothing_of_the_command_line() {
     let used = built_with(&metadata, "forkvm");
     let of_the_command_line = |name: &&String| optional.contains(*name) && !below.contains(*name);
     let drawn_in: Vec<_> = used.iter().filter(of_the_command_line).collect();
-    assert!(drawn_in.is_empty(), "the library is built with {drawn_in:?}");
+    assert!(
+        drawn_in.is_empty(),
+        "the library is built with {drawn_in:?}"
+    );
 }

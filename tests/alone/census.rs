@@ -20,7 +20,7 @@ pub(crate) struct Census {
     descriptors: Counts,
     /// Threads, by name.
     threads: Counts,
-    /// Mappings of memfds and KVM objects.
+    /// Mappings of memfds and KVM objects, by access and name.
     mappings: Counts,
     /// 512-byte blocks that all open memfds have together. Each counts once.
     memfd_blocks: u64,
@@ -36,7 +36,9 @@ impl Census {
         for entry in fs::read_dir("/proc/self/fd").unwrap() {
             let path = entry.unwrap().path();
             // The descriptor that reads the directory is gone by now.
-            let Ok(target) = fs::read_link(&path) else { continue };
+            let Ok(target) = fs::read_link(&path) else {
+                continue;
+            };
             let target = target.to_string_lossy().into_owned();
             if target.starts_with("/memfd:")
                 && let Ok(metadata) = fs::metadata(&path)
@@ -54,12 +56,17 @@ impl Census {
         });
         let maps = fs::read_to_string("/proc/self/maps").unwrap();
         let mappings = maps.lines().filter_map(|line| {
-            let name = line.split_ascii_whitespace().nth(5)?;
-            (name.contains("memfd:") || name.contains("anon_inode:")).then(|| name.to_owned())
+            let mut words = line.split_ascii_whitespace().skip(1);
+            let (access, name) = (words.next()?, words.nth(3)?);
+            let counts = name.contains("memfd:") || name.contains("anon_inode:");
+            counts.then(|| format!("{access} {name}"))
         });
         let files = fs::read_dir(folder).unwrap().map(|entry| {
             let entry = entry.unwrap();
-            (entry.file_name().into_string().unwrap(), entry.metadata().unwrap().len())
+            (
+                entry.file_name().into_string().unwrap(),
+                entry.metadata().unwrap().len(),
+            )
         });
         Census {
             descriptors,
@@ -75,12 +82,20 @@ impl Census {
         self.files.keys().map(String::as_str)
     }
 
-    /// The same, but for what a fork leaves for good: the parent's overlay of its disk, open and
-    /// locked, and the mark beside the disk.
-    pub(crate) fn without_disk_files(mut self, disk: &Path) -> Census {
+    /// The same, but for what a parent that has run on keeps of a fork: its overlay beside its disk,
+    /// open and locked, the mark there, and memory that it maps privately.
+    pub(crate) fn of_parent_that_ran_on(mut self, disk: &Path) -> Census {
         let disk = disk.to_str().unwrap();
         self.descriptors.retain(|name, _| !name.starts_with(disk));
         self.files.clear();
+        let private = self
+            .mappings
+            .into_iter()
+            .map(|(name, times)| (name.replacen("rw-s /memfd", "rw-p /memfd", 1), times));
+        self.mappings = private.fold(Counts::new(), |mut counts, (name, times)| {
+            *counts.entry(name).or_default() += times;
+            counts
+        });
         self
     }
 }
@@ -113,11 +128,20 @@ pub(crate) fn expect_again(before: &Census, take: impl Fn() -> Census, what: &st
 /// A line of /proc/self/status, in KiB.
 pub(crate) fn status_kib(field: &str) -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
-    line.unwrap().trim().trim_end_matches(" kB").parse().unwrap()
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    line.unwrap()
+        .trim()
+        .trim_end_matches(" kB")
+        .parse()
+        .unwrap()
 }
 
 /// Mappings of all kinds.
 pub(crate) fn mapping_count() -> usize {
-    fs::read_to_string("/proc/self/maps").unwrap().lines().count()
+    fs::read_to_string("/proc/self/maps")
+        .unwrap()
+        .lines()
+        .count()
 }

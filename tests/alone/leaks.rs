@@ -14,7 +14,10 @@ fn a_thousand_forks_in_a_row_leak_nothing() {
     need_kvm!();
     let _turn = alone();
     let folder = tempfile::tempdir().unwrap();
-    let vm = Setup::new("job=oracle mib=1").memory_mib(32).unlogged().boot();
+    let vm = Setup::new("job=oracle mib=1")
+        .memory_mib(32)
+        .unlogged()
+        .boot();
     vm.wait_ready(LONG).unwrap();
     let take = || Census::take(folder.path());
     let mut forks = 0;
@@ -32,8 +35,10 @@ fn a_thousand_forks_in_a_row_leak_nothing() {
     fork(times);
 
     expect_again(&census, take, "after a thousand forks");
-    let (more_mappings, more_rss) =
-        (mapping_count().saturating_sub(mappings), status_kib("VmRSS").saturating_sub(rss));
+    let (more_mappings, more_rss) = (
+        mapping_count().saturating_sub(mappings),
+        status_kib("VmRSS").saturating_sub(rss),
+    );
     println!("{times} forks: {more_mappings} mappings more, {more_rss} KiB resident more");
     assert!(more_mappings <= 8, "{more_mappings} more mappings");
     // The test itself keeps two lines of console and a report of each fork.

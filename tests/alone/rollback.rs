@@ -23,9 +23,7 @@ use forkvm::{CloneSpec, DiskSource, End, Error, FreezeKind};
 
 use crate::alone;
 use crate::census::{Census, expect_again, settled};
-use crate::common::{
-    Guest, LONG, Setup, expect_end, expect_oracle_ok, finish_oracle, need_kvm,
-};
+use crate::common::{Guest, LONG, Setup, expect_end, expect_oracle_ok, finish_oracle, need_kvm};
 
 /// Where a fork fails: at the `time`th beginning of `phase`.
 #[derive(Clone, Copy, Debug)]
@@ -88,22 +86,39 @@ impl RawDisk {
     }
 
     fn source(&self) -> DiskSource {
-        DiskSource::Raw(Arc::new(RawFile::open(&self.path, Access::ReadWrite).unwrap()))
+        DiskSource::Raw(Arc::new(
+            RawFile::open(&self.path, Access::ReadWrite).unwrap(),
+        ))
     }
 }
 
-/// What is compared: all of it as long as the parent has not run on, else all but its disk files.
+/// What is compared: all of it as long as the parent has not run on.
 fn census(failure: Failure, disk: &RawDisk) -> Census {
     let census = Census::take(disk.folder.path());
-    if failure.is_after_resume() { census.without_disk_files(&disk.path) } else { census }
+    if failure.is_after_resume() {
+        census.of_parent_that_ran_on(&disk.path)
+    } else {
+        census
+    }
 }
 
 fn expect_disk_files(failure: Failure, folder: &Path) {
     let census = Census::take(folder);
     let names: BTreeSet<_> = census.files().collect();
-    assert_eq!(names.contains("disk.raw.forkvm-base"), failure.is_after_resume(), "{names:?}");
-    assert_eq!(names.contains("disk.raw.overlay-1"), failure.is_after_resume(), "{names:?}");
-    assert!(names.iter().all(|name| !name.contains("overlay-2")), "{names:?}");
+    assert_eq!(
+        names.contains("disk.raw.forkvm-base"),
+        failure.is_after_resume(),
+        "{names:?}"
+    );
+    assert_eq!(
+        names.contains("disk.raw.overlay-1"),
+        failure.is_after_resume(),
+        "{names:?}"
+    );
+    assert!(
+        names.iter().all(|name| !name.contains("overlay-2")),
+        "{names:?}"
+    );
 }
 
 /// An oracle with a raw disk, halted, so that what it holds changes by forks only.
@@ -121,14 +136,25 @@ fn idle_oracle(disk: &RawDisk, saboteur: &Saboteur) -> Guest {
 fn host_fork_fails(freeze: FreezeKind, failure: Failure) {
     let (disk, saboteur) = (RawDisk::new(), Saboteur::default());
     let vm = idle_oracle(&disk, &saboteur);
-    let spec = CloneSpec { freeze, ..CloneSpec::new(2) };
+    let spec = CloneSpec {
+        freeze,
+        ..CloneSpec::new(2)
+    };
     let what = format!("{freeze} {failure:?}");
 
     let before = census(failure, &disk);
     saboteur.arm(failure);
-    let error = vm.fork(spec).err().unwrap_or_else(|| panic!("{what} did not fail"));
-    let Error::Member(MemberError::Fork(error)) = error else { panic!("{what}: {error:?}") };
-    assert!(said(&error).contains(&format!("sabotage of phase {}", failure.phase)), "{error:?}");
+    let error = vm
+        .fork(spec)
+        .err()
+        .unwrap_or_else(|| panic!("{what} did not fail"));
+    let Error::Member(MemberError::Fork(error)) = error else {
+        panic!("{what}: {error:?}")
+    };
+    assert!(
+        said(&error).contains(&format!("sabotage of phase {}", failure.phase)),
+        "{error:?}"
+    );
     expect_again(&before, || census(failure, &disk), &what);
     expect_disk_files(failure, disk.folder.path());
     assert!(vm.log.clones().is_empty());
@@ -146,7 +172,10 @@ fn host_fork_fails(freeze: FreezeKind, failure: Failure) {
 /// An error with its causes.
 fn said(error: &ForkError) -> String {
     let causes = std::iter::successors(Some(error as &dyn std::error::Error), |e| e.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+    causes
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(": ")
 }
 
 fn guest_fork_fails(failure: Failure) {
@@ -171,7 +200,9 @@ fn guest_fork_fails(failure: Failure) {
             saboteur.enter(phase)
         }
     };
-    let setup = Setup::new("job=fork n=2 mib=1 tries=2").vcpus(2).disk(disk.source());
+    let setup = Setup::new("job=fork n=2 mib=1 tries=2")
+        .vcpus(2)
+        .disk(disk.source());
     let vm = setup.hook(hook).boot();
     let refusal = report::USER + errno::EIO as u32;
     vm.member().wait_report(refusal, 1, LONG).unwrap();
@@ -188,7 +219,9 @@ fn guest_fork_fails(failure: Failure) {
 fn every_failure_of_a_hosts_fork(freeze: FreezeKind) {
     need_kvm!();
     let _turn = alone();
-    failures().into_iter().for_each(|failure| host_fork_fails(freeze, failure));
+    failures()
+        .into_iter()
+        .for_each(|failure| host_fork_fails(freeze, failure));
 }
 
 #[test]
@@ -233,6 +266,8 @@ fn a_spawn_from_a_fork_point_that_fails_leaves_nothing_and_a_later_one_succeeds(
         expect_again(&before, take, &format!("spawn, {failure:?}"));
     }
     let clones = point.spawn(2).unwrap();
-    clones.iter().for_each(|clone| expect_end(&vm, clone, End::Exited(0)));
+    clones
+        .iter()
+        .for_each(|clone| expect_end(&vm, clone, End::Exited(0)));
     finish_oracle(&vm, vm.member());
 }

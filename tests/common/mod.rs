@@ -33,7 +33,11 @@ impl Kept {
 
 impl Consoles for Kept {
     fn open(&self, vm: &Identity) -> io::Result<Box<dyn Write + Send>> {
-        Ok(Box::new(Line { name: vm.name.clone(), line: Vec::new(), kept: self.0.clone() }))
+        Ok(Box::new(Line {
+            name: vm.name.clone(),
+            line: Vec::new(),
+            kept: self.0.clone(),
+        }))
     }
 }
 
@@ -49,7 +53,10 @@ impl Write for Line {
             self.line.push(byte);
             if byte == b'\n' {
                 let line = String::from_utf8_lossy(&self.line);
-                self.kept.lock().unwrap().push_str(&format!("{}: {line}", self.name));
+                self.kept
+                    .lock()
+                    .unwrap()
+                    .push_str(&format!("{}: {line}", self.name));
                 self.line.clear();
             }
         }
@@ -99,5 +106,9 @@ pub fn boot(name: &str, memory_mib: u64, vcpus: u32, cmdline: &str) -> Guest {
         payload: guest::bare(),
         cmdline: cmdline.into(),
     };
-    Guest { vm: Vm::boot_with(spec, config).unwrap(), consoles, log }
+    Guest {
+        vm: Vm::boot_with(spec, config).unwrap(),
+        consoles,
+        log,
+    }
 }

@@ -1,8 +1,8 @@
 //! What tests ask of VMs that run the job `oracle`, and of how VMs end.
 
+use forkvm::End;
 use forkvm::abi::doorbell::report;
 use forkvm::engine::Member;
-use forkvm::End;
 
 use super::{Guest, LONG};
 
@@ -12,13 +12,23 @@ pub fn expect_end(vm: &Guest, member: &Member, expected: End) {
     let Some(finished) = finished else {
         panic!("{} does not end\n{}", member.name(), vm.consoles.text());
     };
-    assert_eq!(finished.end, expected, "{}\n{}", member.name(), vm.consoles.text());
+    assert_eq!(
+        finished.end,
+        expected,
+        "{}\n{}",
+        member.name(),
+        vm.consoles.text()
+    );
 }
 
 /// `member` has verified all it knows since it was forked for the `forks`th time from the boot on.
 pub fn expect_oracle_ok(vm: &Guest, member: &Member, forks: u32) {
     if let Err(error) = member.wait_report(report::USER + forks, 1, LONG) {
-        panic!("{} after {forks} forks: {error}\n{}", member.name(), vm.consoles.text());
+        panic!(
+            "{} after {forks} forks: {error}\n{}",
+            member.name(),
+            vm.consoles.text()
+        );
     }
 }
 

@@ -7,9 +7,7 @@ use std::time::Duration;
 
 use forkvm::engine::{Consoles, ForkLog, Member, NoObserver, Observer, Phase, Vetoed};
 use forkvm::vmm::PausedVm;
-use forkvm::{
-    BootSpec, CloneSpec, DiskSource, DiskSpec, FamilyConfig, ForkPoint, Vm, guest,
-};
+use forkvm::{BootSpec, CloneSpec, DiskSource, DiskSpec, FamilyConfig, ForkPoint, Vm, guest};
 
 use super::{Guest, Kept};
 
@@ -66,7 +64,12 @@ impl Setup {
             observer: log.clone(),
             ..FamilyConfig::default()
         };
-        Setup { spec, config, consoles, log }
+        Setup {
+            spec,
+            config,
+            consoles,
+            log,
+        }
     }
 
     pub fn memory_mib(mut self, mib: u64) -> Setup {
@@ -91,7 +94,10 @@ impl Setup {
         mut self,
         hook: impl Fn(Phase, Option<&PausedVm<'_>>) -> Result<(), Vetoed> + Send + Sync + 'static,
     ) -> Setup {
-        self.config.observer = Arc::new(Hooked { log: self.log.clone(), hook: Box::new(hook) });
+        self.config.observer = Arc::new(Hooked {
+            log: self.log.clone(),
+            hook: Box::new(hook),
+        });
         self
     }
 
@@ -115,7 +121,11 @@ impl Setup {
 
     pub fn boot(self) -> Guest {
         let vm = Vm::boot_with(self.spec, self.config).unwrap();
-        Guest { vm, consoles: self.consoles, log: self.log }
+        Guest {
+            vm,
+            consoles: self.consoles,
+            log: self.log,
+        }
     }
 }
 

@@ -10,15 +10,11 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use forkvm::devices::block::{
-    Access, BlockLayer, CommitError, RawFile, RawFileError, commit,
-};
+use forkvm::devices::block::{Access, BlockLayer, CommitError, RawFile, RawFileError, commit};
 use forkvm::engine::Phase;
 use forkvm::{CloneSpec, DiskSource, End, Finished};
 
-use crate::common::{
-    Guest, LONG, Setup, expect_end, expect_oracle_ok, finish_oracle, need_kvm,
-};
+use crate::common::{Guest, LONG, Setup, expect_end, expect_oracle_ok, finish_oracle, need_kvm};
 
 const MIB: u64 = 1 << 20;
 
@@ -51,14 +47,17 @@ fn writer(path: &Path) -> Guest {
 
 fn fork_and_verify(vm: &Guest, clones: u32, fork: u32) {
     let clones = vm.fork(CloneSpec::new(clones)).unwrap();
-    clones.iter().for_each(|clone| expect_end(vm, clone.member(), End::Exited(0)));
+    clones
+        .iter()
+        .for_each(|clone| expect_end(vm, clone.member(), End::Exited(0)));
     expect_oracle_ok(vm, vm.member(), fork);
 }
 
 fn names(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).unwrap();
-    let mut names: Vec<_> =
-        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<_> = entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
     names.sort_unstable();
     names
 }
@@ -78,14 +77,24 @@ fn each_vm_of_a_fork_made_by_the_guest_reads_what_it_wrote_itself() {
     need_kvm!();
     let folder = tempfile::tempdir().unwrap();
     let base = zeroed_disk(folder.path(), 1);
-    let vm = Setup::new("job=blk-verify mib=1 n=2").disk(DiskSource::volatile(base.clone())).boot();
+    let vm = Setup::new("job=blk-verify mib=1 n=2")
+        .disk(DiskSource::volatile(base.clone()))
+        .boot();
     expect_end(&vm, vm.member(), End::Exited(0));
     let clones = vm.log.clones();
-    clones.iter().for_each(|clone| expect_end(&vm, clone, End::Exited(0)));
-    let mut contents: Vec<_> = clones.iter().map(|clone| first_disk(&clone.wait())).collect();
+    clones
+        .iter()
+        .for_each(|clone| expect_end(&vm, clone, End::Exited(0)));
+    let mut contents: Vec<_> = clones
+        .iter()
+        .map(|clone| first_disk(&clone.wait()))
+        .collect();
     contents.push(first_disk(&vm.join()));
     assert!(contents[0] != contents[1] && contents[1] != contents[2] && contents[0] != contents[2]);
-    assert!(content(base.as_ref()).iter().all(|&byte| byte == 0), "the base is as it was");
+    assert!(
+        content(base.as_ref()).iter().all(|&byte| byte == 0),
+        "the base is as it was"
+    );
 }
 
 #[test]
@@ -94,21 +103,32 @@ fn the_file_that_was_forked_never_changes_again() {
     let (_folder, path) = raw_disk();
     let at_the_fork = Arc::new(Mutex::new(Vec::new()));
     let (seen, file) = (at_the_fork.clone(), path.clone());
-    let vm = Setup::new("job=oracle mib=1 disk=1").disk(raw(&path)).hook(move |phase, _| {
-        if phase == Phase::Resume {
-            *seen.lock().unwrap() = fs::read(&file).unwrap();
-        }
-        Ok(())
-    });
+    let vm = Setup::new("job=oracle mib=1 disk=1")
+        .disk(raw(&path))
+        .hook(move |phase, _| {
+            if phase == Phase::Resume {
+                *seen.lock().unwrap() = fs::read(&file).unwrap();
+            }
+            Ok(())
+        });
     let vm = vm.boot();
     vm.wait_ready(LONG).unwrap();
     fork_and_verify(&vm, 2, 1);
     thread::sleep(Duration::from_millis(10));
     finish_oracle(&vm, vm.member());
     let frozen = at_the_fork.lock().unwrap();
-    assert!(frozen.iter().any(|&byte| byte != 0), "the guest wrote before the fork");
-    assert!(*frozen == fs::read(&path).unwrap(), "nobody wrote to the base");
-    assert!(*frozen != first_disk(&vm.join()), "the parent wrote on, elsewhere");
+    assert!(
+        frozen.iter().any(|&byte| byte != 0),
+        "the guest wrote before the fork"
+    );
+    assert!(
+        *frozen == fs::read(&path).unwrap(),
+        "nobody wrote to the base"
+    );
+    assert!(
+        *frozen != first_disk(&vm.join()),
+        "the parent wrote on, elsewhere"
+    );
 }
 
 #[test]
@@ -119,8 +139,14 @@ fn a_fork_leaves_a_mark_and_the_parents_overlay_beside_the_disk_and_nothing_of_t
     assert_eq!(names(folder.path()), ["disk.raw"]);
     fork_and_verify(&vm, 3, 1);
     let names = names(folder.path());
-    assert!(names.contains(&"disk.raw.forkvm-base".to_owned()), "{names:?}");
-    assert!(names.contains(&"disk.raw.overlay-1".to_owned()), "{names:?}");
+    assert!(
+        names.contains(&"disk.raw.forkvm-base".to_owned()),
+        "{names:?}"
+    );
+    assert!(
+        names.contains(&"disk.raw.overlay-1".to_owned()),
+        "{names:?}"
+    );
     let overlays = |name: &&String| name.contains("overlay") && !name.contains("overlay-1");
     assert_eq!(names.iter().filter(overlays).count(), 0, "{names:?}");
 }
@@ -129,11 +155,19 @@ fn a_fork_leaves_a_mark_and_the_parents_overlay_beside_the_disk_and_nothing_of_t
 fn expect_frozen(path: &Path, overlays: usize) {
     let refused = RawFile::open(path, Access::ReadWrite).unwrap_err();
     let text = refused.to_string();
-    let RawFileError::FrozenBase { overlays: named, .. } = refused else {
+    let RawFileError::FrozenBase {
+        overlays: named, ..
+    } = refused
+    else {
         panic!("{text}");
     };
     assert_eq!(named.len(), overlays, "{text}");
-    assert!(named.iter().all(|overlay| text.contains(&*overlay.to_string_lossy())), "{text}");
+    assert!(
+        named
+            .iter()
+            .all(|overlay| text.contains(&*overlay.to_string_lossy())),
+        "{text}"
+    );
     assert!(text.contains("disk commit"), "{text}");
 }
 
@@ -144,14 +178,20 @@ fn a_forked_disk_is_refused_to_writers_by_name_until_it_is_committed() {
     let vm = writer(&path);
     fork_and_verify(&vm, 1, 1);
     let in_use = commit(&path, &mut |_, _| ()).unwrap_err();
-    assert!(matches!(in_use, CommitError::BaseInUse { .. }), "{in_use:?}");
+    assert!(
+        matches!(in_use, CommitError::BaseInUse { .. }),
+        "{in_use:?}"
+    );
     finish_oracle(&vm, vm.member());
     let last = first_disk(&vm.join());
     drop(vm);
 
     expect_frozen(&path, 1);
     commit(&path, &mut |_, _| ()).unwrap();
-    assert!(fs::read(&path).unwrap() == last, "the disk is what the parent left");
+    assert!(
+        fs::read(&path).unwrap() == last,
+        "the disk is what the parent left"
+    );
     assert_eq!(names(folder.path()), ["disk.raw"]);
     drop(raw(&path));
 }
@@ -176,7 +216,12 @@ fn a_forked_disk_stays_frozen_when_the_process_is_killed_and_can_be_committed() 
     need_kvm!();
     let (folder, path) = raw_disk();
     let mut child = Command::new(env::current_exe().unwrap())
-        .args(["--exact", "disks::fork_and_wait_to_be_killed", "--ignored", "--nocapture"])
+        .args([
+            "--exact",
+            "disks::fork_and_wait_to_be_killed",
+            "--ignored",
+            "--nocapture",
+        ])
         .env(DISK_OF_THE_KILLED, &path)
         .stdout(Stdio::piped())
         .spawn()

@@ -46,9 +46,9 @@ fn check(freeze: FreezeKind, vcpus: u32, memory_mib: u64, load: Load) {
     }
     if load == Load::InterruptPending {
         setup = setup.hook(|phase, paused| match paused {
-            Some(paused) if phase == Phase::Save => {
-                paused.pulse(TEST_GSI).map_err(|error| Vetoed(error.to_string()))
-            }
+            Some(paused) if phase == Phase::Save => paused
+                .pulse(TEST_GSI)
+                .map_err(|error| Vetoed(error.to_string())),
             _ => Ok(()),
         });
     }
@@ -58,7 +58,10 @@ fn check(freeze: FreezeKind, vcpus: u32, memory_mib: u64, load: Load) {
         // Into the middle of the work.
         thread::sleep(Duration::from_millis(3));
     }
-    let spec = CloneSpec { freeze, ..CloneSpec::new(CLONES) };
+    let spec = CloneSpec {
+        freeze,
+        ..CloneSpec::new(CLONES)
+    };
     let clones = vm.fork(spec).unwrap();
     assert_eq!(clones.len(), CLONES as usize);
     for clone in &clones {
@@ -138,5 +141,8 @@ fn the_guest_of_the_6gib_cell_uses_ram_above_4_gib() {
     let (high, populated) = populated.unwrap();
     assert_eq!(high, HIGH_RAM_START);
     // Ranges are offsets in the file, where high RAM follows low RAM without a hole.
-    assert!(populated.iter().any(|range| range.end > LOW_RAM_END), "{populated:?}");
+    assert!(
+        populated.iter().any(|range| range.end > LOW_RAM_END),
+        "{populated:?}"
+    );
 }

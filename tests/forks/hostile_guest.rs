@@ -35,7 +35,10 @@ fn triple_fault(vcpus: u32) {
     }
     expect_end(&vm, &clones()[0], End::TripleFault { vcpu: vcpus - 1 });
     for sibling in &clones()[1..] {
-        assert!(sibling.wait_for(Duration::ZERO).is_none(), "a sibling runs on");
+        assert!(
+            sibling.wait_for(Duration::ZERO).is_none(),
+            "a sibling runs on"
+        );
         finish_oracle(&vm, sibling);
     }
     expect_end(&vm, vm.member(), End::Exited(255));
@@ -103,9 +106,18 @@ impl Consoles for PanickingConsoles {
 fn a_vcpu_thread_that_panics_ends_its_vm_and_is_named() {
     need_kvm!();
     let neighbour = neighbour();
-    let vm = Setup::new("job=hello").vcpus(2).consoles(PanickingConsoles).boot();
-    let end = vm.member().wait_for(LONG).expect("a VM whose thread is gone ends").end;
-    let End::Failed(why) = end else { panic!("{end:?}") };
+    let vm = Setup::new("job=hello")
+        .vcpus(2)
+        .consoles(PanickingConsoles)
+        .boot();
+    let end = vm
+        .member()
+        .wait_for(LONG)
+        .expect("a VM whose thread is gone ends")
+        .end;
+    let End::Failed(why) = end else {
+        panic!("{end:?}")
+    };
     assert!(why.contains("vCPU 0") && why.contains("panicked"), "{why}");
     expect_unharmed(neighbour);
 }

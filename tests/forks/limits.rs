@@ -24,17 +24,28 @@ fn a_host_that_asks_for_too_many_is_told_how_many_would_do() {
     need_kvm!();
     let vm = Setup::new("job=oracle mib=1").boot();
     vm.wait_ready(LONG).unwrap();
-    let spec = CloneSpec { expected_write_mib: a_third_of_memory(), ..CloneSpec::new(1000) };
+    let spec = CloneSpec {
+        expected_write_mib: a_third_of_memory(),
+        ..CloneSpec::new(1000)
+    };
     let error = vm.fork(spec).err().unwrap();
-    let Error::Member(MemberError::Fork(fork_error)) = &error else { panic!("{error:?}") };
-    let ForkError::Limits(LimitError::TooMany { asked: 1000, room, limit: Limit::Memory }) =
-        *fork_error
+    let Error::Member(MemberError::Fork(fork_error)) = &error else {
+        panic!("{error:?}")
+    };
+    let ForkError::Limits(LimitError::TooMany {
+        asked: 1000,
+        room,
+        limit: Limit::Memory,
+    }) = *fork_error
     else {
         panic!("{fork_error:?}");
     };
     assert!((1..=4).contains(&room), "{room}");
     let text = fork_error.to_string();
-    assert!(text.contains("1000 clones") && text.contains(&format!("room for {room}")), "{text}");
+    assert!(
+        text.contains("1000 clones") && text.contains(&format!("room for {room}")),
+        "{text}"
+    );
 
     let clones = vm.fork(CloneSpec::new(1)).unwrap();
     expect_end(&vm, clones[0].member(), End::Exited(0));
@@ -49,7 +60,10 @@ fn zero_clones_are_refused_by_name() {
     vm.wait_ready(LONG).unwrap();
     let error = vm.fork(CloneSpec::new(0)).err().unwrap();
     assert!(
-        matches!(error, Error::Member(MemberError::Fork(ForkError::Limits(LimitError::NoClones)))),
+        matches!(
+            error,
+            Error::Member(MemberError::Fork(ForkError::Limits(LimitError::NoClones)))
+        ),
         "{error:?}"
     );
 }
@@ -57,7 +71,10 @@ fn zero_clones_are_refused_by_name() {
 #[test]
 fn a_guest_that_asks_for_too_many_is_granted_fewer_and_all_of_them_know() {
     need_kvm!();
-    let forks = CloneSpec { expected_write_mib: a_third_of_memory(), ..CloneSpec::default() };
+    let forks = CloneSpec {
+        expected_write_mib: a_third_of_memory(),
+        ..CloneSpec::default()
+    };
     let vm = Setup::new("job=fork n=1000").guest_forks(forks).boot();
     let granted = vm.join();
     let clones = vm.log.clones();
@@ -76,14 +93,22 @@ fn a_guest_that_asks_for_too_many_is_granted_fewer_and_all_of_them_know() {
 #[test]
 fn a_guest_for_whose_fork_there_is_no_memory_gets_enomem_and_runs_on() {
     need_kvm!();
-    let forks = CloneSpec { expected_write_mib: 1 << 30, ..CloneSpec::default() };
-    let vm = Setup::new("job=fork n=1 mib=2 tries=3").guest_forks(forks).boot();
+    let forks = CloneSpec {
+        expected_write_mib: 1 << 30,
+        ..CloneSpec::default()
+    };
+    let vm = Setup::new("job=fork n=1 mib=2 tries=3")
+        .guest_forks(forks)
+        .boot();
     // It has verified its memory when it reports a refusal, and then asks again.
     let refusal = report::USER + errno::ENOMEM as u32;
     vm.member().wait_report(refusal, 2, LONG).unwrap();
     expect_end(&vm, vm.member(), End::Exited(REFUSED));
     let text = vm.consoles.text();
-    assert!(text.contains(&format!("fork failed with error -{}", errno::ENOMEM)), "{text}");
+    assert!(
+        text.contains(&format!("fork failed with error -{}", errno::ENOMEM)),
+        "{text}"
+    );
     assert!(vm.log.clones().is_empty());
 }
 
@@ -96,8 +121,14 @@ fn few_file_descriptors_bound_the_clones_and_are_named() {
     let this = env::current_exe().unwrap();
     let mut child = Command::new("sh");
     // Soft and hard limit: the soft one alone is raised.
-    child.args(["-c", "ulimit -n 80 && exec \"$0\" \"$@\""]).arg(this);
-    child.args(["--exact", "limits::in_a_process_with_few_descriptors", "--ignored"]);
+    child
+        .args(["-c", "ulimit -n 80 && exec \"$0\" \"$@\""])
+        .arg(this);
+    child.args([
+        "--exact",
+        "limits::in_a_process_with_few_descriptors",
+        "--ignored",
+    ]);
     child.arg("--nocapture").env(FEW_DESCRIPTORS, "1");
     let output = child.output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
@@ -123,8 +154,15 @@ fn in_a_process_with_few_descriptors() {
     let vm = Setup::new("job=oracle mib=1").boot();
     vm.wait_ready(LONG).unwrap();
     let error = vm.fork(CloneSpec::new(200)).err().unwrap();
-    let Error::Member(MemberError::Fork(error)) = error else { panic!("{error:?}") };
-    let ForkError::Limits(LimitError::TooMany { asked: 200, room: 1.., limit }) = error else {
+    let Error::Member(MemberError::Fork(error)) = error else {
+        panic!("{error:?}")
+    };
+    let ForkError::Limits(LimitError::TooMany {
+        asked: 200,
+        room: 1..,
+        limit,
+    }) = error
+    else {
         panic!("{error:?}");
     };
     assert_eq!(limit, Limit::Descriptors);

@@ -29,9 +29,17 @@ fn a_parent_is_forked_five_times_and_writes_in_between() {
         expect_oracle_ok(&vm, vm.member(), fork);
     }
     finish_oracle(&vm, vm.member());
-    let names: Vec<_> = vm.log.clones().iter().map(|clone| clone.name().to_owned()).collect();
+    let names: Vec<_> = vm
+        .log
+        .clones()
+        .iter()
+        .map(|clone| clone.name().to_owned())
+        .collect();
     let expected: Vec<_> = (1..=10).map(|number| format!("vm.{number}")).collect();
-    assert_eq!(names, expected, "no two clones of a parent have a name in common");
+    assert_eq!(
+        names, expected,
+        "no two clones of a parent have a name in common"
+    );
 }
 
 #[test]
@@ -39,7 +47,10 @@ fn a_second_remap_is_refused_by_name_and_the_vm_runs_on() {
     need_kvm!();
     let vm = hot_oracle(1, "").boot();
     vm.wait_ready(LONG).unwrap();
-    let remap = CloneSpec { freeze: FreezeKind::Remap, ..CloneSpec::new(1) };
+    let remap = CloneSpec {
+        freeze: FreezeKind::Remap,
+        ..CloneSpec::new(1)
+    };
     let first = vm.fork(remap.clone()).unwrap();
     expect_end(&vm, first[0].member(), End::Exited(0));
     expect_oracle_ok(&vm, vm.member(), 1);
@@ -51,7 +62,10 @@ fn a_second_remap_is_refused_by_name_and_the_vm_runs_on() {
     };
 
     // Fork count 2: the fork that was refused is none.
-    let copy = CloneSpec { freeze: FreezeKind::Copy, ..CloneSpec::new(1) };
+    let copy = CloneSpec {
+        freeze: FreezeKind::Copy,
+        ..CloneSpec::new(1)
+    };
     let second = vm.fork(copy).unwrap();
     expect_end(&vm, second[0].member(), End::Exited(0));
     expect_oracle_ok(&vm, vm.member(), 2);
@@ -65,12 +79,17 @@ fn a_clone_cannot_be_remapped_but_forked() {
     vm.wait_ready(LONG).unwrap();
     let clone = vm.fork(CloneSpec::new(1)).unwrap().remove(0);
     expect_oracle_ok(&vm, clone.member(), 1);
-    let remap = CloneSpec { freeze: FreezeKind::Remap, ..CloneSpec::new(1) };
+    let remap = CloneSpec {
+        freeze: FreezeKind::Remap,
+        ..CloneSpec::new(1)
+    };
     let refused = clone.fork(remap).err().unwrap();
     assert!(
         matches!(
             refused,
-            Error::Member(MemberError::Fork(ForkError::Freeze(FreezeError::AlreadyPrivate)))
+            Error::Member(MemberError::Fork(ForkError::Freeze(
+                FreezeError::AlreadyPrivate
+            )))
         ),
         "{refused:?}"
     );
@@ -127,12 +146,19 @@ fn a_fork_point_spawns_clones_of_its_instant_after_the_parent_has_gone_on_and_af
     std::thread::sleep(Duration::from_millis(20));
 
     let later = point.spawn(2).unwrap();
-    later.iter().for_each(|clone| expect_end(&vm, clone, End::Exited(0)));
+    later
+        .iter()
+        .for_each(|clone| expect_end(&vm, clone, End::Exited(0)));
     finish_oracle(&vm, vm.member());
 
     let after_the_end = point.spawn(1).unwrap();
     expect_end(&vm, &after_the_end[0], End::Exited(0));
-    let ids: Vec<_> = vm.log.clones().iter().map(|clone| clone.identity().clone_id).collect();
+    let ids: Vec<_> = vm
+        .log
+        .clones()
+        .iter()
+        .map(|clone| clone.identity().clone_id)
+        .collect();
     assert_eq!(ids, [1, 2, 3]);
 }
 
@@ -141,7 +167,10 @@ fn a_stopped_parent_leaves_a_fork_point_that_clones_are_spawned_from() {
     need_kvm!();
     let vm = hot_oracle(1, "").boot();
     vm.wait_ready(LONG).unwrap();
-    let stop = CloneSpec { freeze: FreezeKind::Stop, ..CloneSpec::new(1) };
+    let stop = CloneSpec {
+        freeze: FreezeKind::Stop,
+        ..CloneSpec::new(1)
+    };
     let point = vm.fork_point(stop).unwrap();
     expect_end(&vm, vm.member(), End::Stopped);
     for _ in 0..2 {
@@ -185,7 +214,13 @@ fn a_vm_that_has_ended_cannot_be_forked_and_says_how_it_ended() {
     expect_end(&vm, vm.member(), End::Exited(0));
     let error = vm.fork(CloneSpec::new(1)).err().unwrap();
     assert!(
-        matches!(&error, Error::Member(MemberError::Ended { end: End::Exited(0), .. })),
+        matches!(
+            &error,
+            Error::Member(MemberError::Ended {
+                end: End::Exited(0),
+                ..
+            })
+        ),
         "{error:?}"
     );
 }
@@ -200,5 +235,8 @@ fn the_phases_of_a_fork_are_logged_in_their_order() {
     let phases: Vec<_> = vm.log.phases().iter().map(|(phase, _)| *phase).collect();
     assert_eq!(phases, Phase::ALL);
     let reported = clones[0].member().reports();
-    assert_eq!(reported.first().map(|(value, _)| *value), Some(report::ACTION));
+    assert_eq!(
+        reported.first().map(|(value, _)| *value),
+        Some(report::ACTION)
+    );
 }

@@ -11,9 +11,16 @@ fn check(vcpus: u32) {
     expect_end(&vm, vm.member(), End::Exited(0));
     let clones = vm.log.clones();
     assert_eq!(clones.len(), 2);
-    clones.iter().for_each(|clone| expect_end(&vm, clone, End::Exited(0)));
+    clones
+        .iter()
+        .for_each(|clone| expect_end(&vm, clone, End::Exited(0)));
     let said = vm.consoles.text().matches("registers ok").count();
-    assert_eq!(said, 3, "parent and clones compared them\n{}", vm.consoles.text());
+    assert_eq!(
+        said,
+        3,
+        "parent and clones compared them\n{}",
+        vm.consoles.text()
+    );
 }
 
 #[test]
@@ -32,5 +39,8 @@ fn no_vcpu_loses_or_repeats_a_step() {
     need_kvm!();
     let vm = Setup::new("job=counter n=2").vcpus(2).boot();
     expect_end(&vm, vm.member(), End::Exited(0));
-    vm.log.clones().iter().for_each(|clone| expect_end(&vm, clone, End::Exited(0)));
+    vm.log
+        .clones()
+        .iter()
+        .for_each(|clone| expect_end(&vm, clone, End::Exited(0)));
 }

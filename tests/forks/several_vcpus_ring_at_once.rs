@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use forkvm::End;
 use forkvm::abi::errno::EAGAIN;
 use forkvm::devices::device::GuestOp;
 use forkvm::engine::{Phase, Vetoed};
-use forkvm::End;
 
 use crate::common::{Setup, expect_end, need_kvm};
 
@@ -22,34 +22,51 @@ fn boot_and_ring(vcpus: u32) -> (crate::common::Guest, Pending) {
     let pending = Pending::default();
     let all_rang = AtomicBool::new(false);
     let seen = pending.clone();
-    let vm = Setup::new("job=ring").vcpus(vcpus).hook(move |phase, paused| {
-        if phase == Phase::Request && !all_rang.load(Ordering::Relaxed) {
-            // The others ring meanwhile: their vCPUs run.
-            thread::sleep(Duration::from_millis(3));
-        }
-        if phase == Phase::Save && let Some(paused) = paused {
-            let calls = paused.doorbell().pending();
-            assert!(calls.iter().all(|call| call.op == GuestOp::Fork(1)));
-            all_rang.fetch_or(calls.len() == vcpus as usize, Ordering::Relaxed);
-            if !all_rang.load(Ordering::Relaxed) {
-                return Err(Vetoed("not all vCPUs have rung yet".into()));
+    let vm = Setup::new("job=ring")
+        .vcpus(vcpus)
+        .hook(move |phase, paused| {
+            if phase == Phase::Request && !all_rang.load(Ordering::Relaxed) {
+                // The others ring meanwhile: their vCPUs run.
+                thread::sleep(Duration::from_millis(3));
             }
-            seen.lock().unwrap().push(calls.iter().map(|call| call.slot).collect());
-        }
-        Ok(())
-    });
+            if phase == Phase::Save
+                && let Some(paused) = paused
+            {
+                let calls = paused.doorbell().pending();
+                assert!(calls.iter().all(|call| call.op == GuestOp::Fork(1)));
+                all_rang.fetch_or(calls.len() == vcpus as usize, Ordering::Relaxed);
+                if !all_rang.load(Ordering::Relaxed) {
+                    return Err(Vetoed("not all vCPUs have rung yet".into()));
+                }
+                seen.lock()
+                    .unwrap()
+                    .push(calls.iter().map(|call| call.slot).collect());
+            }
+            Ok(())
+        });
     let vm = vm.boot();
     expect_end(&vm, vm.member(), End::Exited(0));
-    vm.log.clones().iter().for_each(|clone| expect_end(&vm, clone, End::Exited(0)));
+    vm.log
+        .clones()
+        .iter()
+        .for_each(|clone| expect_end(&vm, clone, End::Exited(0)));
     (vm, pending)
 }
 
 /// What the vCPUs of VM `name` were answered.
 fn answers(text: &str, name: &str) -> Vec<i64> {
-    let line = text.lines().find(|line| line.starts_with(&format!("{name}: ring ")));
+    let line = text
+        .lines()
+        .find(|line| line.starts_with(&format!("{name}: ring ")));
     let line = line.unwrap_or_else(|| panic!("{name} says nothing\n{text}"));
-    let list = line.split_once("answers=[").unwrap().1.trim_end_matches(']');
-    list.split(", ").map(|number| number.parse().unwrap()).collect()
+    let list = line
+        .split_once("answers=[")
+        .unwrap()
+        .1
+        .trim_end_matches(']');
+    list.split(", ")
+        .map(|number| number.parse().unwrap())
+        .collect()
 }
 
 fn check(vcpus: u32) {
@@ -60,10 +77,18 @@ fn check(vcpus: u32) {
     let counts: Vec<_> = pending.iter().map(BTreeSet::len).collect();
     let one_less_each_time: Vec<_> = (1..=vcpus as usize).rev().collect();
     assert_eq!(counts, one_less_each_time, "served one after the other");
-    assert_eq!(answers(&text, "vm"), vec![0; vcpus as usize], "the parent's calls all succeed");
+    assert_eq!(
+        answers(&text, "vm"),
+        vec![0; vcpus as usize],
+        "the parent's calls all succeed"
+    );
 
     let clones = vm.log.clones();
-    assert_eq!(clones.len(), vcpus as usize, "no call was executed in a clone\n{text}");
+    assert_eq!(
+        clones.len(),
+        vcpus as usize,
+        "no call was executed in a clone\n{text}"
+    );
     let mut served = BTreeSet::new();
     for (clone, pending) in clones.iter().zip(&pending) {
         let answers = answers(&text, clone.name());
