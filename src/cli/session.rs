@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
-use forkvm::engine::saved::{SaveTo, Saver};
+use forkvm::engine::saved::{SaveError, SaveTo, Saver};
 use forkvm::engine::{Family, ForkPoint, Member, MemberError, Observer, Phase, Vetoed};
 use forkvm::vmm::{Kvm, PausedVm};
 use forkvm::{CloneSpec, End, FamilyConfig, FreezeKind};
@@ -216,7 +216,7 @@ impl Control {
         let saved = if self.saves { Some(root.save()) } else { None };
         match saved {
             Some(Ok(())) => {}
-            Some(Err(MemberError::Ended { .. })) | None => {
+            Some(Err(MemberError::Ended { .. } | MemberError::Save(SaveError::Ended))) | None => {
                 self.ended_by.store(signal, Ordering::Release);
             }
             Some(Err(error)) => {

@@ -173,7 +173,8 @@ fn a_machine_of_another_host_is_refused_by_what_differs() {
 #[test]
 fn a_section_that_is_missing_newer_or_nobodys_is_named() {
     need_kvm!();
-    let cases: [(&str, &dyn Fn(&mut Vec<Section>)); 4] = [
+    type Change = dyn Fn(&mut Vec<Section>);
+    let cases: [(&str, &Change); 4] = [
         ("\"identity\" is missing", &|sections| {
             sections.retain(|s| s.kind != "identity")
         }),

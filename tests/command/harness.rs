@@ -9,31 +9,31 @@ use std::time::{Duration, Instant};
 use super::common::LONG;
 
 /// The command, run to its end.
-pub fn forkvm(dir: &Path, args: &[&str]) -> Ended {
+pub(crate) fn forkvm(dir: &Path, args: &[&str]) -> Ended {
     Running::start(dir, args).wait()
 }
 
 /// A program that has ended.
-pub struct Ended(Output);
+pub(crate) struct Ended(Output);
 
 impl Ended {
     /// Exit code; a signal fails the test.
-    pub fn code(&self) -> i32 {
+    pub(crate) fn code(&self) -> i32 {
         let code = self.0.status.code();
         code.unwrap_or_else(|| panic!("{}\n{}", self.0.status, self.stderr()))
     }
 
-    pub fn stdout(&self) -> String {
+    pub(crate) fn stdout(&self) -> String {
         String::from_utf8_lossy(&self.0.stdout).into_owned()
     }
 
-    pub fn stderr(&self) -> String {
+    pub(crate) fn stderr(&self) -> String {
         String::from_utf8_lossy(&self.0.stderr).into_owned()
     }
 
     /// Requires the exit code, and words on standard error.
     #[track_caller]
-    pub fn expect(&self, code: i32, said: &str) -> &Ended {
+    pub(crate) fn expect(&self, code: i32, said: &str) -> &Ended {
         let stderr = self.stderr();
         assert_eq!(self.code(), code, "{stderr}");
         assert!(stderr.contains(said), "{said:?} is not in {stderr}");
@@ -42,14 +42,14 @@ impl Ended {
 }
 
 /// A program that runs; killed when the test fails.
-pub struct Running(Option<Child>);
+pub(crate) struct Running(Option<Child>);
 
 impl Running {
-    pub fn start(dir: &Path, args: &[&str]) -> Running {
+    pub(crate) fn start(dir: &Path, args: &[&str]) -> Running {
         Running::start_with(dir, args, Stdio::null())
     }
 
-    pub fn start_with(dir: &Path, args: &[&str], stdin: Stdio) -> Running {
+    pub(crate) fn start_with(dir: &Path, args: &[&str], stdin: Stdio) -> Running {
         let child = Command::new(env!("CARGO_BIN_EXE_forkvm"))
             .args(args)
             .current_dir(dir)
@@ -62,12 +62,12 @@ impl Running {
         Running(Some(child))
     }
 
-    pub fn child(&mut self) -> &mut Child {
+    pub(crate) fn child(&mut self) -> &mut Child {
         self.0.as_mut().unwrap()
     }
 
     /// Waits until it runs `count` VMs. It does so under any name that their threads have.
-    pub fn wait_for_vms(&mut self, count: usize) -> &mut Running {
+    pub(crate) fn wait_for_vms(&mut self, count: usize) -> &mut Running {
         let tasks = PathBuf::from(format!("/proc/{}/task", self.child().id()));
         let vms = || {
             let tasks = fs::read_dir(&tasks).into_iter().flatten().flatten();
@@ -79,7 +79,7 @@ impl Running {
     }
 
     /// Waits for a condition, as long as the program runs.
-    pub fn wait_until(&mut self, what: &str, is_so: impl Fn() -> bool) {
+    pub(crate) fn wait_until(&mut self, what: &str, is_so: impl Fn() -> bool) {
         let start = Instant::now();
         while !is_so() {
             if let Some(status) = self.child().try_wait().unwrap() {
@@ -92,7 +92,7 @@ impl Running {
         }
     }
 
-    pub fn signal(&mut self, name: &str) -> &mut Running {
+    pub(crate) fn signal(&mut self, name: &str) -> &mut Running {
         let pid = self.child().id().to_string();
         let killed = Command::new("/bin/kill")
             .args(["-s", name, &pid])
@@ -102,7 +102,7 @@ impl Running {
         self
     }
 
-    pub fn wait(mut self) -> Ended {
+    pub(crate) fn wait(mut self) -> Ended {
         Ended(self.0.take().unwrap().wait_with_output().unwrap())
     }
 }
@@ -117,14 +117,14 @@ impl Drop for Running {
 }
 
 /// A raw disk of `mib` MiB of zeros.
-pub fn disk(dir: &Path, name: &str, mib: u64) -> PathBuf {
+pub(crate) fn disk(dir: &Path, name: &str, mib: u64) -> PathBuf {
     let path = dir.join(name);
     fs::File::create(&path).unwrap().set_len(mib << 20).unwrap();
     path
 }
 
 /// Names of what is in a directory, sorted.
-pub fn names_in(dir: &Path) -> Vec<String> {
+pub(crate) fn names_in(dir: &Path) -> Vec<String> {
     let entries = fs::read_dir(dir).unwrap();
     let mut names: Vec<String> = entries
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())

@@ -18,13 +18,13 @@ use super::common::{Kept, LONG, need_kvm};
 use super::harness::{Running, forkvm, names_in};
 
 /// A family that saves to `dir`.
-pub struct Home {
-    pub family: Arc<Family>,
-    pub consoles: Kept,
+pub(crate) struct Home {
+    pub(crate) family: Arc<Family>,
+    pub(crate) consoles: Kept,
 }
 
 impl Home {
-    pub fn saving_to(dir: &Path) -> Home {
+    pub(crate) fn saving_to(dir: &Path) -> Home {
         let consoles = Kept::default();
         let config = FamilyConfig {
             consoles: Arc::new(consoles.clone()),
@@ -38,7 +38,7 @@ impl Home {
     }
 
     /// Boots a guest and waits until it is ready to be forked.
-    pub fn boot(&self, vcpus: u32, disk: Option<DiskSource>, cmdline: &str) -> Arc<Member> {
+    pub(crate) fn boot(&self, vcpus: u32, disk: Option<DiskSource>, cmdline: &str) -> Arc<Member> {
         let disk = disk.map(|source| DiskSpec {
             name: "d0".into(),
             source,
@@ -56,13 +56,13 @@ impl Home {
         vm
     }
 
-    pub fn restore(&self, dir: &Path) -> Arc<Member> {
+    pub(crate) fn restore(&self, dir: &Path) -> Arc<Member> {
         let machine = OpenMachine::open(dir).unwrap();
         self.family.restore(machine, None, &mut |_| {}).unwrap()
     }
 
     /// Forks the oracle, which then verifies everything, in itself and in the clone.
-    pub fn verify_by_a_fork(&self, vm: &Member) -> Arc<Member> {
+    pub(crate) fn verify_by_a_fork(&self, vm: &Member) -> Arc<Member> {
         let clone = vm.fork(CloneSpec::new(1)).unwrap().clones.remove(0);
         let fork = vm.identity().fork_count;
         let verified = vm.wait_report(report::USER + fork, 1, LONG);
@@ -71,13 +71,13 @@ impl Home {
     }
 
     /// Requires that a VM ended by itself and well.
-    pub fn expect_well(&self, vm: &Member) {
+    pub(crate) fn expect_well(&self, vm: &Member) {
         let end = vm.wait_for(LONG).expect("it ends").end;
         assert_eq!(end, End::Exited(0), "{}", self.consoles.text());
     }
 
     /// Tells the oracle to end.
-    pub fn quit(&self, vm: &Member) {
+    pub(crate) fn quit(&self, vm: &Member) {
         assert_eq!(vm.console_input(b"q").unwrap(), 1);
         self.expect_well(vm);
     }

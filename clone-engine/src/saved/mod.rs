@@ -56,6 +56,9 @@ pub enum SaveError {
     /// Its family saves nowhere.
     #[error("there is no place to save to: start the machine with --save DIR")]
     NoPlace,
+    /// It ended before it was asked to stand still.
+    #[error("the guest has just ended the machine: there is nothing left to save")]
+    Ended,
     /// It did not stand still.
     #[error(transparent)]
     Pause(#[from] PauseError),

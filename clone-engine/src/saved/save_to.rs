@@ -56,6 +56,9 @@ impl Saver for SaveTo {
         vm: &mut PausedVm<'_>,
         disks: &[DiskSource],
     ) -> Result<(), SaveError> {
+        if vm.has_ended() {
+            return Err(SaveError::Ended);
+        }
         let save = SaveDir::create(&self.dir_of(identity))?;
         let mut sections = vm.save()?;
         sections.push(Section::encode(IDENTITY, identity)?)?;
