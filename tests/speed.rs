@@ -5,11 +5,12 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::time::{Duration, Instant};
 
 use forkvm::abi::doorbell::report;
-use forkvm::engine::Member;
+use forkvm::engine::{Member, Phase};
 use forkvm::vmm::Kvm;
 use forkvm::{CloneSpec, End, ForkPoint, FreezeKind};
 
@@ -95,12 +96,21 @@ fn instantiate_one_clone_to_its_first_action() {
 #[ignore = "prints times, which mean something in the release profile on a quiet host"]
 fn pause_of_a_parent_by_remap_with_100_mib_populated() {
     need_kvm!();
-    let pauses = (0..scaled(10, 1)).flat_map(|_| {
+    let (mut pauses, mut phases) = (Vec::new(), BTreeMap::<Phase, Vec<Duration>>::new());
+    for _ in 0..scaled(10, 1) {
         let vm = warm(100);
         keep(&vm);
-        vm.log.pauses()
-    });
-    print_times("parent pause by remap, 100 MiB populated", pauses.collect());
+        pauses.extend(vm.log.pauses());
+        let of_the_pause =
+            |(phase, _): &(Phase, Duration)| (Phase::Pause..=Phase::Resume).contains(phase);
+        for (phase, took) in vm.log.phases().into_iter().filter(of_the_pause) {
+            phases.entry(phase).or_default().push(took);
+        }
+    }
+    print_times("parent pause by remap, 100 MiB populated", pauses);
+    for (phase, took) in phases {
+        print_times(&format!("  of it, {phase}"), took);
+    }
 }
 
 #[test]

@@ -197,15 +197,22 @@ fn a_forked_disk_is_refused_to_writers_by_name_until_it_is_committed() {
 }
 
 #[test]
-fn a_disk_that_was_forked_twice_keeps_both_instants_apart() {
+fn a_disk_that_was_forked_twice_keeps_all_instants_apart_and_is_committed_to_the_last() {
     need_kvm!();
-    let (_folder, path) = raw_disk();
+    let (folder, path) = raw_disk();
     let vm = writer(&path);
     fork_and_verify(&vm, 1, 1);
     fork_and_verify(&vm, 1, 2);
     finish_oracle(&vm, vm.member());
+    let last = first_disk(&vm.join());
     drop(vm);
     expect_frozen(&path, 2);
+    commit(&path, &mut |_, _| ()).unwrap();
+    assert!(
+        fs::read(&path).unwrap() == last,
+        "the disk is what the parent left"
+    );
+    assert_eq!(names(folder.path()), ["disk.raw"]);
 }
 
 /// Names the disk to the part of a test that is killed.
