@@ -5,6 +5,7 @@ mod common;
 
 mod command_line;
 mod damage;
+mod demo;
 mod disk_commit;
 mod doctor;
 mod harness;

@@ -1,0 +1,83 @@
+//! The demo keeps its contract: the object that other programs read, and records that are right.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::common;
+use super::harness::forkvm;
+
+/// What the demo maps; from the package bowtie-examples.
+const GENOME: &str = "/usr/share/doc/bowtie/examples/genomes";
+
+/// Runs a small demo; `None`, with the reason printed, where it cannot be run.
+fn demo(options: &[&str]) -> Option<(TempDir, Value)> {
+    if !common::has_kvm() {
+        return None;
+    }
+    if !Path::new(GENOME).exists() {
+        println!("skipped: {GENOME} is missing (apt-get install bowtie-examples bowtie2-examples)");
+        return None;
+    }
+    let dir = TempDir::new().unwrap();
+    let small = ["--reads", "1000", "--lambda-pairs", "100", "--checks", "1", "--seed", "7"];
+    let args = [&["demo", "--target", ".", "--json", "-"], &small[..], options].concat();
+    let ended = forkvm(dir.path(), &args);
+    ended.expect(0, "");
+    let object = serde_json::from_str(&ended.stdout()).unwrap();
+    Some((dir, object))
+}
+
+#[test]
+fn a_guest_that_forks_itself_maps_all_reads_as_the_host_does() {
+    let Some((dir, object)) = demo(&["--clones", "3", "--vcpus", "2"]) else { return };
+    for (key, expected) in [
+        ("guest", Value::from("bare")),
+        ("job", "map-reads".into()),
+        ("forked_by", "guest".into()),
+        ("clones", 3.into()),
+        ("vcpus", 2.into()),
+        ("memory_mib", 512.into()),
+        ("depth", 1.into()),
+        ("memory_mode", "cow".into()),
+        ("freeze", "remap".into()),
+        ("spawner", "in-process".into()),
+        ("answers_match", true.into()),
+        ("records", 1200.into()),
+        ("pages_fetched", 0.into()),
+    ] {
+        assert_eq!(object[key], expected, "{key}");
+    }
+    assert!(object["simulated_placed_percent"].as_f64().unwrap() >= 95.0);
+    assert!(object["state_bytes"].as_u64().unwrap() <= 32 * 1024, "two vCPUs");
+    for end_point in ["built", "restored", "first_run", "first_action", "first_answer"] {
+        assert_eq!(object["end_points_us"][end_point]["n"], 3, "{end_point}");
+    }
+    for phase in ["request", "pause", "save", "freeze", "resume", "publish", "run"] {
+        assert_eq!(object["phases_us"][phase]["n"], 1, "{phase}");
+    }
+    let written: Value =
+        serde_json::from_slice(&fs::read(dir.path().join("demo.json")).unwrap()).unwrap();
+    assert_eq!(written["records"], object["records"]);
+    let sam = fs::read_to_string(dir.path().join("demo.sam")).unwrap();
+    assert!(sam.starts_with("@HD\tVN:1.6"), "{}", &sam[..40]);
+    assert_eq!(sam.lines().filter(|line| !line.starts_with('@')).count(), 1200);
+}
+
+#[test]
+fn the_host_forks_it_by_copying_and_the_answers_are_the_same() {
+    let options = ["--clones", "2", "--forked-by", "host", "--freeze", "copy"];
+    let Some((_dir, object)) = demo(&options) else { return };
+    assert_eq!(object["forked_by"], "host");
+    assert_eq!(object["freeze"], "copy");
+    assert_eq!(object["answers_match"], true);
+}
+
+#[test]
+fn a_pair_of_freeze_and_memory_mode_that_does_not_exist_is_a_usage_error() {
+    let dir = TempDir::new().unwrap();
+    forkvm(dir.path(), &["demo", "--memory-mode", "lazy"]).expect(2, "cow");
+    forkvm(dir.path(), &["demo", "--freeze", "delta"]).expect(2, "remap");
+}
