@@ -1,7 +1,7 @@
 //! Guests that break their machine: only that machine ends, by name, and nobody else notices.
 
 use std::io::{self, Write};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use forkvm::engine::{Consoles, Phase, Vetoed};
 use forkvm::{CloneSpec, DiskSource, End, Identity};
@@ -30,7 +30,9 @@ fn triple_fault(vcpus: u32) {
     need_kvm!();
     let vm = Setup::new("job=triple-fault n=3").vcpus(vcpus).boot();
     let clones = || vm.log.clones();
+    let asked = Instant::now();
     while clones().len() < 3 {
+        assert!(asked.elapsed() < LONG, "{}", vm.consoles.text());
         std::thread::sleep(Duration::from_millis(1));
     }
     expect_end(&vm, &clones()[0], End::TripleFault { vcpu: vcpus - 1 });

@@ -1,11 +1,14 @@
 //! Forks of the same parent, forks of forks, and clones that come later or stay longer.
 
+use std::collections::BTreeSet;
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use forkvm::abi::doorbell::report;
 use forkvm::engine::freeze::FreezeError;
-use forkvm::engine::{ForkError, MemberError, Phase};
-use forkvm::{CloneSpec, End, Error, FreezeKind};
+use forkvm::engine::{Consoles, ForkError, Member, MemberError, Phase};
+use forkvm::{CloneSpec, End, Error, FreezeKind, Identity};
 
 use crate::common::{LONG, Setup, expect_end, expect_oracle_ok, finish_oracle, need_kvm, scaled};
 
@@ -40,6 +43,10 @@ fn a_parent_is_forked_five_times_and_writes_in_between() {
         names, expected,
         "no two clones of a parent have a name in common"
     );
+    let generation = |member: &Arc<Member>| member.identity().generation;
+    let clones = vm.log.clones();
+    let generations: BTreeSet<_> = clones.iter().chain([vm.member()]).map(generation).collect();
+    assert_eq!(generations.len(), 11, "nor a generation id");
 }
 
 #[test]
@@ -193,10 +200,44 @@ fn clones_outlive_their_parent() {
     }
 }
 
+/// Notes the names of VMs in the order in which they go.
+#[derive(Clone, Default)]
+struct Obituaries(Arc<Mutex<Vec<String>>>);
+
+/// The console of a VM, which goes with it.
+struct Obituary {
+    name: String,
+    all: Obituaries,
+}
+
+impl Consoles for Obituaries {
+    fn open(&self, vm: &Identity) -> io::Result<Box<dyn Write + Send>> {
+        let (name, all) = (vm.name.clone(), self.clone());
+        Ok(Box::new(Obituary { name, all }))
+    }
+}
+
+impl Write for Obituary {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for Obituary {
+    fn drop(&mut self) {
+        self.all.0.lock().unwrap().push(self.name.clone());
+    }
+}
+
 #[test]
 fn a_family_ends_deepest_first() {
     need_kvm!();
-    let vm = hot_oracle(1, "go-on=1").boot();
+    let order = Obituaries::default();
+    let vm = hot_oracle(1, "go-on=1").consoles(order.clone()).boot();
     vm.wait_ready(LONG).unwrap();
     let clone = vm.fork(CloneSpec::new(1)).unwrap().remove(0);
     let grandchild = clone.fork(CloneSpec::new(1)).unwrap().remove(0);
@@ -205,6 +246,7 @@ fn a_family_ends_deepest_first() {
         expect_end(&vm, member, End::Killed);
     }
     assert!(vm.family().running().is_empty());
+    assert_eq!(*order.0.lock().unwrap(), ["vm.1.1", "vm.1", "vm"]);
 }
 
 #[test]
