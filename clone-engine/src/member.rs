@@ -633,7 +633,10 @@ impl Serving {
     fn save(&mut self) -> Result<(), SaveError> {
         let saver = self.family.config().saver.clone().ok_or(SaveError::NoPlace)?;
         let mut paused = self.vm.pause(PAUSE_DEADLINE)?;
-        saver.save(&self.member.identity(), &mut paused, &self.disks)
+        saver.save(&self.member.identity(), &mut paused, &self.disks)?;
+        // It must not take another step: its disks would no longer be those of the saved state.
+        paused.stay();
+        Ok(())
     }
 }
 

@@ -10,7 +10,7 @@ use super::harness::{Running, disk, forkvm, names_in};
 const WRITE: [&str; 7] = [
     "run",
     "--guest",
-    "blk-verify n=2 mib=64",
+    "blk-verify n=2 mib=16",
     "--memory",
     "64",
     "--disk",
@@ -23,7 +23,7 @@ fn a_forked_disk_is_merged_once_no_vm_needs_it_also_after_a_kill() {
     need_kvm!();
     let dir = tempdir().unwrap();
     let dir = dir.path();
-    disk(dir, "d.img", 64);
+    disk(dir, "d.img", 16);
     forkvm(dir, &COMMIT).expect(1, "d.img is not the base of a fork");
 
     let mut running = Running::start(dir, &WRITE);

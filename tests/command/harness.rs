@@ -66,7 +66,8 @@ impl Running {
         self.0.as_mut().unwrap()
     }
 
-    /// Waits until it runs `count` VMs. It does so under any name that their threads have.
+    /// Waits until it runs `count` VMs, and a moment more: before the first one is served, a signal
+    /// ends the program at once.
     pub(crate) fn wait_for_vms(&mut self, count: usize) -> &mut Running {
         let tasks = PathBuf::from(format!("/proc/{}/task", self.child().id()));
         let vms = || {
@@ -75,6 +76,7 @@ impl Running {
             names.filter(|name| name.trim() == "vcpu0").count()
         };
         self.wait_until(&format!("{count} VMs run"), || vms() == count);
+        thread::sleep(Duration::from_millis(50));
         self
     }
 

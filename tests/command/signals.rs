@@ -11,7 +11,7 @@ use super::harness::{Running, disk, names_in};
 const BUSY_FAMILY: [&str; 7] = [
     "run",
     "--guest",
-    "blk-verify n=2 mib=256",
+    "blk-verify n=2 mib=16",
     "--memory",
     "64",
     "--disk",
@@ -23,7 +23,7 @@ fn ctrl_c_and_sigterm_end_a_family_and_leave_no_file() {
     need_kvm!();
     for (signal, code) in [("INT", 130), ("TERM", 143)] {
         let dir = tempdir().unwrap();
-        disk(dir.path(), "d.img", 256);
+        disk(dir.path(), "d.img", 16);
         let mut running = Running::start(dir.path(), &BUSY_FAMILY);
         running.wait_for_vms(3).signal(signal);
         let ended = running.wait();
@@ -38,7 +38,7 @@ fn ctrl_c_and_sigterm_end_a_family_and_leave_no_file() {
 fn ctrl_c_saves_the_vm_and_ends_its_clones() {
     need_kvm!();
     let dir = tempdir().unwrap();
-    disk(dir.path(), "d.img", 256);
+    disk(dir.path(), "d.img", 16);
     let args = [&BUSY_FAMILY[..], &["--save", "saved"]].concat();
     let mut running = Running::start(dir.path(), &args);
     running.wait_for_vms(3).signal("INT");
