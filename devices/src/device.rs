@@ -36,8 +36,9 @@ pub trait Device: Send {
     fn restore(&mut self, section: &Section) -> Result<(), DeviceError>;
 
     /// Called once after [`restore`](Device::restore), when all devices are restored and before a
-    /// vCPU runs: raises an interrupt that may have been lost between device and interrupt
-    /// controller again (a spurious one is harmless) and looks into the queues once.
+    /// vCPU runs, and at any time after a pulled [`Brake`](crate::Brake) has left requests over:
+    /// raises an interrupt that may have been lost between device and interrupt controller again
+    /// (a spurious one is harmless) and serves what is in the queues.
     fn activate(&mut self) -> Result<(), DeviceError>;
 }
 

@@ -10,6 +10,7 @@
 //! answered.
 
 pub mod block;
+pub mod brake;
 pub mod bus;
 pub mod device;
 pub mod doorbell;
@@ -18,6 +19,7 @@ pub mod section;
 pub mod serial;
 pub mod virtio;
 
+pub use brake::Brake;
 pub use bus::Bus;
 pub use device::{Device, DeviceError, Effect, InterruptLine};
 pub use doorbell::Doorbell;

@@ -17,7 +17,7 @@ use forkvm_devices::serial::Serial;
 use forkvm_devices::virtio::blk::Blk;
 use forkvm_devices::virtio::mmio::MmioTransport;
 use forkvm_devices::virtio::rng::Rng;
-use forkvm_devices::{Bus, Device, DeviceError, GuestMemory, InterruptLine, SavedState};
+use forkvm_devices::{Brake, Bus, Device, DeviceError, GuestMemory, InterruptLine, SavedState};
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -137,18 +137,26 @@ impl Machine {
         machine.add_port(SERIAL_PORT, SERIAL_PORT_LEN, serial)?;
         machine.add_port(EXIT_PORT, EXIT_PORT_LEN, Arc::new(Mutex::new(ExitDevice)))?;
         machine.add_port(doorbell::PORT, doorbell::PORT_LEN, doorbell)?;
+        let brake = Brake::default();
         let rng = MmioTransport::new(
             "rng".into(),
             Rng,
             memory.clone(),
             line(slot::gsi(slot::RNG)),
+            brake.clone(),
         );
         machine.add_slot(slot::RNG, Arc::new(Mutex::new(rng)))?;
         for (at, (disk, layer)) in (slot::DISK0..).zip(config.disks.iter().zip(peripherals.disks)) {
             disk.check(layer.as_ref())?;
             let blk = Blk::new(layer, &disk.name);
             let name = format!("blk-{}", disk.name);
-            let blk = MmioTransport::new(name, blk, memory.clone(), line(slot::gsi(at)));
+            let blk = MmioTransport::new(
+                name,
+                blk,
+                memory.clone(),
+                line(slot::gsi(at)),
+                brake.clone(),
+            );
             let blk = Arc::new(Mutex::new(blk));
             machine.disks.push(blk.clone());
             machine.add_slot(at, blk)?;

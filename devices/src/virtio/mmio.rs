@@ -2,7 +2,8 @@
 //!
 //! It holds what every virtio device has: the status register's state machine, feature negotiation,
 //! the split queues and the interrupt. The device behind it is a [`VirtioDevice`]. Requests are
-//! served in the access that announces them, on the vCPU that makes it.
+//! served in the access that announces them, on the vCPU that makes it, until none is left or the
+//! machine's [`Brake`] is pulled.
 //!
 //! A driver that breaks a rule harms only itself: a register write out of order is ignored, a queue
 //! whose rings cannot be followed sets DEVICE_NEEDS_RESET (section 2.1.2).
@@ -20,12 +21,12 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::{Queue, QueueState, QueueT};
 use vm_memory::GuestAddress;
 
-use crate::GuestMemory;
 use crate::device::{Device, DeviceError, Effect, InterruptLine};
 use crate::section::{SavedState, Section};
 use crate::virtio::VirtioDevice;
-use crate::virtio::queue_pass::serve_available;
+use crate::virtio::queue_pass::{PassEnd, serve_available};
 use crate::virtio::saved_queue::SavedQueue;
+use crate::{Brake, GuestMemory};
 
 /// "virt", what MagicValue reads as.
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
@@ -54,8 +55,11 @@ pub struct MmioTransport<D: VirtioDevice> {
     model: D,
     memory: GuestMemory,
     interrupt: Arc<dyn InterruptLine>,
+    brake: Brake,
     registers: Registers,
     queues: Vec<Queue>,
+    /// The driver broke a queue before; that was said once. A guest can do it as often as it likes.
+    said_broken: bool,
 }
 
 /// What the driver's register writes have left.
@@ -76,12 +80,14 @@ impl Registers {
 }
 
 impl<D: VirtioDevice> MmioTransport<D> {
-    /// A device after reset, named `name` (such as `blk0`).
+    /// A device after reset, named `name` (such as `blk0`), that leaves requests in its queues
+    /// while `brake`, the one of its machine, is pulled.
     pub fn new(
         name: String,
         model: D,
         memory: GuestMemory,
         interrupt: Arc<dyn InterruptLine>,
+        brake: Brake,
     ) -> MmioTransport<D> {
         let queues = model
             .queue_sizes()
@@ -93,8 +99,10 @@ impl<D: VirtioDevice> MmioTransport<D> {
             model,
             memory,
             interrupt,
+            brake,
             registers: Registers::default(),
             queues,
+            said_broken: false,
         }
     }
 
@@ -301,35 +309,53 @@ impl<D: VirtioDevice> MmioTransport<D> {
         }
     }
 
-    /// Serves what queue `index` holds, if the device is running.
+    /// Serves what queue `index` holds, if the device is running. While requests keep coming only
+    /// the brake ends it; the driver hears of what is done after each pass.
     fn serve(&mut self, index: usize) {
-        let running = self.registers.has(VIRTIO_CONFIG_S_DRIVER_OK)
-            && !self.registers.has(VIRTIO_CONFIG_S_NEEDS_RESET);
-        let Some(queue) = self
-            .queues
-            .get_mut(index)
-            .filter(|queue| running && queue.ready())
-        else {
-            tracing::debug!(
-                device = self.name,
-                index,
-                "notification without a running queue"
-            );
-            return;
-        };
-        let features = self.registers.driver_features;
-        let (model, memory) = (&mut self.model, &self.memory);
-        match serve_available(queue, memory, |request| {
-            model.serve(index, request, features, memory)
-        }) {
-            Ok(true) => self.raise(reg::VIRTIO_MMIO_INT_VRING),
-            Ok(false) => {}
-            Err(error) => {
-                tracing::warn!(device = self.name, index, %error, "the driver broke its queue");
-                self.registers.status |= VIRTIO_CONFIG_S_NEEDS_RESET;
-                self.raise(reg::VIRTIO_MMIO_INT_CONFIG);
+        loop {
+            let running = self.registers.has(VIRTIO_CONFIG_S_DRIVER_OK)
+                && !self.registers.has(VIRTIO_CONFIG_S_NEEDS_RESET);
+            let Some(queue) = self
+                .queues
+                .get_mut(index)
+                .filter(|queue| running && queue.ready())
+            else {
+                tracing::debug!(
+                    device = self.name,
+                    index,
+                    "notification without a running queue"
+                );
+                return;
+            };
+            let features = self.registers.driver_features;
+            let (model, memory) = (&mut self.model, &self.memory);
+            let pass = serve_available(queue, memory, &self.brake, |request| {
+                model.serve(index, request, features, memory)
+            });
+            let pass = match pass {
+                Ok(pass) => pass,
+                Err(error) => return self.queue_broken(index, &error),
+            };
+            if pass.interrupt {
+                self.raise(reg::VIRTIO_MMIO_INT_VRING);
+            }
+            match pass.end {
+                PassEnd::Drained => return,
+                PassEnd::Braked if self.brake.leave_over() => return,
+                PassEnd::Bound | PassEnd::Braked => {}
             }
         }
+    }
+
+    /// The driver broke queue `index`, which cannot be followed any more.
+    fn queue_broken(&mut self, index: usize, error: &virtio_queue::Error) {
+        if std::mem::replace(&mut self.said_broken, true) {
+            tracing::debug!(device = self.name, index, %error, "the driver broke its queue again");
+        } else {
+            tracing::warn!(device = self.name, index, %error, "the driver broke its queue");
+        }
+        self.registers.status |= VIRTIO_CONFIG_S_NEEDS_RESET;
+        self.raise(reg::VIRTIO_MMIO_INT_CONFIG);
     }
 
     /// Sets a bit of InterruptStatus and raises the line, also when the bit is set already: the

@@ -1,4 +1,4 @@
-//! One pass over a virtqueue: every available request is served and returned.
+//! One pass over a virtqueue: available requests are served and returned.
 
 use std::sync::atomic::Ordering;
 
@@ -6,37 +6,73 @@ use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Error, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::GuestMemory;
 use crate::virtio::Chain;
+use crate::{Brake, GuestMemory};
 
-/// Serves what is available in `queue` with `serve`, which returns the number of bytes it wrote.
-/// Returns whether the driver wants an interrupt now. Writes nothing to guest memory when nothing
-/// is available. An error means that the driver broke the queue, and it can only be reset.
+/// What a pass leaves to do.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pass {
+    /// The driver wants an interrupt now.
+    pub(super) interrupt: bool,
+    pub(super) end: PassEnd,
+}
+
+/// Why a pass ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum PassEnd {
+    /// Nothing was available any more; the driver notifies the next request.
+    Drained,
+    /// It has returned as many requests as the queue holds, and more may be available.
+    Bound,
+    /// The brake is pulled, and more may be available.
+    Braked,
+}
+
+/// Serves what is available in `queue` with `serve`, which returns the number of bytes it wrote: at
+/// most as many requests as the queue holds, and none once `brake` is pulled. Writes nothing to
+/// guest memory when nothing is available. An error means that the driver broke the queue, and it
+/// can only be reset.
 pub(super) fn serve_available(
     queue: &mut Queue,
     memory: &GuestMemory,
+    brake: &Brake,
     mut serve: impl FnMut(Chain) -> u32,
-) -> Result<bool, Error> {
-    let mut returned_any = false;
-    loop {
-        let mut returned = false;
-        while let Some(chain) = queue.iter(memory)?.next() {
+) -> Result<Pass, Error> {
+    // Requests returned so far, and how many of them the driver's avail event accounts for.
+    let (mut returned, mut accounted) = (0, 0);
+    let end = loop {
+        let stop = if brake.pulled() {
+            Some(PassEnd::Braked)
+        } else {
+            (returned == queue.size()).then_some(PassEnd::Bound)
+        };
+        if stop.is_none()
+            && let Some(chain) = queue.iter(memory)?.next()
+        {
             let head = chain.head_index();
             if head >= queue.size() {
                 return Err(Error::InvalidDescriptorIndex);
             }
             let written = serve(Chain::collect(chain, queue.size(), memory));
             queue.add_used(memory, head, written)?;
-            returned = true;
+            returned += 1;
+            continue;
         }
-        returned_any |= returned;
+        if returned == accounted {
+            break stop.unwrap_or(PassEnd::Drained);
+        }
         // The driver may have added a request after the last look and, trusting the avail event
         // of the pass before, not said so: look again once the new event is written.
-        if !returned || !queue.enable_notification(memory)? {
-            break;
+        let more = queue.enable_notification(memory)?;
+        accounted = returned;
+        match stop {
+            _ if !more => break PassEnd::Drained,
+            Some(end) => break end,
+            None => {}
         }
-    }
-    Ok(returned_any && wants_interrupt(queue, memory)?)
+    };
+    let interrupt = returned > 0 && wants_interrupt(queue, memory)?;
+    Ok(Pass { interrupt, end })
 }
 
 /// virtio 1.2 section 2.7.7: the avail ring's flag without EVENT_IDX, its used_event with it.

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use forkvm_devices::block::SECTOR;
 use forkvm_devices::device::GuestCall;
 use forkvm_devices::virtio::{Blk, MmioTransport, Rng};
-use forkvm_devices::{Device, DeviceError, Doorbell, Effect, ExitDevice, SectionError, Serial};
+use forkvm_devices::{
+    Brake, Device, DeviceError, Doorbell, Effect, ExitDevice, SectionError, Serial,
+};
 
 use crate::driver::{Driver, Line, VERSION_1, ram, write32};
 use crate::virtio_blk::writable_disk;
@@ -42,6 +44,7 @@ fn fresh_virtio<D: forkvm_devices::virtio::VirtioDevice + 'static>(model: D) -> 
         model,
         ram(),
         Arc::new(Line::default()),
+        Brake::default(),
     ))
 }
 
@@ -200,6 +203,7 @@ fn a_disk_keeps_its_layer_through_a_restore() {
         Blk::new(layer.clone(), ""),
         ram(),
         Arc::new(Line::default()),
+        Brake::default(),
     );
     device
         .restore(&used_virtio(disk()).save().unwrap())

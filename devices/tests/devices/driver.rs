@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use forkvm_devices::virtio::{MmioTransport, VirtioDevice};
-use forkvm_devices::{Device, Effect, GuestMemory, InterruptLine};
+use forkvm_devices::{Brake, Device, Effect, GuestMemory, InterruptLine};
 use vm_memory::{Bytes, GuestAddress};
 
 pub(crate) const RAM: u64 = 1 << 20;
@@ -131,6 +131,7 @@ pub(crate) struct Driver<D: VirtioDevice> {
     pub(crate) device: MmioTransport<D>,
     pub(crate) memory: GuestMemory,
     pub(crate) line: Arc<Line>,
+    pub(crate) brake: Brake,
     submitted: u16,
 }
 
@@ -142,11 +143,19 @@ impl<D: VirtioDevice> Driver<D> {
 
     pub(crate) fn with_memory(model: D, memory: GuestMemory) -> Driver<D> {
         let line = Arc::new(Line::default());
-        let device = MmioTransport::new("dut".into(), model, memory.clone(), line.clone());
+        let brake = Brake::default();
+        let device = MmioTransport::new(
+            "dut".into(),
+            model,
+            memory.clone(),
+            line.clone(),
+            brake.clone(),
+        );
         Driver {
             device,
             memory,
             line,
+            brake,
             submitted: 0,
         }
     }

@@ -1,6 +1,7 @@
 //! What a guest and its host may rely on from the device models. No KVM is needed.
 
 mod block_layers;
+mod brake;
 mod bus;
 mod commit;
 mod device_kit;

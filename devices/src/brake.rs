@@ -1,0 +1,55 @@
+//! Ends a device's work early when its machine is to stand still.
+//!
+//! A device serves the guest's requests on the vCPU that announces them, as long as requests come;
+//! a guest whose other vCPUs keep them coming would hold that vCPU in the device for ever. So the
+//! machine pulls the brake before it waits for its vCPUs (pause, end), and the device stops between
+//! two requests. What it leaves stays in its queue, and the brake remembers that there is such work.
+//!
+//! Who makes devices gives all of them of one machine the same brake.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// A flag that all devices of a machine look at between two requests. Clones are the same brake.
+#[derive(Clone, Debug, Default)]
+pub struct Brake(Arc<Flags>);
+
+#[derive(Debug, Default)]
+struct Flags {
+    pulled: AtomicBool,
+    left_over: AtomicBool,
+}
+
+impl Brake {
+    /// Has the devices stop at the next request that they would begin.
+    pub fn pull(&self) {
+        self.0.pulled.store(true, Ordering::SeqCst);
+    }
+
+    /// Lets the devices work again. What they left is not taken up by that:
+    /// [`take_left_over`](Brake::take_left_over).
+    pub fn release(&self) {
+        self.0.pulled.store(false, Ordering::SeqCst);
+    }
+
+    /// Whether the devices are to stop.
+    pub fn pulled(&self) -> bool {
+        self.0.pulled.load(Ordering::SeqCst)
+    }
+
+    /// Whether a device has left requests in a queue since the last `true`. Who gets `true` calls
+    /// [`Device::activate`](crate::Device::activate) of every device, best from a vCPU's thread:
+    /// the guest can prolong that as well. Always `false` while the brake is pulled.
+    pub fn take_left_over(&self) -> bool {
+        !self.pulled()
+            && self.0.left_over.load(Ordering::SeqCst)
+            && self.0.left_over.swap(false, Ordering::SeqCst)
+    }
+
+    /// Notes that a device leaves requests behind, and says whether it still is to stop: somebody
+    /// who released the brake meanwhile may have looked too early.
+    pub(crate) fn leave_over(&self) -> bool {
+        self.0.left_over.store(true, Ordering::SeqCst);
+        self.pulled()
+    }
+}
