@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Args;
 use comfy_table::{Table, presets::UTF8_FULL_CONDENSED};
+use forkvm::FreezeKind;
 use forkvm::demo::answers::{self, Answers};
 use forkvm::demo::independent::Sample;
 use forkvm::demo::input::{Input, InputSpec};
@@ -18,7 +19,6 @@ use forkvm::demo::run::{self, RunSpec, clean_folder};
 use forkvm::demo::simulate::Simulation;
 use forkvm::engine::{MemoryMode, limits::MAX_CLONES};
 use forkvm::vmm::memory::{MAX_MIB, MIN_MIB};
-use forkvm::FreezeKind;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::console::Terminal;
@@ -87,7 +87,10 @@ impl Demo {
         let folder = self.target.join("demo");
         clean_folder(&folder).with_context(|| format!("emptying {}", folder.display()))?;
         let spec = InputSpec {
-            simulation: Simulation { seed, count: self.reads },
+            simulation: Simulation {
+                seed,
+                count: self.reads,
+            },
             lambda_pairs: self.lambda_pairs,
         };
         let input = {
@@ -110,7 +113,10 @@ impl Demo {
             run::run(&input, &spec)
                 .with_context(|| format!("consoles are in {}", folder.display()))?
         };
-        let sample = Sample { count: self.checks, seed };
+        let sample = Sample {
+            count: self.checks,
+            seed,
+        };
         let threads = thread::available_parallelism().map_or(1, usize::from);
         let sam = self.target.join("demo.sam");
         let answers = answers::judge(&input, &run.shares, sample, threads, &sam, bar)?;
@@ -121,19 +127,33 @@ impl Demo {
         fs::write(&file, serde_json::to_string_pretty(&json)? + "\n")
             .with_context(|| format!("writing {}", file.display()))?;
         writeln!(text, "{}", table(&report))?;
-        writeln!(text, "records: {}, figures: {}", sam.display(), file.display())?;
-        failures.iter().try_for_each(|failure| writeln!(text, "WRONG: {failure}"))?;
-        Ok(Outcome { status: u8::from(!failures.is_empty()), report: json })
+        writeln!(
+            text,
+            "records: {}, figures: {}",
+            sam.display(),
+            file.display()
+        )?;
+        failures
+            .iter()
+            .try_for_each(|failure| writeln!(text, "WRONG: {failure}"))?;
+        Ok(Outcome {
+            status: u8::from(!failures.is_empty()),
+            report: json,
+        })
     }
 
     /// The freeze that was asked for, if it goes with the memory mode.
     fn freeze(&self) -> anyhow::Result<FreezeKind> {
         if self.memory_mode != MemoryMode::Cow.as_str() {
             let asked = &self.memory_mode;
-            let text = format!("--memory-mode {asked} does not exist here: cow does, with any freeze");
+            let text =
+                format!("--memory-mode {asked} does not exist here: cow does, with any freeze");
             return Err(Usage(text).into());
         }
-        Ok(self.freeze.parse().map_err(|error| Usage(format!("--freeze: {error}")))?)
+        Ok(self
+            .freeze
+            .parse()
+            .map_err(|error| Usage(format!("--freeze: {error}")))?)
     }
 }
 
@@ -152,26 +172,69 @@ fn table(report: &Report<Host>) -> Table {
         times.as_ref().map_or_else(|| "-".to_owned(), text)
     };
     let host = &report.host;
-    let Report { clones, vcpus, memory_mib, freeze, memory_mode, forked_by, answers, .. } = report;
+    let Report {
+        clones,
+        vcpus,
+        memory_mib,
+        freeze,
+        memory_mode,
+        forked_by,
+        answers,
+        ..
+    } = report;
     let mut row = |name: &str, value: String| {
         table.add_row([name, &value]);
     };
-    row("host", format!("{}, {} CPUs, KVM {}, load {}", host.kernel, host.cpus, host.kvm, host.load1));
-    row("fork", format!("{clones} clones by the {forked_by}, freeze {freeze}, memory {memory_mode}"));
-    row("each VM", format!("{memory_mib} MiB, {vcpus} vCPUs, {:.1} MiB populated", report.populated_mib));
-    row("index built, once", ms(report.input.index_build_ms.unwrap_or_default() * 1000.0));
+    row(
+        "host",
+        format!(
+            "{}, {} CPUs, KVM {}, load {}",
+            host.kernel, host.cpus, host.kvm, host.load1
+        ),
+    );
+    row(
+        "fork",
+        format!("{clones} clones by the {forked_by}, freeze {freeze}, memory {memory_mode}"),
+    );
+    row(
+        "each VM",
+        format!(
+            "{memory_mib} MiB, {vcpus} vCPUs, {:.1} MiB populated",
+            report.populated_mib
+        ),
+    );
+    row(
+        "index built, once",
+        ms(report.input.index_build_ms.unwrap_or_default() * 1000.0),
+    );
     row("parent stood still", ms(report.parent_pause_us));
-    row("all clones running", report.all_running_us.map_or_else(|| "-".to_owned(), ms));
-    row("first action, p50 / p99", p50_p99(&report.end_points_us.first_action));
-    row("first answer, p50 / p99", p50_p99(&report.end_points_us.first_answer));
-    row("private per clone, at most", format!("{} KiB", report.private_kib_per_clone));
+    row(
+        "all clones running",
+        report.all_running_us.map_or_else(|| "-".to_owned(), ms),
+    );
+    row(
+        "first action, p50 / p99",
+        p50_p99(&report.end_points_us.first_action),
+    );
+    row(
+        "first answer, p50 / p99",
+        p50_p99(&report.end_points_us.first_answer),
+    );
+    row(
+        "private per clone, at most",
+        format!("{} KiB", report.private_kib_per_clone),
+    );
     row("state per clone", format!("{} bytes", report.state_bytes));
     row("records", records(answers));
     table
 }
 
 fn records(answers: &Answers) -> String {
-    let verdict = if answers.answers_match { "all as on the host" } else { "WRONG" };
+    let verdict = if answers.answers_match {
+        "all as on the host"
+    } else {
+        "WRONG"
+    };
     let placed = answers.simulated_placed_percent.unwrap_or_default();
     let (records, checks) = (answers.records, answers.independent_checks);
     format!("{records}, {verdict}; {checks} checked by Myers; {placed:.2} % where they were drawn")

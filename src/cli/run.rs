@@ -49,7 +49,7 @@ pub(crate) struct Run {
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
     /// Initial RAM disk of the kernel
-    #[arg(long, value_name = "FILE", requires = "kernel")]
+    #[arg(long, value_name = "FILE", conflicts_with = "guest")]
     initrd: Option<PathBuf>,
     /// Command line of the guest
     #[arg(

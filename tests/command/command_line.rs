@@ -21,7 +21,7 @@ fn wrong_options_end_with_2_and_say_what_is_wrong() {
             "cannot be used with",
         ),
         (&["run", "--guest", "nonsense"], "nonsense"),
-        (&[run, &["--initrd", "i"]].concat(), "--kernel"),
+        (&[run, &["--initrd", "i"]].concat(), "--initrd"),
         (&[run, &["--memory", "1"]].concat(), "16..=1048576"),
         (&[run, &["--vcpus", "17"]].concat(), "1..=16"),
         (&[run, &["--disk", "a.img,format=qcow2"]].concat(), "qcow2"),

@@ -9,6 +9,5 @@ mod demo;
 mod disk_commit;
 mod doctor;
 mod harness;
-mod saved_disks;
 mod saved_machines;
 mod signals;

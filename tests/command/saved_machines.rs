@@ -2,92 +2,15 @@
 
 use std::fs;
 use std::io::Write;
-use std::path::Path;
+use std::os::unix::fs::FileExt;
 use std::process::Stdio;
-use std::sync::Arc;
 
-use forkvm::abi::doorbell::report;
-use forkvm::engine::saved::{OpenMachine, SaveTo};
-use forkvm::engine::{Family, Member};
-use forkvm::vmm::Kvm;
-use forkvm::{BootSpec, CloneSpec, DiskSource, DiskSpec, End, FamilyConfig, guest};
+use forkvm::devices::block::{Access, RawFile};
 use serde_json::Value;
 use tempfile::tempdir;
 
-use super::common::{Kept, LONG, need_kvm};
+use super::common::need_kvm;
 use super::harness::{Running, forkvm, names_in};
-
-/// A family that saves to `dir`.
-pub(crate) struct Home {
-    pub(crate) family: Arc<Family>,
-    pub(crate) consoles: Kept,
-}
-
-impl Home {
-    pub(crate) fn saving_to(dir: &Path) -> Home {
-        let consoles = Kept::default();
-        let config = FamilyConfig {
-            consoles: Arc::new(consoles.clone()),
-            saver: Some(Arc::new(SaveTo::new(dir))),
-            ..FamilyConfig::default()
-        };
-        Home {
-            family: Family::new(Arc::new(Kvm::open().unwrap()), config),
-            consoles,
-        }
-    }
-
-    /// Boots a guest and waits until it is ready to be forked.
-    pub(crate) fn boot(&self, vcpus: u32, disk: Option<DiskSource>, cmdline: &str) -> Arc<Member> {
-        let disk = disk.map(|source| DiskSpec {
-            name: "d0".into(),
-            source,
-        });
-        let spec = BootSpec {
-            name: "vm".into(),
-            memory_mib: 64,
-            vcpus,
-            disks: disk.into_iter().collect(),
-            payload: guest::bare(),
-            cmdline: cmdline.into(),
-        };
-        let vm = self.family.boot(spec).unwrap();
-        vm.wait_report(report::READY, 1, LONG).unwrap();
-        vm
-    }
-
-    pub(crate) fn restore(&self, dir: &Path) -> Arc<Member> {
-        let machine = OpenMachine::open(dir).unwrap();
-        self.family.restore(machine, None, &mut |_| {}).unwrap()
-    }
-
-    /// Forks the oracle, which then verifies everything, in itself and in the clone.
-    pub(crate) fn verify_by_a_fork(&self, vm: &Member) -> Arc<Member> {
-        let clone = vm.fork(CloneSpec::new(1)).unwrap().clones.remove(0);
-        let fork = vm.identity().fork_count;
-        let verified = vm.wait_report(report::USER + fork, 1, LONG);
-        assert!(verified.is_ok(), "{verified:?}\n{}", self.consoles.text());
-        clone
-    }
-
-    /// Requires that a VM ended by itself and well.
-    pub(crate) fn expect_well(&self, vm: &Member) {
-        let end = vm.wait_for(LONG).expect("it ends").end;
-        assert_eq!(end, End::Exited(0), "{}", self.consoles.text());
-    }
-
-    /// Tells the oracle to end.
-    pub(crate) fn quit(&self, vm: &Member) {
-        assert_eq!(vm.console_input(b"q").unwrap(), 1);
-        self.expect_well(vm);
-    }
-}
-
-impl Drop for Home {
-    fn drop(&mut self) {
-        self.family.end();
-    }
-}
 
 #[test]
 fn a_guest_that_asked_to_be_saved_goes_on_in_another_process_any_number_of_times() {
@@ -144,65 +67,6 @@ fn a_busy_machine_is_saved_by_ctrl_c_restored_and_saved_again() {
         assert_eq!(ended.code(), 0, "{}{}", ended.stdout(), ended.stderr());
         assert!(ended.stdout().contains("oracle done"), "{}", ended.stdout());
     }
-}
-
-#[test]
-fn a_restored_machine_has_all_its_memory_registers_and_counters() {
-    need_kvm!();
-    for vcpus in [1, 2, 4] {
-        let dir = tempdir().unwrap();
-        let saved = dir.path().join("saved");
-        let home = Home::saving_to(&saved);
-        let vm = home.boot(vcpus, None, "job=oracle mib=4 writers=1");
-        vm.save().unwrap();
-        assert_eq!(vm.wait().end, End::Saved);
-
-        let home = Home::saving_to(&dir.path().join("again"));
-        let vm = home.restore(&saved);
-        home.expect_well(&home.verify_by_a_fork(&vm));
-        home.quit(&vm);
-    }
-}
-
-#[test]
-fn a_forked_parent_and_a_clone_are_saved_with_the_memory_that_each_sees() {
-    need_kvm!();
-    let dir = tempdir().unwrap();
-    let saved = dir.path().join("saved");
-    let home = Home::saving_to(&saved);
-    let vm = home.boot(2, None, "job=oracle mib=4 writers=1 go-on=1");
-    let clone = home.verify_by_a_fork(&vm);
-    clone.wait_report(report::USER + 1, 1, LONG).unwrap();
-    // A clone that is saved does not take its parent's place.
-    clone.save().unwrap();
-    vm.save().unwrap();
-    assert_eq!(names_in(dir.path()), ["saved", "saved-vm.1"]);
-
-    for name in ["saved", "saved-vm.1"] {
-        let home = Home::saving_to(&dir.path().join("again"));
-        let vm = home.restore(&dir.path().join(name));
-        let identity = vm.identity();
-        assert_eq!(
-            (identity.fork_count, identity.depth, identity.clone_id),
-            (1, 0, 0)
-        );
-        let clone = home.verify_by_a_fork(&vm);
-        clone.wait_report(report::USER + 2, 1, LONG).unwrap();
-        home.quit(&clone);
-        home.quit(&vm);
-    }
-}
-
-#[test]
-fn a_save_that_fails_leaves_the_machine_running_and_nothing_on_disk() {
-    need_kvm!();
-    let dir = tempdir().unwrap();
-    let home = Home::saving_to(&dir.path().join("no/such/place"));
-    let vm = home.boot(1, None, "job=oracle mib=1");
-    vm.save().unwrap_err();
-    assert!(names_in(dir.path()).is_empty());
-    home.expect_well(&home.verify_by_a_fork(&vm));
-    home.quit(&vm);
 }
 
 #[test]
@@ -313,4 +177,49 @@ fn state_show_tells_what_a_saved_machine_is() {
         text.contains("kvm/vcpu/0") && text.contains("RIP 0x"),
         "{text}"
     );
+}
+
+#[test]
+fn a_disk_that_is_not_what_it_was_is_refused_by_name() {
+    need_kvm!();
+    let dir = tempdir().unwrap();
+    let dir = dir.path();
+    let file = super::harness::disk(dir, "d.img", 1);
+    let run = [
+        "run",
+        "--guest",
+        "save mib=1",
+        "--memory",
+        "64",
+        "--disk",
+        "d.img,overlay",
+    ];
+    assert_eq!(
+        forkvm(dir, &[&run[..], &["--save", "saved"]].concat()).code(),
+        0
+    );
+    let restore = |said: &str| {
+        forkvm(dir, &["restore", "saved"])
+            .expect(1, "disk d0")
+            .expect(1, said);
+    };
+
+    let writer = RawFile::open(&file, Access::ReadWrite).unwrap();
+    restore("d.img cannot be opened for reading: a VM writes it");
+    drop(writer);
+    assert_eq!(forkvm(dir, &["restore", "saved"]).code(), 0);
+
+    let aside = dir.join("aside.img");
+    fs::rename(&file, &aside).unwrap();
+    restore("d.img does not exist");
+    fs::copy(&aside, &file).unwrap();
+    restore("d.img has changed since the machine was saved: it is another file");
+    fs::rename(&aside, &file).unwrap();
+    let opened = fs::OpenOptions::new().write(true).open(&file).unwrap();
+    opened.write_all_at(&[1], 0).unwrap();
+    restore("d.img has changed since the machine was saved: it was written to");
+    opened.set_len(512).unwrap();
+    restore("d.img has changed since the machine was saved: it has 512 bytes and had 1048576");
+    opened.set_len(100).unwrap();
+    restore("d.img has 100 bytes");
 }

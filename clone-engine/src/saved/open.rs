@@ -113,7 +113,13 @@ fn open_base(disk: &SavedDisk) -> Result<Arc<RawFile>, DiskOpenError> {
     let look = file.try_clone().map_err(io_error(path))?;
     let base = match disk.kind {
         DiskKind::Raw => RawFile::from_file(file, path, Access::ReadWrite)?,
-        DiskKind::Durable => RawFile::from_frozen(file, path)?,
+        DiskKind::Durable => {
+            let overlays = disk
+                .overlays
+                .iter()
+                .map(|overlay| overlay.data.path.as_path());
+            RawFile::from_frozen(file, path, &overlays.collect::<Vec<_>>())?
+        }
         DiskKind::ReadOnly | DiskKind::Volatile => {
             RawFile::from_file(file, path, Access::ReadOnly)?
         }

@@ -110,11 +110,22 @@ impl RawFile {
 
     /// Takes over a disk that an earlier process has frozen as the base of overlays
     /// ([`RawFile::freeze_as_base`]), to go on as the one that names overlays in its mark. `file` is
-    /// open for reading and writing; it is locked for reading.
-    pub fn from_frozen(file: File, path: impl Into<PathBuf>) -> Result<RawFile, RawFileError> {
+    /// open for reading and writing; it is locked for reading. `overlays` are those that the mark
+    /// must name, from the bottom up: the last one is about to be written, so nothing may stand on it.
+    pub fn from_frozen(
+        file: File,
+        path: impl Into<PathBuf>,
+        overlays: &[&Path],
+    ) -> Result<RawFile, RawFileError> {
         let mut base = RawFile::from_file(file, path, Access::ReadOnly)?;
-        if BaseMark::load(&base.path)?.is_none() {
+        let Some(mark) = BaseMark::load(&base.path)? else {
             return Err(RawFileError::NotFrozen { path: base.path });
+        };
+        if mark.overlays != overlays {
+            return Err(RawFileError::FrozenBase {
+                path: base.path,
+                overlays: mark.overlays,
+            });
         }
         base.access = Access::ReadWrite;
         base.frozen = AtomicBool::new(true);

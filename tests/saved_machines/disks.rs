@@ -1,8 +1,7 @@
 //! Disks of saved machines: what is kept, what is refused.
 
 use std::fs;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use forkvm::devices::block::{Access, RawFile, commit};
@@ -11,14 +10,20 @@ use forkvm::{DiskSource, End};
 use tempfile::tempdir;
 
 use super::common::need_kvm;
-use super::harness::{disk, forkvm, names_in};
-use super::saved_machines::Home;
+use super::home::{Home, names_in};
 
 /// The oracle, which writes to disk 0 without pause and knows what must be on it.
 const WRITER: &str = "job=oracle mib=1 writers=1 disk=1";
 
 fn open(path: &Path, access: Access) -> Arc<RawFile> {
     Arc::new(RawFile::open(path, access).unwrap())
+}
+
+/// A raw disk of `mib` MiB of zeros.
+fn disk(dir: &Path, name: &str, mib: u64) -> PathBuf {
+    let path = dir.join(name);
+    fs::File::create(&path).unwrap().set_len(mib << 20).unwrap();
+    path
 }
 
 fn why_not(dir: &Path) -> String {
@@ -129,7 +134,8 @@ fn a_disk_that_was_forked_goes_on_in_its_overlay_and_can_be_forked_again() {
             "saved",
         ]
     );
-    assert!(why_not(&saved).contains("overlay-1"), "{}", why_not(&saved));
+    // Whoever wrote the first overlay now would pull the ground from under the second.
+    assert!(why_not(&saved).contains("overlay-2"), "{}", why_not(&saved));
     commit(&file, &mut |_, _| {}).unwrap();
 }
 
@@ -160,49 +166,4 @@ fn a_clone_of_a_vm_that_writes_through_is_saved_over_the_frozen_base() {
         "{}",
         why_not(&saved)
     );
-}
-
-#[test]
-fn a_disk_that_is_not_what_it_was_is_refused_by_name() {
-    need_kvm!();
-    let dir = tempdir().unwrap();
-    let dir = dir.path();
-    let file = disk(dir, "d.img", 1);
-    let run = [
-        "run",
-        "--guest",
-        "save mib=1",
-        "--memory",
-        "64",
-        "--disk",
-        "d.img,overlay",
-    ];
-    assert_eq!(
-        forkvm(dir, &[&run[..], &["--save", "saved"]].concat()).code(),
-        0
-    );
-    let restore = |said: &str| {
-        forkvm(dir, &["restore", "saved"])
-            .expect(1, "disk d0")
-            .expect(1, said);
-    };
-
-    let writer = open(&file, Access::ReadWrite);
-    restore("d.img cannot be opened for reading: a VM writes it");
-    drop(writer);
-    assert_eq!(forkvm(dir, &["restore", "saved"]).code(), 0);
-
-    let aside = dir.join("aside.img");
-    fs::rename(&file, &aside).unwrap();
-    restore("d.img does not exist");
-    fs::copy(&aside, &file).unwrap();
-    restore("d.img has changed since the machine was saved: it is another file");
-    fs::rename(&aside, &file).unwrap();
-    let opened = fs::OpenOptions::new().write(true).open(&file).unwrap();
-    opened.write_all_at(&[1], 0).unwrap();
-    restore("d.img has changed since the machine was saved: it was written to");
-    opened.set_len(512).unwrap();
-    restore("d.img has changed since the machine was saved: it has 512 bytes and had 1048576");
-    opened.set_len(100).unwrap();
-    restore("d.img has 100 bytes");
 }
