@@ -59,6 +59,12 @@ pub trait BlockLayer: Send + Sync {
     /// Makes `range` read as zero and gives its space back where the layer can.
     fn discard(&self, range: Range<u64>) -> io::Result<()>;
 
+    /// Makes `range` read as zero. A layer that had the space of `range` reserved keeps it so; one
+    /// that never has discards.
+    fn write_zeroes(&self, range: Range<u64>) -> io::Result<()> {
+        self.discard(range)
+    }
+
     /// How many bytes from `offset` on have the same answer to "does this layer itself hold them",
     /// and the answer. A raw file holds all its sectors.
     fn presence(&self, offset: u64) -> io::Result<Presence>;

@@ -136,6 +136,15 @@ impl RawFile {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// `range`, if it may be changed.
+    fn check_change(&self, range: Range<u64>) -> io::Result<Range<u64>> {
+        if self.read_only() {
+            return Err(refused_write());
+        }
+        let len = range.end.saturating_sub(range.start);
+        check_range(range.start, len, self.len)
+    }
 }
 
 impl BlockLayer for RawFile {
@@ -165,11 +174,11 @@ impl BlockLayer for RawFile {
     }
 
     fn discard(&self, range: Range<u64>) -> io::Result<()> {
-        if self.read_only() {
-            return Err(refused_write());
-        }
-        let len = range.end.saturating_sub(range.start);
-        sparse::punch_hole(&self.file, check_range(range.start, len, self.len)?)
+        sparse::punch_hole(&self.file, self.check_change(range)?)
+    }
+
+    fn write_zeroes(&self, range: Range<u64>) -> io::Result<()> {
+        sparse::zero_range(&self.file, self.check_change(range)?)
     }
 
     fn presence(&self, offset: u64) -> io::Result<Presence> {

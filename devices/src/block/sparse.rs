@@ -25,6 +25,17 @@ pub(super) fn memfd(name: &CStr) -> io::Result<File> {
 /// Makes `range` of `file` read as zero without changing the file's length, and gives the space
 /// back where the file system can.
 pub(super) fn punch_hole(file: &File, range: Range<u64>) -> io::Result<()> {
+    zero_by(libc::FALLOC_FL_PUNCH_HOLE, file, range)
+}
+
+/// Makes `range` of `file` read as zero without changing the file's length, and keeps the space
+/// reserved.
+pub(super) fn zero_range(file: &File, range: Range<u64>) -> io::Result<()> {
+    zero_by(libc::FALLOC_FL_ZERO_RANGE, file, range)
+}
+
+/// Zeroes `range` by a mode of fallocate(2), or by writing where the file system does not know it.
+fn zero_by(mode: libc::c_int, file: &File, range: Range<u64>) -> io::Result<()> {
     if range.is_empty() {
         return Ok(());
     }
@@ -33,7 +44,7 @@ pub(super) fn punch_hole(file: &File, range: Range<u64>) -> io::Result<()> {
         let result = unsafe {
             libc::fallocate(
                 file.as_raw_fd(),
-                libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+                mode | libc::FALLOC_FL_KEEP_SIZE,
                 range.start as libc::off_t,
                 (range.end - range.start) as libc::off_t,
             )

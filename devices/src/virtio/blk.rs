@@ -43,11 +43,9 @@ const RANGE_LEN: u64 = 16;
 /// Most ranges of a DISCARD or WRITE_ZEROES request.
 const MOST_RANGES: u64 = 16;
 
-/// Most sectors of a range to discard (2 GiB).
-const MOST_DISCARD_SECTORS: u32 = 1 << 22;
-
-/// Most sectors of a range to zero (32 MiB): they may have to be written.
-const MOST_ZEROED_SECTORS: u32 = 1 << 16;
+/// Most sectors of a range of such a request (8 MiB): on some file systems they have to be written,
+/// and a machine that is to stand still waits for the request.
+const MOST_RANGE_SECTORS: u32 = 1 << 14;
 
 /// Length of the disk's id, padded with zeros.
 const ID_LEN: usize = 20;
@@ -81,6 +79,8 @@ pub struct Blk {
     layer: Arc<dyn BlockLayer>,
     id: [u8; ID_LEN],
     counters: BlkCounters,
+    /// The layer failed before; that was said once. A guest can have it fail again and again.
+    said_failed: bool,
     /// Empty until the first transfer: an idle clone has none.
     bounce: Vec<u8>,
 }
@@ -95,6 +95,7 @@ impl Blk {
             layer,
             id: padded,
             counters: BlkCounters::default(),
+            said_failed: false,
             bounce: Vec::new(),
         }
     }
@@ -196,7 +197,7 @@ impl Blk {
 
     fn discard(&mut self, ranges: &mut Buffers, memory: &GuestMemory) -> Result<Written, Refusal> {
         // Section 5.2.6.2: every flag is unsupported here, unmap included.
-        let ranges = self.ranges(ranges, memory, MOST_DISCARD_SECTORS, 0)?;
+        let ranges = self.ranges(ranges, memory, 0)?;
         for (range, _) in ranges {
             let len = range.end - range.start;
             self.layer.discard(range)?;
@@ -212,18 +213,14 @@ impl Blk {
         memory: &GuestMemory,
     ) -> Result<Written, Refusal> {
         let unmap = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
-        let ranges = self.ranges(ranges, memory, MOST_ZEROED_SECTORS, unmap)?;
+        let ranges = self.ranges(ranges, memory, unmap)?;
         for (range, flags) in ranges {
             let len = range.end - range.start;
             if flags & unmap != 0 {
                 self.layer.discard(range)?;
             } else {
                 // Without the flag the driver wants the space to stay allocated.
-                for part in parts(range) {
-                    let zeros = bounce(&mut self.bounce, &part);
-                    zeros.fill(0);
-                    self.layer.write_at(part.start, zeros)?;
-                }
+                self.layer.write_zeroes(range)?;
             }
             self.counters.discarded_bytes += len;
         }
@@ -236,7 +233,6 @@ impl Blk {
         &self,
         ranges: &mut Buffers,
         memory: &GuestMemory,
-        most_sectors: u32,
         known_flags: u32,
     ) -> Result<Vec<(Range<u64>, u32)>, Refusal> {
         let len = ranges.len();
@@ -252,7 +248,7 @@ impl Blk {
             if flags & !known_flags != 0 {
                 return Err(Refusal::Flags(flags));
             }
-            if sectors > most_sectors {
+            if sectors > MOST_RANGE_SECTORS {
                 return Err(Refusal::Shape);
             }
             let range = self.range(sector, u64::from(sectors) * SECTOR)?;
@@ -329,10 +325,10 @@ impl VirtioDevice for Blk {
         put(12, SEG_MAX);
         put(20, SECTOR as u32);
         if !self.layer.read_only() {
-            put(36, MOST_DISCARD_SECTORS);
+            put(36, MOST_RANGE_SECTORS);
             put(40, MOST_RANGES as u32);
             put(44, 1); // alignment of a discard, in sectors
-            put(48, MOST_ZEROED_SECTORS);
+            put(48, MOST_RANGE_SECTORS);
             put(52, MOST_RANGES as u32);
             put(56, 1); // write_zeroes_may_unmap
         }
@@ -360,7 +356,11 @@ impl VirtioDevice for Blk {
             Err(refusal) => {
                 self.counters.failed_requests += 1;
                 match &refusal {
-                    Refusal::Layer(error) => tracing::warn!(%error, "blk: the disk failed"),
+                    Refusal::Layer(error) if !std::mem::replace(&mut self.said_failed, true) => {
+                        let disk = String::from_utf8_lossy(&self.id);
+                        let disk = disk.trim_end_matches('\0');
+                        tracing::warn!(%error, disk, "blk: the disk failed; it is said once");
+                    }
                     refusal => tracing::debug!(%refusal, "blk: a request is refused"),
                 }
                 (0, refusal.status())

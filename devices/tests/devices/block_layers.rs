@@ -226,3 +226,18 @@ fn space_is_given_back_by_a_discard() {
     let after = File::open(&path).unwrap().metadata().unwrap().blocks();
     assert!(after < before, "{before} blocks before, {after} after");
 }
+
+#[test]
+fn zeroes_written_to_a_raw_file_keep_its_space_reserved() {
+    use std::os::unix::fs::MetadataExt;
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("raw");
+    std::fs::write(&path, vec![1; 1 << 20]).unwrap();
+    let raw = RawFile::open(&path, Access::ReadWrite).unwrap();
+    raw.write_zeroes(SECTOR..1 << 20).unwrap();
+    raw.flush().unwrap();
+    let blocks = File::open(&path).unwrap().metadata().unwrap().blocks();
+    assert!(blocks * 512 >= 1 << 20, "{blocks} blocks");
+    let expected = [vec![1; SECTOR as usize], vec![0; (1 << 20) - SECTOR as usize]].concat();
+    assert!(read(&raw, 0, 1 << 20) == expected);
+}

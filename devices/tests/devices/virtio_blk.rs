@@ -254,8 +254,8 @@ fn the_configuration_tells_the_size_and_the_limits() {
     assert_eq!(config(&mut driver, 4), 0);
     assert_eq!(config(&mut driver, 12), 254, "segments");
     assert_eq!(config(&mut driver, 20), 512, "block size");
-    assert_eq!(config(&mut driver, 36), 1 << 22, "sectors to discard");
-    assert_eq!(config(&mut driver, 48), 1 << 16, "sectors to zero");
+    assert_eq!(config(&mut driver, 36), 1 << 14, "sectors to discard");
+    assert_eq!(config(&mut driver, 48), 1 << 14, "sectors to zero");
     assert_eq!(config(&mut driver, 0xe00), 0, "beyond its end");
     let mut capacity = [0; 8];
     driver.device.read(0x100, &mut capacity);
