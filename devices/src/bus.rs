@@ -13,7 +13,8 @@ pub type SharedDevice = Arc<Mutex<dyn Device>>;
 /// Maps addresses to devices.
 ///
 /// An access that no device decodes, or that crosses the end of a device's range, reads as all ones
-/// and writes nothing, as on a PC.
+/// and writes nothing, as on a PC. A repeated access to an I/O port (`rep outsb`) is several
+/// accesses of the same width to the same address, and decoded as the first of them.
 #[derive(Clone, Default)]
 pub struct Bus {
     /// Start of a range -> its length and its device.
@@ -34,7 +35,12 @@ impl Bus {
 
     /// Serves a read.
     pub fn read(&self, address: u64, data: &mut [u8]) {
-        match self.decode(address, data.len()) {
+        self.read_repeated(address, data.len(), data);
+    }
+
+    /// Serves one read of `width` bytes of `address` after the other, until `data` is full.
+    pub fn read_repeated(&self, address: u64, width: usize, data: &mut [u8]) {
+        match self.decode(address, width) {
             Some((offset, device)) => lock(device).read(offset, data),
             None => {
                 tracing::trace!(address, len = data.len(), "read from an address without a device");
@@ -45,7 +51,12 @@ impl Bus {
 
     /// Serves a write.
     pub fn write(&self, address: u64, data: &[u8]) -> Effect {
-        match self.decode(address, data.len()) {
+        self.write_repeated(address, data.len(), data)
+    }
+
+    /// Serves one write of `width` bytes to `address` after the other, until `data` is through.
+    pub fn write_repeated(&self, address: u64, width: usize, data: &[u8]) -> Effect {
+        match self.decode(address, width) {
             Some((offset, device)) => lock(device).write(offset, data),
             None => {
                 tracing::trace!(address, len = data.len(), "write to an address without a device");

@@ -12,7 +12,7 @@ use crate::section::{Section, SectionError};
 /// Life of a device: built; then either the guest drives it from reset, or [`restore`] puts it in
 /// the state that another device of its kind saved; [`activate`] before the vCPUs run; accesses;
 /// [`save`] while all vCPUs are paused. Offsets count from the start of the device's range, and the
-/// bus never passes an access that crosses its end.
+/// bus never passes an access that crosses its end; of a repeated port access that holds for each.
 ///
 /// [`restore`]: Device::restore
 /// [`activate`]: Device::activate

@@ -1,7 +1,10 @@
 use std::sync::{Arc, Mutex};
 
 use forkvm_devices::bus::BusError;
-use forkvm_devices::{Bus, Effect, ExitDevice};
+use forkvm_devices::{Bus, Effect, ExitDevice, Serial};
+
+use crate::driver::Line;
+use crate::serial_and_exit::Screen;
 
 fn bus_with_exit_at(start: u64) -> Bus {
     let mut bus = Bus::default();
@@ -26,6 +29,30 @@ fn an_address_without_a_device_reads_as_all_ones_and_swallows_writes() {
         bus.read(address, &mut data);
         assert!(data.iter().all(|&byte| byte == 0xff), "{address:#x}");
         assert_eq!(bus.write(address, &data), Effect::None);
+    }
+}
+
+#[test]
+fn a_repeated_port_access_reaches_the_device_as_a_whole() {
+    let screen = Screen::default();
+    let serial = Serial::new(Arc::new(Line::default()), Box::new(screen.clone()));
+    let mut bus = Bus::default();
+    bus.insert(0x3f8, 8, Arc::new(Mutex::new(serial))).unwrap();
+    let text = b"longer than the eight ports of a UART";
+    assert_eq!(bus.write_repeated(0x3f8, 1, text), Effect::None);
+    assert_eq!(*screen.0.lock().unwrap(), text);
+    let mut data = [0; 20];
+    bus.read_repeated(0x3fd, 1, &mut data);
+    assert_eq!(data, [0x60; 20], "the line status, each time");
+}
+
+#[test]
+fn a_repeated_access_that_starts_outside_or_whose_width_crosses_the_end_is_not_decoded() {
+    let bus = bus_with_exit_at(0xf4);
+    for (address, width) in [(0xf3, 1), (0xf5, 4), (0xf8, 1)] {
+        let mut data = [0; 8];
+        bus.read_repeated(address, width, &mut data);
+        assert_eq!(data, [0xff; 8], "{address:#x}");
     }
 }
 
