@@ -62,9 +62,27 @@ impl VmConfig {
                 asked: self.disks.len(),
             });
         }
+        for (index, disk) in self.disks.iter().enumerate() {
+            if disk.name.is_empty() || disk.name.len() > DISK_NAME_LEN {
+                return Err(MachineError::DiskName {
+                    disk: disk.name.clone(),
+                });
+            }
+            if self.disks[..index]
+                .iter()
+                .any(|other| other.name == disk.name)
+            {
+                return Err(MachineError::DiskTwice {
+                    disk: disk.name.clone(),
+                });
+            }
+        }
         Ok(())
     }
 }
+
+/// Longest name of a disk in bytes: its serial number (virtio 1.2 section 5.2.6).
+const DISK_NAME_LEN: usize = 20;
 
 /// A disk as the guest sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -255,6 +273,18 @@ pub enum MachineError {
         /// What was asked.
         asked: usize,
     },
+    /// A name that the guest cannot read whole.
+    #[error("a disk is called {disk:?}: name it in 1 to {DISK_NAME_LEN} bytes")]
+    DiskName {
+        /// The name.
+        disk: String,
+    },
+    /// A name that finds two disks, and two sections of a saved state.
+    #[error("two disks are called {disk}: give each a name of its own")]
+    DiskTwice {
+        /// The name.
+        disk: String,
+    },
     /// The configuration names other disks than were given.
     #[error("the machine has {named} disks and {given} were given")]
     Layers {
@@ -282,4 +312,33 @@ pub enum MachineError {
     /// Two devices at one place: a bug in the layout.
     #[error(transparent)]
     Bus(#[from] BusError),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(names: &[&str]) -> Result<(), MachineError> {
+        let disk = |name: &&str| DiskConfig {
+            name: (*name).into(),
+            len: 512,
+            read_only: false,
+        };
+        VmConfig {
+            disks: names.iter().map(disk).collect(),
+            ..VmConfig::new(16, 1)
+        }
+        .check()
+    }
+
+    #[test]
+    fn disks_are_told_apart_by_names_that_the_guest_can_read_whole() {
+        check(&["a", "b", "12345678901234567890"]).unwrap();
+        for name in ["", "123456789012345678901"] {
+            let refused = check(&["a", name]);
+            assert!(matches!(refused, Err(MachineError::DiskName { disk }) if disk == name));
+        }
+        let refused = check(&["a", "b", "a"]);
+        assert!(matches!(refused, Err(MachineError::DiskTwice { disk }) if disk == "a"));
+    }
 }
