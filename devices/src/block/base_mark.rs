@@ -168,9 +168,17 @@ impl RawFile {
             lock_patiently(|| self.file.try_lock_shared()).map_err(io_error)?;
             return Err(io_error(error.into()));
         }
-        BaseMark::remove(&self.path)?;
+        if let Err(error) = BaseMark::remove(&self.path) {
+            lock_patiently(|| self.file.try_lock_shared()).map_err(io_error)?;
+            return Err(error);
+        }
         self.frozen.store(false, Ordering::Release);
         Ok(())
+    }
+
+    /// The overlays that the mark beside this disk names, from the bottom up; none without a mark.
+    pub fn named_overlays(&self) -> Result<Vec<PathBuf>, MarkError> {
+        Ok(BaseMark::load(&self.path)?.map_or_else(Vec::new, |mark| mark.overlays))
     }
 }
 

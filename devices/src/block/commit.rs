@@ -8,7 +8,7 @@
 //! mark is set to *merged* once the base holds everything durably, before an overlay is removed;
 //! the mark itself goes last.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -39,6 +39,13 @@ pub fn commit(
     path: &Path,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<CommitReport, CommitError> {
+    let io_error = |source| CommitError::Io {
+        path: path.into(),
+        source,
+    };
+    // Mark and overlays lie beside the file itself, see `RawFile::from_file`.
+    let resolved = fs::canonicalize(path).map_err(io_error)?;
+    let path = resolved.as_path();
     let io_error = |source| CommitError::Io {
         path: path.into(),
         source,

@@ -3,10 +3,10 @@
 //! The file is locked (flock) as long as it is open: shared for readers, exclusive for the one
 //! writer. How a disk that was written becomes the frozen base of clones is `base_mark`'s.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -58,7 +58,8 @@ impl RawFile {
     }
 
     /// Takes over an open descriptor, under the same conditions as [`RawFile::open`]. `path` is
-    /// what the file is called in messages, and where the mark of a frozen base is looked for.
+    /// what the file is called; symbolic links in it are followed now, once. A file with several
+    /// names (hard links) is refused for writing.
     pub fn from_file(
         file: File,
         path: impl Into<PathBuf>,
@@ -76,6 +77,18 @@ impl RawFile {
         let metadata = file.metadata().map_err(io_error(&path, "examined"))?;
         if !metadata.is_file() {
             return Err(RawFileError::NotAFile { path });
+        }
+        // The mark of a frozen base lies beside the file: all who open it must look at one place.
+        let path = match fs::canonicalize(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => std::path::absolute(&path),
+            resolved => resolved,
+        }
+        .map_err(io_error(&path, "resolved"))?;
+        if access == Access::ReadWrite && metadata.nlink() > 1 {
+            return Err(RawFileError::HardLinked {
+                path,
+                names: metadata.nlink(),
+            });
         }
         let locked = match access {
             Access::ReadOnly => file.try_lock_shared(),
@@ -132,7 +145,7 @@ impl RawFile {
         Ok(base)
     }
 
-    /// What the file is called.
+    /// What the file is called: an absolute path without symbolic links.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -211,6 +224,17 @@ pub enum RawFileError {
     NotAFile {
         /// Path of the disk.
         path: PathBuf,
+    },
+    /// Another name of it would hide that it is a frozen base.
+    #[error(
+        "the disk {path} has {names} names (hard links), and a fork could be undone by writing \
+         under another one: remove the others, copy the disk, or open it read-only"
+    )]
+    HardLinked {
+        /// Path of the disk.
+        path: PathBuf,
+        /// Number of its names.
+        names: u64,
     },
     /// Somebody else has it open.
     #[error("the disk {path} cannot be opened {}", locked_mend(*.access))]

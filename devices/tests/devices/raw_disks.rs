@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use forkvm_devices::block::{
     Access, BlockLayer, MapError, MarkError, Overlay, OverlayError, RawFile, RawFileError, SECTOR,
+    commit,
 };
 use tempfile::TempDir;
 
@@ -140,6 +141,40 @@ fn a_forked_disk_stays_refused_after_its_process_is_gone_and_says_what_to_do() {
     let command = format!("forkvm disk commit {}", place.disk.display());
     assert!(message.contains(&command), "{message}");
     open(&place, Access::ReadOnly).unwrap();
+}
+
+#[test]
+fn a_disk_that_was_forked_through_a_symbolic_link_is_refused_under_its_own_name_too() {
+    let place = place();
+    let elsewhere = TempDir::new().unwrap();
+    let link = elsewhere.path().join("link");
+    std::os::unix::fs::symlink(&place.disk, &link).unwrap();
+    let raw = RawFile::open(&link, Access::ReadWrite).unwrap();
+    assert_eq!(raw.path(), place.disk);
+    let raw = Arc::new(raw);
+    drop(Overlay::create(&place.overlay, raw.clone()).unwrap());
+    raw.freeze_as_base(&place.overlay).unwrap();
+    drop(raw);
+    for name in [&place.disk, &link] {
+        let refused = RawFile::open(name, Access::ReadWrite);
+        assert!(matches!(refused, Err(RawFileError::FrozenBase { .. })), "{name:?}");
+    }
+    commit(&link, &mut |_, _| {}).unwrap();
+    open(&place, Access::ReadWrite).unwrap();
+}
+
+#[test]
+fn a_disk_with_two_names_is_not_written() {
+    let place = place();
+    let other = place.directory.path().join("other");
+    fs::hard_link(&place.disk, &other).unwrap();
+    for name in [&place.disk, &other] {
+        let error = RawFile::open(name, Access::ReadWrite).unwrap_err();
+        assert!(matches!(error, RawFileError::HardLinked { names: 2, .. }), "{error}");
+        RawFile::open(name, Access::ReadOnly).unwrap();
+    }
+    fs::remove_file(other).unwrap();
+    open(&place, Access::ReadWrite).unwrap();
 }
 
 #[test]
