@@ -49,6 +49,11 @@ impl BlockLayer for Frozen {
         self.0.presence(offset)
     }
 
+    /// A view is no layer of its own.
+    fn depth(&self) -> u32 {
+        self.0.depth()
+    }
+
     fn storage(&self) -> Storage<'_> {
         self.0.storage()
     }

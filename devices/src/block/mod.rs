@@ -69,6 +69,11 @@ pub trait BlockLayer: Send + Sync {
     /// and the answer. A raw file holds all its sectors.
     fn presence(&self, offset: u64) -> io::Result<Presence>;
 
+    /// Layers from here to the lowest one, this one included.
+    fn depth(&self) -> u32 {
+        1
+    }
+
     /// Where this layer keeps what it holds, for whoever has to find the same content again.
     fn storage(&self) -> Storage<'_> {
         Storage::Unknown

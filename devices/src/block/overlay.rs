@@ -246,6 +246,10 @@ impl BlockLayer for Overlay {
         })
     }
 
+    fn depth(&self) -> u32 {
+        self.base.depth().saturating_add(1)
+    }
+
     fn storage(&self) -> Storage<'_> {
         Storage::Overlay {
             path: self.path(),
