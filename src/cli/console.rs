@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -17,16 +17,25 @@ use forkvm::engine::{Consoles, Member};
 /// A clone's line that is longer is cut here.
 const LINE_LEN: usize = 16 * 1024;
 
+/// How long a clone's line waits for the end of a line that the VM that was started has begun.
+const LINE_PATIENCE: Duration = Duration::from_millis(50);
+
 /// How long to wait when the guest's UART is full.
 const FULL_PAUSE: Duration = Duration::from_millis(20);
 
 /// See the module's text.
 pub(crate) struct Terminal {
-    shared: Arc<Mutex<Shared>>,
+    shared: Arc<Shared>,
     dir: Option<PathBuf>,
 }
 
 struct Shared {
+    screen: Mutex<Screen>,
+    /// Signalled when a line ends.
+    line_ended: Condvar,
+}
+
+struct Screen {
     out: Box<dyn Write + Send>,
     /// The VM that was started has begun a line.
     mid_line: bool,
@@ -36,10 +45,13 @@ impl Terminal {
     /// On `out`, with the clones' files in `dir` if there is one.
     pub(crate) fn new(out: Box<dyn Write + Send>, dir: Option<PathBuf>) -> Terminal {
         Terminal {
-            shared: Arc::new(Mutex::new(Shared {
-                out,
-                mid_line: false,
-            })),
+            shared: Arc::new(Shared {
+                screen: Mutex::new(Screen {
+                    out,
+                    mid_line: false,
+                }),
+                line_ended: Condvar::new(),
+            }),
             dir,
         }
     }
@@ -66,25 +78,30 @@ fn file_of(dir: &Path, name: &str) -> PathBuf {
     dir.join(format!("{name}.log"))
 }
 
-fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
-    shared.lock().unwrap_or_else(PoisonError::into_inner)
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Screen> {
+        self.screen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// The console of the VM that was started.
-struct Direct(Arc<Mutex<Shared>>);
+struct Direct(Arc<Shared>);
 
 impl Write for Direct {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut shared = lock(&self.0);
-        let written = shared.out.write(bytes)?;
+        let mut screen = self.0.lock();
+        let written = screen.out.write(bytes)?;
         if let Some(last) = bytes[..written].last() {
-            shared.mid_line = *last != b'\n';
+            screen.mid_line = *last != b'\n';
+        }
+        if !screen.mid_line {
+            self.0.line_ended.notify_all();
         }
         Ok(written)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        lock(&self.0).out.flush()
+        self.0.lock().out.flush()
     }
 }
 
@@ -92,22 +109,27 @@ impl Write for Direct {
 struct Prefixed {
     prefix: String,
     line: Vec<u8>,
-    shared: Arc<Mutex<Shared>>,
+    shared: Arc<Shared>,
 }
 
 impl Prefixed {
     fn print_line(&mut self) -> io::Result<()> {
-        let mut shared = lock(&self.shared);
+        let waited = self.shared.line_ended.wait_timeout_while(
+            self.shared.lock(),
+            LINE_PATIENCE,
+            |screen| screen.mid_line,
+        );
+        let mut screen = waited.unwrap_or_else(PoisonError::into_inner).0;
         let mut text = Vec::with_capacity(self.prefix.len() + self.line.len() + 2);
-        if shared.mid_line {
+        if screen.mid_line {
             text.push(b'\n');
-            shared.mid_line = false;
+            screen.mid_line = false;
         }
         text.extend_from_slice(self.prefix.as_bytes());
         text.append(&mut self.line);
         text.push(b'\n');
-        shared.out.write_all(&text)?;
-        shared.out.flush()
+        screen.out.write_all(&text)?;
+        screen.out.flush()
     }
 }
 
