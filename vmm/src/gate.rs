@@ -10,6 +10,9 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
+/// How long a thread that was told to end may take before it is kicked again.
+const KICK_AGAIN: Duration = Duration::from_millis(100);
+
 /// See the module's text.
 #[derive(Debug)]
 pub(crate) struct Gate {
@@ -170,17 +173,20 @@ impl Gate {
         }
     }
 
-    /// Tells every thread to end; `kick` is called for each one that runs.
+    /// Tells every thread to end and waits until none runs guest code. `kick` is called for each one
+    /// that does, again and again: an end has no deadline at which it could fail.
     pub(crate) fn end(&self, kick: impl Fn(u32)) {
         let mut state = self.lock();
         state.ending = true;
-        for (vcpu, place) in state.vcpus.iter().enumerate() {
-            if *place == Place::Running {
-                kick(vcpu as u32);
-            }
-        }
-        drop(state);
         self.go.notify_all();
+        while let Some(running) = state.vcpus.iter().position(|place| *place == Place::Running) {
+            kick(running as u32);
+            state = self
+                .came
+                .wait_timeout(state, KICK_AGAIN)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
     }
 }
 
@@ -217,12 +223,22 @@ mod tests {
         let gate = Arc::new(Gate::new(1));
         let thread = thread::spawn({
             let gate = gate.clone();
-            move || (gate.pass(0), gate.pass(0))
+            move || {
+                let mut runs = 0;
+                while gate.pass(0) == Passage::Run {
+                    runs += 1;
+                }
+                gate.leave(0, false);
+                runs
+            }
         });
         until_at_gate(&gate, 0, Place::AtGate);
         gate.open();
+        while gate.lock().vcpus[0] == Place::AtGate {
+            thread::yield_now();
+        }
         gate.end(|_| ());
-        assert!(matches!(thread.join().unwrap(), (_, Passage::End)));
+        assert!(thread.join().unwrap() > 0);
     }
 
     #[test]

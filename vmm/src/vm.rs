@@ -23,6 +23,7 @@ use crate::kvm::Kvm;
 use crate::machine::{Disk, Machine, MachineError, Peripherals, VmConfig, lock};
 use crate::memory::Ram;
 use crate::vcpu::{
+    allow_kicks,
     Abilities, Clock, Kick, RunError, StateError, Stop, Vcpu, VcpuState, prepare_signal,
 };
 
@@ -60,7 +61,8 @@ pub enum VmEvent {
         /// When the exit was seen.
         at: Instant,
     },
-    /// The machine has ended; its vCPUs do not run any more. Sent once.
+    /// The machine has ended. The vCPU that says so runs no more, the others do until the VM is
+    /// dropped; each of them may say so too, and the first one counts.
     Ended(EndReason),
 }
 
@@ -376,6 +378,7 @@ impl Inner {
             let join = thread::Builder::new()
                 .name(format!("vcpu{index}"))
                 .spawn(move || {
+                    allow_kicks();
                     if tell.send(Kick::of_this_thread()).is_ok() {
                         runner.run();
                     }
@@ -441,6 +444,11 @@ impl Runner {
         while self.gate.pass(self.index) == Passage::Run {
             let mut vcpu = lock(&self.vcpu);
             let kickable = vcpu.kickable();
+            // A kick between the gate and here had nothing to set: whoever closed the gate since
+            // would wait for a vCPU that nobody calls back.
+            if self.gate.called_back() {
+                continue;
+            }
             self.first_run.get_or_init(Instant::now);
             let ended = self.run_until_called_back(&mut vcpu);
             drop(kickable);

@@ -191,8 +191,10 @@ impl Ram {
     /// machine must be paused. What was written to a private mapping is gone afterwards.
     ///
     /// An error leaves some regions mapped in the new way and some in the old one; call it again
-    /// with the former backing to go back, or end the machine.
+    /// with the former backing to go back. If that fails too, the RAM counts as private: what it
+    /// holds is then looked for in the file and in the mapping.
     pub fn remap(&mut self, backing: Backing) -> Result<(), MemoryError> {
+        self.backing = Backing::Private(self.backing.file().clone());
         for (region, mapped) in self.layout.regions.iter().zip(self.guest.iter()) {
             let address = host_address(mapped);
             // SAFETY: the range is exactly a mapping that `self.guest` owns, so nothing else is

@@ -2,8 +2,8 @@
 //!
 //! A signal alone is not enough: it may come just before KVM_RUN is entered and be lost. So the
 //! handler, which runs in the vCPU's own thread, sets `immediate_exit` in that thread's `kvm_run`:
-//! whenever the signal comes, the running or the next KVM_RUN returns with EINTR (KVM API, section
-//! 5, `immediate_exit`).
+//! from when the thread is [`Kickable`] on, the running or the next KVM_RUN returns with EINTR (KVM
+//! API, section 5, `immediate_exit`).
 #![allow(unsafe_code)] // Signal handler, pthread_kill, and a pointer into the mapped kvm_run.
 
 use std::cell::Cell;
@@ -34,10 +34,18 @@ pub(crate) fn prepare_signal() -> io::Result<()> {
         .map_err(io::Error::from_raw_os_error)
 }
 
+/// Lets kicks through to the calling thread, whose mask is that of the thread that made it: a
+/// program that waits for its signals in one thread blocks them in all others.
+pub(crate) fn allow_kicks() {
+    if let Err(error) = signal::unblock_signal(number()) {
+        tracing::error!(%error, "a vCPU thread cannot be kicked");
+    }
+}
+
 extern "C" fn handler(_signal: c_int, _info: *mut siginfo_t, _context: *mut c_void) {
     let flag = IMMEDIATE_EXIT.get();
     if !flag.is_null() {
-        // SAFETY: the pointer is set only while this thread's `Running` lives, and that borrows the
+        // SAFETY: the pointer is set only while this thread's `Kickable` lives, and that borrows the
         // vCPU whose kvm_run holds the byte. Only this thread and the kernel access it.
         unsafe { flag.write_volatile(1) };
     }

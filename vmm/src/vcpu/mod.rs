@@ -6,7 +6,7 @@ mod run;
 mod state;
 mod sys;
 
-pub(crate) use kick::{Kick, prepare_signal};
+pub(crate) use kick::{Kick, allow_kicks, prepare_signal};
 pub(crate) use msrs::MsrCatalogue;
 pub use run::RunError;
 pub(crate) use run::{Stop, Vcpu};

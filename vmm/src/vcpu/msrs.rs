@@ -117,54 +117,48 @@ impl MsrCatalogue {
     }
 }
 
+/// Most MSRs of one call: KVM refuses 256 and more (E2BIG).
+const BATCH: usize = 255;
+
 /// KVM_GET_MSRS: the values up to the first MSR that cannot be read.
 fn read(vcpu: &VcpuFd, indices: &[u32]) -> io::Result<Vec<(u32, u64)>> {
-    let entries: Vec<_> = indices
-        .iter()
-        .map(|&index| kvm_msr_entry {
-            index,
-            ..Default::default()
-        })
-        .collect();
-    let mut msrs = Msrs::from_entries(&entries).map_err(|e| io::Error::other(format!("{e:?}")))?;
-    let count = vcpu.get_msrs(&mut msrs)?;
-    Ok(msrs.as_slice()[..count]
-        .iter()
-        .map(|msr| (msr.index, msr.data))
-        .collect())
+    let mut values = Vec::with_capacity(indices.len());
+    for batch in indices.chunks(BATCH) {
+        let mut msrs = list(batch.iter().map(|&index| (index, 0)))?;
+        let count = vcpu.get_msrs(&mut msrs)?;
+        values.extend(msrs.as_slice()[..count].iter().map(|msr| (msr.index, msr.data)));
+        if count < batch.len() {
+            break;
+        }
+    }
+    Ok(values)
 }
 
 /// Sets `values`. KVM_SET_MSRS stops at the first MSR that it refuses: one that already has its
 /// value (some are read-only) is passed over, any other is an error that names it.
 pub(super) fn restore(vcpu: &VcpuFd, values: &[(u32, u64)]) -> Result<(), MsrError> {
-    let entries: Vec<_> = values
-        .iter()
-        .map(|&(index, data)| kvm_msr_entry {
-            index,
-            data,
-            ..Default::default()
-        })
-        .collect();
-    let mut rest = entries.as_slice();
+    let mut rest = values;
     while !rest.is_empty() {
-        let msrs = Msrs::from_entries(rest)
-            .map_err(|error| MsrError::Call(io::Error::other(format!("{error:?}"))))?;
-        let set = vcpu
-            .set_msrs(&msrs)
-            .map_err(|error| MsrError::Call(error.into()))?;
-        let Some(refused) = rest.get(set) else {
-            return Ok(());
-        };
-        let now = read(vcpu, &[refused.index]).map_err(MsrError::Call)?;
-        if now != [(refused.index, refused.data)] {
-            return Err(MsrError::Refused {
-                index: refused.index,
-                value: refused.data,
-            });
+        let batch = &rest[..rest.len().min(BATCH)];
+        let msrs = list(batch.iter().copied()).map_err(MsrError::Call)?;
+        let set = vcpu.set_msrs(&msrs).map_err(|error| MsrError::Call(error.into()))?;
+        rest = &rest[set..];
+        if set == batch.len() {
+            continue;
         }
-        rest = &rest[set + 1..];
+        let (index, value) = rest[0];
+        if read(vcpu, &[index]).map_err(MsrError::Call)? != [(index, value)] {
+            return Err(MsrError::Refused { index, value });
+        }
+        rest = &rest[1..];
     }
     Ok(())
+}
+
+fn list(values: impl Iterator<Item = (u32, u64)>) -> io::Result<Msrs> {
+    let entries: Vec<_> =
+        values.map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() }).collect();
+    Msrs::from_entries(&entries).map_err(|error| io::Error::other(format!("{error:?}")))
 }
 
 /// What went wrong with an MSR.
@@ -190,4 +184,41 @@ pub enum MsrError {
         /// What it should have been set to.
         value: u64,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// IA32_SYSENTER_CS: every KVM has it, and it takes any value.
+    const PLAIN: u32 = 0x174;
+
+    #[test]
+    fn more_msrs_than_one_call_takes_are_read_and_set() {
+        let Ok(kvm) = kvm_ioctls::Kvm::new() else {
+            println!("skipped: this host has no /dev/kvm");
+            return;
+        };
+        let vm = kvm.create_vm().unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        assert_eq!(read(&vcpu, &[PLAIN; 600]).unwrap(), [(PLAIN, 0); 600]);
+        let values: Vec<_> = (0..600).map(|value| (PLAIN, value)).collect();
+        restore(&vcpu, &values).unwrap();
+        assert_eq!(read(&vcpu, &[PLAIN]).unwrap(), [(PLAIN, 599)]);
+    }
+
+    #[test]
+    fn an_msr_that_is_refused_is_named() {
+        let Ok(kvm) = kvm_ioctls::Kvm::new() else {
+            println!("skipped: this host has no /dev/kvm");
+            return;
+        };
+        let vm = kvm.create_vm().unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        // No CPU has this one.
+        let values = [(PLAIN, 7), (0xdead_beef, 1), (PLAIN, 8)];
+        let error = restore(&vcpu, &values).unwrap_err();
+        assert!(matches!(error, MsrError::Refused { index: 0xdead_beef, value: 1 }), "{error}");
+        assert_eq!(read(&vcpu, &[PLAIN]).unwrap(), [(PLAIN, 7)]);
+    }
 }

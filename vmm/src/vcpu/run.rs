@@ -293,7 +293,7 @@ pub enum RunError {
         /// The exit.
         exit: String,
     },
-    /// Registers could not be finished or accounted.
+    /// The thread that ran it panicked.
     #[error("vCPU {vcpu}: its thread panicked; this is a bug in forkvm")]
     Panicked {
         /// The vCPU.

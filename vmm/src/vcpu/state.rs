@@ -164,12 +164,10 @@ impl VcpuState {
         let cpuid = CpuId::from_entries(&self.cpuid)
             .map_err(|error| writing_io("CPUID2")(io::Error::other(format!("{error:?}"))))?;
         vcpu.set_cpuid2(&cpuid).map_err(writing("CPUID2"))?;
-        if vcpu.get_tsc_khz().map_err(reading("TSC_KHZ"))? != self.tsc_khz {
-            vcpu.set_tsc_khz(self.tsc_khz)
-                .map_err(|error| StateError::TscKhz {
-                    khz: self.tsc_khz,
-                    source: error.into(),
-                })?;
+        // The arithmetic of the offset below is in host ticks: scaling would need both rates.
+        let here = vcpu.get_tsc_khz().map_err(reading("TSC_KHZ"))?;
+        if here != self.tsc_khz {
+            return Err(StateError::TscKhz { saved: self.tsc_khz, here });
         }
         vcpu.set_mp_state(self.mp_state)
             .map_err(writing("MP_STATE"))?;
@@ -270,17 +268,16 @@ pub enum StateError {
     /// An MSR.
     #[error(transparent)]
     Msr(#[from] MsrError),
-    /// The guest's TSC ticks at another rate than this host can give.
+    /// The guest's TSC ticks at another rate than this host's.
     #[error(
-        "the guest's TSC ticks at {khz} kHz and this host cannot scale to that: restore it on a \
-         host of the same frequency"
+        "the guest's TSC ticks at {saved} kHz and this host's at {here}: restore it on a host of \
+         the same frequency"
     )]
     TscKhz {
         /// What the guest was saved with.
-        khz: u32,
-        /// What KVM said.
-        #[source]
-        source: io::Error,
+        saved: u32,
+        /// What a vCPU has here.
+        here: u32,
     },
     /// This host's KVM has no place for a part of the state.
     #[error("the saved vCPU needs {what}, which this KVM lacks: a newer host kernel is needed")]
