@@ -32,6 +32,8 @@ struct State {
     data: Option<File>,
     /// The map beside the data file does not say all that `present` does.
     map_is_stale: bool,
+    /// The base was flushed once, and nobody writes it: with many layers that is what a flush costs.
+    base_is_durable: bool,
 }
 
 impl Overlay {
@@ -41,6 +43,7 @@ impl Overlay {
             present: PresenceMap::default(),
             data: None,
             map_is_stale: false,
+            base_is_durable: false,
         };
         Overlay {
             base,
@@ -136,6 +139,7 @@ impl Overlay {
             present,
             data: Some(file),
             map_is_stale: false,
+            base_is_durable: false,
         };
         Overlay {
             base,
@@ -223,9 +227,14 @@ impl BlockLayer for Overlay {
         if self.path.is_none() {
             return Ok(());
         }
-        self.save(&mut self.write_state())?;
-        // What lies below may have been written just before it was frozen.
-        self.base.flush()
+        let mut state = self.write_state();
+        self.save(&mut state)?;
+        if !state.base_is_durable {
+            // What lies below may have been written just before it was frozen.
+            self.base.flush()?;
+            state.base_is_durable = true;
+        }
+        Ok(())
     }
 
     fn discard(&self, range: Range<u64>) -> io::Result<()> {
