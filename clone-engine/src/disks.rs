@@ -2,14 +2,24 @@
 //!
 //! A fork freezes every disk at its instant: what was the topmost layer becomes the read-only base
 //! of all, the parent goes on in a fresh overlay over it, and so does each clone. A read-only disk
-//! is simply shared.
+//! is simply shared, and an overlay that nothing was written to is not stacked upon. A disk has at
+//! most [`MOST_LAYERS`] layers: each read may have to ask all of them.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
 
-use forkvm_devices::block::{BlockLayer, Frozen, MarkError, Overlay, OverlayError, RawFile};
+use forkvm_devices::block::{
+    BlockLayer, Frozen, MarkError, Overlay, OverlayError, Presence, RawFile, Storage,
+};
 use forkvm_vmm::Disk;
 use thiserror::Error;
+
+#[cfg(test)]
+mod tests;
+
+/// Most layers of a disk, from the raw file to the overlay that a VM writes to.
+const MOST_LAYERS: u32 = 64;
 
 /// Where a disk of a VM is kept.
 #[derive(Clone)]
@@ -51,126 +61,250 @@ impl DiskSource {
         matches!(self, DiskSource::ReadOnly(_))
     }
 
-    /// The disk of a clone over `frozen`, what this disk was at the fork.
-    fn of_clone(&self, frozen: &Arc<dyn BlockLayer>) -> DiskSource {
-        match self {
-            DiskSource::ReadOnly(layer) => DiskSource::ReadOnly(layer.clone()),
-            _ => DiskSource::volatile(frozen.clone()),
-        }
+    /// Makes what was written so far durable, as far as a fork has to: called while the guest runs,
+    /// so that the same within the pause finds little to do.
+    pub(crate) fn flush_before_pause(&self) -> Result<(), DisksError> {
+        let (disk, flushed) = match self {
+            DiskSource::ReadOnly(_) | DiskSource::Volatile(_) => return Ok(()),
+            DiskSource::Raw(file) => (file, file.flush()),
+            DiskSource::Durable { base, top } => (base, top.flush()),
+        };
+        flushed.map_err(|source| DisksError::Flush {
+            disk: disk.path().into(),
+            source,
+        })
     }
 
-    /// What the parent goes on with after the fork, and the layer that is now immutable.
-    fn freeze(&self) -> Result<(DiskSource, Arc<dyn BlockLayer>), DisksError> {
-        let frozen = |layer| -> Arc<dyn BlockLayer> { Arc::new(Frozen::new(layer)) };
+    /// The layer below, if this disk is written to an overlay that holds nothing yet.
+    fn below_untouched(&self) -> Option<Arc<dyn BlockLayer>> {
+        let layer = match self {
+            DiskSource::Volatile(layer) => layer.as_ref(),
+            DiskSource::Durable { top, .. } => top.as_ref() as &dyn BlockLayer,
+            DiskSource::ReadOnly(_) | DiskSource::Raw(_) => return None,
+        };
+        let Storage::Overlay { base, .. } = layer.storage() else {
+            return None;
+        };
+        let untouched = Presence {
+            present: false,
+            len: layer.len(),
+        };
+        layer
+            .presence(0)
+            .is_ok_and(|run| run == untouched)
+            .then(|| base.clone())
+    }
+
+    fn freeze(&self) -> Result<Freeze, DisksError> {
+        let same = |frozen| Freeze {
+            after: self.clone(),
+            frozen,
+            overlay: None,
+            failed: None,
+        };
+        if let Some(base) = self.below_untouched() {
+            // The base is immutable already, so the parent keeps its empty overlay over it: a disk
+            // gets deeper only by a fork that found it written.
+            return Ok(same(base));
+        }
         Ok(match self {
-            DiskSource::ReadOnly(layer) => (self.clone(), layer.clone()),
+            DiskSource::ReadOnly(layer) => same(layer.clone()),
             DiskSource::Volatile(layer) => {
-                let base = frozen(layer.clone());
-                (DiskSource::volatile(base.clone()), base)
+                let frozen = frozen(layer.clone())?;
+                Freeze {
+                    after: DiskSource::volatile(frozen.clone()),
+                    ..same(frozen)
+                }
             }
-            DiskSource::Raw(file) => DiskSource::stack(file, frozen(file.clone()))?,
+            DiskSource::Raw(file) => DiskSource::stack(file, frozen(file.clone())?)?,
             DiskSource::Durable { base, top } => {
+                let frozen = frozen(top.clone())?;
                 // What the mark says must be on disk: the overlay that is left behind is final.
-                top.flush().map_err(|source| DisksError::Flush { disk: base.path().into(), source })?;
-                DiskSource::stack(base, frozen(top.clone()))?
+                self.flush_before_pause()?;
+                DiskSource::stack(base, frozen)?
             }
         })
     }
 
     /// One more overlay file for the raw `file`, over its present content `below`.
-    fn stack(
-        file: &Arc<RawFile>,
-        below: Arc<dyn BlockLayer>,
-    ) -> Result<(DiskSource, Arc<dyn BlockLayer>), DisksError> {
-        let path = free_overlay_path(file.path());
-        let top = Arc::new(Overlay::create(&path, below.clone())?);
-        if let Err(error) = file.freeze_as_base(&path) {
-            if let Err(leftover) = Overlay::remove_files(&path) {
-                tracing::warn!(%leftover, "the overlay of a fork that failed could not be removed");
-            }
-            return Err(error.into());
-        }
-        Ok((DiskSource::Durable { base: file.clone(), top }, below))
+    fn stack(file: &Arc<RawFile>, below: Arc<dyn BlockLayer>) -> Result<Freeze, DisksError> {
+        let (path, top) = new_overlay(file, &below)?;
+        let failed = file.freeze_as_base(&path).err().map(DisksError::from);
+        let after = DiskSource::Durable {
+            base: file.clone(),
+            top: Arc::new(top),
+        };
+        Ok(Freeze {
+            after,
+            frozen: below,
+            overlay: Some(path),
+            failed,
+        })
     }
 
-    /// Undoes [`DiskSource::freeze`], of which `after` is the first result.
-    fn thaw(&self, after: &DiskSource) -> Result<(), DisksError> {
-        if let DiskSource::Durable { base, top } = after {
-            let path = top.path().unwrap_or_else(|| Path::new(""));
-            base.unfreeze(path)?;
-            Overlay::remove_files(path)?;
+    /// Makes this disk, that was frozen over the new file `overlay`, writable again. On an error it
+    /// is not: the parent has to go on in that overlay.
+    fn thaw(&self, overlay: &Path) -> Result<(), DisksError> {
+        match self {
+            DiskSource::Raw(file) => file.unfreeze(overlay)?,
+            DiskSource::Durable { base, .. } => {
+                if let Err(error) = base.unfreeze(overlay) {
+                    // It names an overlay without content, which has to be there then.
+                    tracing::warn!(%error, "the mark of a disk keeps the overlay of a fork that failed");
+                    return Ok(());
+                }
+            }
+            DiskSource::ReadOnly(_) | DiskSource::Volatile(_) => return Ok(()),
+        }
+        if let Err(leftover) = Overlay::remove_files(overlay) {
+            tracing::warn!(%leftover, "the overlay of a fork that failed could not be removed");
         }
         Ok(())
     }
 }
 
-/// `DISK.overlay-1`, or the first number that is free.
-fn free_overlay_path(disk: &Path) -> PathBuf {
-    let numbered = |number: u32| {
-        let mut name = disk.as_os_str().to_owned();
-        name.push(format!(".overlay-{number}"));
-        PathBuf::from(name)
-    };
-    (1..).map(numbered).find(|path| !path.exists()).expect("some number is free")
+/// What the freeze of a disk comes to.
+struct Freeze {
+    /// What the parent goes on with.
+    after: DiskSource,
+    /// What is immutable now.
+    frozen: Arc<dyn BlockLayer>,
+    /// The file that was made for it.
+    overlay: Option<PathBuf>,
+    /// The disk may be frozen, but not as it should be: to be undone.
+    failed: Option<DisksError>,
 }
 
-/// The disks of a paused VM, frozen. Dropped without [`FrozenDisks::keep`], it puts all back.
-pub(crate) struct FrozenDisks {
-    devices: Vec<Disk>,
-    before: Vec<DiskSource>,
-    after: Vec<DiskSource>,
-    frozen: Vec<Arc<dyn BlockLayer>>,
-    kept: bool,
+/// `layer`, if there is room for an overlay over it.
+fn frozen(layer: Arc<dyn BlockLayer>) -> Result<Arc<dyn BlockLayer>, DisksError> {
+    if layer.depth() >= MOST_LAYERS {
+        return Err(DisksError::TooDeep { most: MOST_LAYERS });
+    }
+    Ok(Arc::new(Frozen::new(layer)))
+}
+
+/// An empty overlay file over `below`, `DISK.overlay-1` or the first number that is free. What a
+/// process that was killed in a fork left there without content is free.
+fn new_overlay(
+    disk: &RawFile,
+    below: &Arc<dyn BlockLayer>,
+) -> Result<(PathBuf, Overlay), DisksError> {
+    // One of these may be empty and not open, and a saved machine count on it all the same.
+    let named = disk.named_overlays()?;
+    let attempt = |number: u32| {
+        let mut path = disk.path().as_os_str().to_owned();
+        path.push(format!(".overlay-{number}"));
+        let path = PathBuf::from(path);
+        if named.contains(&path) {
+            return None;
+        }
+        match Overlay::create(&path, below.clone()) {
+            Ok(overlay) => Some(Ok((path, overlay))),
+            Err(OverlayError::Exists { .. } | OverlayError::Locked { .. }) => None,
+            Err(OverlayError::Io { source, .. }) if is_foreign(&source) && path.exists() => None,
+            Err(error) => Some(Err(error.into())),
+        }
+    };
+    (1..).find_map(attempt).expect("some number is free")
+}
+
+/// Whether a file could not be opened because of what it is or whose.
+fn is_foreign(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::PermissionDenied | io::ErrorKind::IsADirectory
+    )
+}
+
+/// The disks of a paused VM, frozen, and what the VM goes on with in their place in its list.
+/// Dropped without [`FrozenDisks::keep`], it puts all back, device and list alike; a disk that
+/// cannot be written as before stays on its overlay in both.
+pub(crate) struct FrozenDisks<'a> {
+    sources: &'a mut [DiskSource],
+    /// One for each disk that is frozen, from the first on.
+    undo: Vec<Undo>,
+    frozen: Vec<DiskAtFork>,
+}
+
+struct Undo {
+    device: Disk,
+    before: DiskSource,
+    overlay: Option<PathBuf>,
 }
 
 /// What a clone's disks are made from.
-pub(crate) struct DisksAtFork {
-    sources: Vec<DiskSource>,
-    frozen: Vec<Arc<dyn BlockLayer>>,
+pub(crate) struct DisksAtFork(Vec<DiskAtFork>);
+
+struct DiskAtFork {
+    content: Arc<dyn BlockLayer>,
+    read_only: bool,
 }
 
-impl FrozenDisks {
-    /// Freezes the disks that `devices` work on.
+impl<'a> FrozenDisks<'a> {
+    /// Freezes the disks that `devices` work on; `sources` are what they are, in the same order.
     pub(crate) fn freeze(
         devices: &[Disk],
-        sources: &[DiskSource],
-    ) -> Result<FrozenDisks, DisksError> {
+        sources: &'a mut [DiskSource],
+    ) -> Result<FrozenDisks<'a>, DisksError> {
         let mut disks = FrozenDisks {
-            devices: devices.to_vec(),
-            before: Vec::new(),
-            after: Vec::new(),
+            sources,
+            undo: Vec::new(),
             frozen: Vec::new(),
-            kept: false,
         };
-        for (device, source) in devices.iter().zip(sources) {
-            let (after, frozen) = source.freeze()?;
+        for (index, device) in devices.iter().enumerate() {
+            let source = &mut disks.sources[index];
+            let Freeze {
+                after,
+                frozen,
+                overlay,
+                failed,
+            } = source.freeze()?;
+            let read_only = source.read_only();
             swap(device, &after);
-            disks.before.push(source.clone());
-            disks.after.push(after);
-            disks.frozen.push(frozen);
+            let before = std::mem::replace(source, after);
+            disks.undo.push(Undo {
+                device: device.clone(),
+                before,
+                overlay,
+            });
+            disks.frozen.push(DiskAtFork {
+                content: frozen,
+                read_only,
+            });
+            if let Some(error) = failed {
+                return Err(error);
+            }
         }
         Ok(disks)
     }
 
-    /// Makes it final: what the parent goes on with, and what its clones start from.
-    pub(crate) fn keep(mut self) -> (Vec<DiskSource>, DisksAtFork) {
-        self.kept = true;
-        let sources = std::mem::take(&mut self.before);
-        let frozen = std::mem::take(&mut self.frozen);
-        (std::mem::take(&mut self.after), DisksAtFork { sources, frozen })
+    /// Makes it final, and tells what the clones start from.
+    pub(crate) fn keep(mut self) -> DisksAtFork {
+        self.undo.clear();
+        DisksAtFork(std::mem::take(&mut self.frozen))
     }
 }
 
-impl Drop for FrozenDisks {
+impl Drop for FrozenDisks<'_> {
     fn drop(&mut self) {
-        if self.kept {
-            return;
-        }
-        for ((device, before), after) in self.devices.iter().zip(&self.before).zip(&self.after) {
-            swap(device, before);
-            if let Err(error) = before.thaw(after) {
-                tracing::error!(%error, "a disk could not be put back after a fork that failed");
+        for (undo, source) in self.undo.drain(..).zip(self.sources.iter_mut()) {
+            let Undo {
+                device,
+                before,
+                overlay,
+            } = undo;
+            if let Some(overlay) = overlay
+                && let Err(error) = before.thaw(&overlay)
+            {
+                tracing::error!(
+                    %error,
+                    overlay = %overlay.display(),
+                    "a fork failed and a disk cannot be written as before: its VM goes on in an overlay"
+                );
+                continue;
             }
+            swap(&device, &before);
+            *source = before;
         }
     }
 }
@@ -186,7 +320,11 @@ fn swap(device: &Disk, source: &DiskSource) {
 impl DisksAtFork {
     /// Fresh disks for one clone.
     pub(crate) fn for_clone(&self) -> Vec<DiskSource> {
-        self.sources.iter().zip(&self.frozen).map(|(source, frozen)| source.of_clone(frozen)).collect()
+        let disk = |DiskAtFork { content, read_only }: &DiskAtFork| match read_only {
+            true => DiskSource::ReadOnly(content.clone()),
+            false => DiskSource::volatile(content.clone()),
+        };
+        self.0.iter().map(disk).collect()
     }
 }
 
@@ -199,6 +337,15 @@ pub enum DisksError {
     /// The mark that keeps others from writing to the base.
     #[error("marking a disk as a frozen base failed")]
     Mark(#[from] MarkError),
+    /// One more layer would be too many.
+    #[error(
+        "a disk has {most} layers, one for each fork that found it written, and no room for more: \
+         end the VM, merge a disk file with `forkvm disk commit`, and start again"
+    )]
+    TooDeep {
+        /// Most layers.
+        most: u32,
+    },
     /// Data that had to be on disk before.
     #[error("flushing disk {} failed", .disk.display())]
     Flush {

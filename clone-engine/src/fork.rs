@@ -123,6 +123,7 @@ impl Parent<'_> {
 
         let phase = phase::begin(observer, Phase::Request, None)?;
         let granted = grant(self.vm, request.spec, freeze)?;
+        self.disks.iter().try_for_each(DiskSource::flush_before_pause)?;
         phase.done();
 
         let stands_since = Instant::now();
@@ -147,8 +148,7 @@ impl Parent<'_> {
                 return Err(veto.into());
             }
         };
-        let (sources, disks) = disks.keep();
-        *self.disks = sources;
+        let disks = disks.keep();
         let (config, layout) = (paused.config().clone(), paused.ram().layout().clone());
         if freeze.parent_goes_on() {
             paused.resume();
