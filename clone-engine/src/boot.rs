@@ -57,11 +57,11 @@ impl Family {
         let console = self.config().consoles.open(&identity).map_err(StartError::Console)?;
         let layers = disks.iter().map(DiskSource::layer).collect();
         let peripherals = Peripherals { console, disks: layers };
-        let inbox = Inbox::new();
+        let inbox = Inbox::new(identity.clone());
         let shell = Shell::build(self.kvm(), config, ram, peripherals, inbox.event_sink())?;
         let vm = shell.boot(&spec.payload, &spec.cmdline)?;
         vm.doorbell().announce(&identity.announcement()).map_err(VmError::from)?;
-        Ok(Waiting::new(self, vm, identity, disks, inbox, Timeline::default())?.start()?)
+        Ok(Waiting::new(self, vm, disks, inbox, Timeline::default())?.start()?)
     }
 }
 

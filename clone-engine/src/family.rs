@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use forkvm_vmm::Kvm;
+use thiserror::Error;
 
 use crate::fork::CloneSpec;
 use crate::identity::Identity;
@@ -60,8 +61,15 @@ impl Default for FamilyConfig {
 pub struct Family {
     kvm: Arc<Kvm>,
     config: FamilyConfig,
-    /// Those that run, in the order of their start.
-    running: Mutex<Vec<Arc<Member>>>,
+    running: Mutex<Running>,
+}
+
+#[derive(Default)]
+struct Running {
+    /// In the order of their start.
+    members: Vec<Arc<Member>>,
+    /// Nobody enters any more.
+    ending: bool,
 }
 
 impl Family {
@@ -79,26 +87,39 @@ impl Family {
         &self.kvm
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Member>>> {
+    fn lock(&self) -> MutexGuard<'_, Running> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn enter(&self, member: &Arc<Member>) {
-        self.lock().push(member.clone());
+    /// `member` runs from now on; an error when the family is being ended.
+    pub(crate) fn enter(&self, member: &Arc<Member>) -> Result<(), Ending> {
+        let mut running = self.lock();
+        if running.ending {
+            return Err(Ending);
+        }
+        running.members.push(member.clone());
+        Ok(())
     }
 
     pub(crate) fn leave(&self, member: &Arc<Member>) {
-        self.lock().retain(|other| !Arc::ptr_eq(other, member));
+        self.lock().members.retain(|other| !Arc::ptr_eq(other, member));
+    }
+
+    /// Whether forks may begin.
+    pub(crate) fn check_open(&self) -> Result<(), Ending> {
+        if self.lock().ending { Err(Ending) } else { Ok(()) }
     }
 
     /// The VMs that run now.
     pub fn running(&self) -> Vec<Arc<Member>> {
-        self.lock().clone()
+        self.lock().members.clone()
     }
 
     /// Ends every VM and waits for it: the deepest clones first, the one that was booted last, so
-    /// that none outlives what it came of. Forks that are under way end first.
+    /// that none outlives what it came of. From its call on nothing is forked any more: a parent that
+    /// replaces workers which end finds itself refused (-EBUSY), and its own end coming.
     pub fn end(&self) {
+        self.lock().ending = true;
         loop {
             let running = self.running();
             let Some(deepest) = running.iter().map(|member| member.identity().depth).max() else {
@@ -112,3 +133,8 @@ impl Family {
         }
     }
 }
+
+/// The family is being ended.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error("the family is being ended: nothing is started in it any more")]
+pub struct Ending;

@@ -14,7 +14,7 @@ use forkvm_vmm::{MemoryError, PauseError, Vm, VmError};
 use thiserror::Error;
 
 use crate::disks::{DiskSource, DisksError, FrozenDisks};
-use crate::family::Family;
+use crate::family::{Ending, Family};
 use crate::fork_point::ForkPoint;
 use crate::freeze::{Freeze, FreezeError, FreezeKind};
 use crate::identity::Identity;
@@ -122,6 +122,7 @@ impl Parent<'_> {
         let freeze = request.spec.freeze.choose(self.vm.ram().backing());
 
         let phase = phase::begin(observer, Phase::Request, None)?;
+        self.family.check_open()?;
         let granted = grant(self.vm, request.spec, freeze)?;
         self.disks.iter().try_for_each(DiskSource::flush_before_pause)?;
         phase.done();
@@ -129,6 +130,9 @@ impl Parent<'_> {
         let stands_since = Instant::now();
         let phase = phase::begin(observer, Phase::Pause, None)?;
         let mut paused = self.vm.pause(request.spec.pause_deadline)?;
+        if paused.has_ended() {
+            return Err(ForkError::Ended);
+        }
         phase.done();
 
         let phase = phase::begin(observer, Phase::Save, Some(&paused))?;
@@ -194,7 +198,7 @@ fn publish(
     image: ImageBuilder,
 ) -> Result<Arc<crate::image::MemoryImage>, ForkError> {
     let phase = phase::begin(observer, Phase::Publish, None)?;
-    let image = image.publish()?;
+    let image = image.publish();
     if freeze.parent_goes_on() {
         // A stopped parent still maps its memory shared; it is sealed when that is gone.
         image.seal()?;
@@ -242,6 +246,12 @@ pub enum ForkError {
     /// No random bytes for a clone's identity.
     #[error("phase identity")]
     Identity(#[source] io::Error),
+    /// Its family is being ended.
+    #[error(transparent)]
+    Ending(#[from] Ending),
+    /// The guest has ended its machine: there is nothing to go on with.
+    #[error("the machine has just ended")]
+    Ended,
     /// An observer stopped it.
     #[error(transparent)]
     Vetoed(#[from] Vetoed),

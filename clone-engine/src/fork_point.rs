@@ -71,7 +71,10 @@ impl ForkPoint {
             match clone.start() {
                 Ok(member) => clones.push(member),
                 Err(error) => {
+                    // Gone before the error is told: with freeze `stop` the parent goes on in the
+                    // memory that they map.
                     clones.iter().for_each(|clone: &Arc<Member>| clone.kill());
+                    clones.iter().for_each(|clone| drop(clone.wait()));
                     return Err(error.into());
                 }
             }
@@ -115,7 +118,8 @@ impl ForkPoint {
         &self.layout
     }
 
-    pub(crate) fn state(&self) -> &Sections {
+    /// State of one clone, without memory.
+    pub fn state(&self) -> &Sections {
         &self.state
     }
 

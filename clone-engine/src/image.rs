@@ -1,9 +1,8 @@
 //! Memory images: the guest memory of one instant, shared by all clones of it.
 //!
 //! An [`ImageBuilder`] is an image that no VM maps yet; it is filled and then consumed by
-//! [`ImageBuilder::publish`]. From then on it is a [`MemoryImage`], and nothing changes it: no new
-//! writable mapping can be made (F_SEAL_FUTURE_WRITE), and once the last old one is gone nothing
-//! can write at all ([`MemoryImage::seal`]). Every image here is complete: a page that is not in it
+//! [`ImageBuilder::publish`]. From then on it is a [`MemoryImage`], which this crate maps privately
+//! only, and [`MemoryImage::seal`] has the kernel refuse every other way to write to it. Every image here is complete: a page that is not in it
 //! was a hole at the freeze and reads as zero. It is freed with its last user.
 
 use std::fs::File;
@@ -34,9 +33,8 @@ impl ImageBuilder {
     }
 
     /// Ends the building.
-    pub fn publish(self) -> Result<Arc<MemoryImage>, MemoryError> {
-        memory::seal(&self.file, libc::F_SEAL_FUTURE_WRITE)?;
-        Ok(Arc::new(MemoryImage { file: self.file }))
+    pub fn publish(self) -> Arc<MemoryImage> {
+        Arc::new(MemoryImage { file: self.file })
     }
 }
 
@@ -48,7 +46,8 @@ pub struct MemoryImage {
 
 impl MemoryImage {
     /// Proves that nothing can write to it any more (F_SEAL_WRITE). Fails with EBUSY while somebody
-    /// still maps it shared and writable. Not for the parent's pause: it walks the whole image.
+    /// still maps it shared and writable: a parent that was stopped and not yet torn down, or a
+    /// stray writer. Not for the parent's pause: it walks the whole image.
     pub fn seal(&self) -> Result<(), MemoryError> {
         memory::seal(&self.file, libc::F_SEAL_WRITE)
     }

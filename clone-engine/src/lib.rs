@@ -29,7 +29,7 @@ mod timeline;
 pub use boot::{BootSpec, DiskSpec, StartError};
 pub use disks::{DiskSource, DisksError};
 pub use end::End;
-pub use family::{Consoles, Family, FamilyConfig, NoConsoles};
+pub use family::{Consoles, Ending, Family, FamilyConfig, NoConsoles};
 pub use fork::{CloneSpec, ForkError, MemoryMode, Ticket};
 pub use fork_point::ForkPoint;
 pub use freeze::FreezeKind;

@@ -4,7 +4,8 @@
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::sync_channel;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -45,6 +46,11 @@ pub type EventSink = Arc<dyn Fn(VmEvent) + Send + Sync>;
 /// Something that a VM did and its owner may care for.
 #[derive(Debug)]
 pub enum VmEvent {
+    /// The first KVM_RUN is about to be entered. Sent once.
+    Running {
+        /// When.
+        at: Instant,
+    },
     /// A vCPU made a call and is held until [`Vm::answer`].
     Call {
         /// The vCPU.
@@ -118,7 +124,7 @@ struct Inner {
     vm: Arc<VmFd>,
     // After everything that reaches it: fields are dropped in this order.
     ram: Ram,
-    first_run: Arc<OnceLock<Instant>>,
+    has_run: Arc<AtomicBool>,
 }
 
 struct VcpuThread {
@@ -186,7 +192,7 @@ impl Shell {
             machine,
             vm,
             ram,
-            first_run: Arc::default(),
+            has_run: Arc::default(),
         };
         inner.start_threads(&events)?;
         Ok(Shell { inner })
@@ -285,10 +291,6 @@ impl Vm {
         &self.inner.ram
     }
 
-    /// When the first KVM_RUN was entered; `None` before.
-    pub fn first_run(&self) -> Option<Instant> {
-        self.inner.first_run.get().copied()
-    }
 }
 
 impl PausedVm<'_> {
@@ -373,7 +375,7 @@ impl Inner {
                 vcpu: vcpu.clone(),
                 gate: self.gate.clone(),
                 events: events.clone(),
-                first_run: self.first_run.clone(),
+                has_run: self.has_run.clone(),
             };
             let join = thread::Builder::new()
                 .name(format!("vcpu{index}"))
@@ -422,7 +424,7 @@ struct Runner {
     vcpu: Arc<Mutex<Vcpu>>,
     gate: Arc<Gate>,
     events: EventSink,
-    first_run: Arc<OnceLock<Instant>>,
+    has_run: Arc<AtomicBool>,
 }
 
 impl Runner {
@@ -449,7 +451,9 @@ impl Runner {
             if self.gate.called_back() {
                 continue;
             }
-            self.first_run.get_or_init(Instant::now);
+            if !self.has_run.swap(true, Ordering::Relaxed) {
+                (self.events)(VmEvent::Running { at: Instant::now() });
+            }
             let ended = self.run_until_called_back(&mut vcpu);
             drop(kickable);
             drop(vcpu);

@@ -55,13 +55,13 @@ impl Family {
             console,
             disks: layers,
         };
-        let inbox = Inbox::new();
+        let inbox = Inbox::new(identity.clone());
         let shell = Shell::build(self.kvm(), config, ram, peripherals, inbox.event_sink())?;
         let vm = shell.restore(&mut sections)?;
         sections.finish()?;
         tell(&vm, &identity)?;
         let disks = machine.disks;
-        Ok(Waiting::new(self, vm, identity, disks, inbox, Timeline::default())?.start()?)
+        Ok(Waiting::new(self, vm, disks, inbox, Timeline::default())?.start()?)
     }
 }
 

@@ -48,7 +48,7 @@ impl Spawner for InProcess {
         phase.done();
 
         let phase = phase::begin(observer, Phase::Spawn, None)?;
-        let inbox = Inbox::new();
+        let inbox = Inbox::new(identity.clone());
         let disks = point.disks().for_clone();
         let console = family.config().consoles.open(&identity);
         let console = console.map_err(|source| SpawnError::Host { what: "a console", source })?;
@@ -70,7 +70,7 @@ impl Spawner for InProcess {
         tell(&vm, &identity, point.forker(), granted)?;
         phase.done();
 
-        Ok(Box::new(Waiting::new(family, vm, identity, disks, inbox, timeline)?))
+        Ok(Box::new(Waiting::new(family, vm, disks, inbox, timeline)?))
     }
 }
 

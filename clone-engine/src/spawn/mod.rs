@@ -13,7 +13,7 @@ use forkvm_devices::{DeviceError, SectionError};
 use forkvm_vmm::{MemoryError, VmError};
 use thiserror::Error;
 
-use crate::family::Family;
+use crate::family::{Ending, Family};
 use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
 use crate::member::Member;
@@ -65,6 +65,9 @@ pub enum SpawnError {
         #[source]
         source: io::Error,
     },
+    /// Its family is being ended.
+    #[error(transparent)]
+    Ending(#[from] Ending),
     /// An observer stopped it.
     #[error(transparent)]
     Vetoed(#[from] Vetoed),

@@ -1,0 +1,262 @@
+//! A running VM of a family: the handle that others hold.
+//!
+//! The VM itself belongs to the thread that serves it ([`serving`]). That thread hears of everything
+//! through one inbox: what the vCPUs ask, the end, and what holders of the handle ask. So requests
+//! are served one after the other, and nobody else ever touches the VM. What only has to be seen
+//! ([`seen`]) goes past it.
+
+mod seen;
+mod serving;
+mod waiting;
+
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use forkvm_devices::block::BlockLayer;
+use forkvm_devices::device::GuestCall;
+use forkvm_devices::virtio::blk::BlkCounters;
+use forkvm_vmm::{EndReason, EventSink, PauseError, PausedVm, VmConfig, VmEvent};
+use thiserror::Error;
+
+use crate::end::End;
+use crate::fork::{CloneSpec, ForkError, Ticket};
+use crate::fork_point::ForkPoint;
+use crate::identity::Identity;
+use crate::saved::SaveError;
+use crate::timeline::Timeline;
+
+use seen::{Seen, Watch};
+pub(crate) use waiting::Waiting;
+
+/// How long the vCPUs may take to stand still when the host looks at them.
+const PAUSE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Handle of a VM. The VM runs on when all handles are dropped, until it ends or its family does.
+pub struct Member {
+    name: String,
+    config: VmConfig,
+    inbox: Sender<Message>,
+    watch: Arc<Watch>,
+    /// The thread that serves it, until somebody has waited for its end.
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What is left of a VM that has ended.
+#[derive(Clone)]
+pub struct Finished {
+    /// How it ended.
+    pub end: End,
+    /// Its disks, with what it wrote to them, in the order of its configuration.
+    pub disks: Vec<Arc<dyn BlockLayer>>,
+    /// What each disk did in this VM.
+    pub blk_counters: Vec<BlkCounters>,
+}
+
+type WithPaused = Box<dyn FnOnce(Result<&mut PausedVm<'_>, PauseError>) + Send>;
+
+enum Message {
+    Call { vcpu: u32, call: GuestCall, at: Instant },
+    Ended(EndReason),
+    Fork(CloneSpec, Instant, Sender<Result<Ticket, ForkError>>),
+    ForkPoint(CloneSpec, Instant, Sender<Result<Arc<ForkPoint>, ForkError>>),
+    WithPaused(WithPaused),
+    Save(Sender<Result<(), SaveError>>),
+    Input(Vec<u8>, Sender<usize>),
+    ClonesEnded,
+    Kill,
+}
+
+/// Where a VM's events will go, made before the VM is.
+pub(crate) struct Inbox {
+    sender: Sender<Message>,
+    receiver: Receiver<Message>,
+    watch: Arc<Watch>,
+}
+
+impl Inbox {
+    /// For the VM `identity`.
+    pub(crate) fn new(identity: Identity) -> Inbox {
+        let (sender, receiver) = channel();
+        Inbox { sender, receiver, watch: Arc::new(Watch::new(identity)) }
+    }
+
+    /// For the VM's vCPU threads.
+    pub(crate) fn event_sink(&self) -> EventSink {
+        let (sender, watch) = (self.sender.clone(), self.watch.clone());
+        let send = move |message| {
+            if sender.send(message).is_err() {
+                tracing::trace!("an event of a VM that is being torn down");
+            }
+        };
+        Arc::new(move |event| match event {
+            VmEvent::Running { at } => watch.ran(at),
+            VmEvent::Report { value, at } => watch.reported(value, at),
+            VmEvent::Call { vcpu, call, at } => {
+                watch.acted(at);
+                send(Message::Call { vcpu, call, at });
+            }
+            VmEvent::Ended(reason) => send(Message::Ended(reason)),
+        })
+    }
+}
+
+impl Member {
+    /// Its name, such as `X.1`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Who it is.
+    pub fn identity(&self) -> Identity {
+        self.watch.lock().identity.clone()
+    }
+
+    /// What it is.
+    pub fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    /// When it passed the end points of its start, as far as it has.
+    pub fn timeline(&self) -> Timeline {
+        self.watch.lock().timeline
+    }
+
+    /// What the guest has reported so far, and when it was seen.
+    pub fn reports(&self) -> Vec<(u32, Instant)> {
+        self.watch.lock().reports.clone()
+    }
+
+    /// Forks it. All clones run, or none and the VM runs on as before.
+    pub fn fork(&self, spec: CloneSpec) -> Result<Ticket, MemberError> {
+        self.ask(|reply| Message::Fork(spec, Instant::now(), reply))?.map_err(MemberError::Fork)
+    }
+
+    /// Makes a fork point without spawning a clone. The VM runs on, but with freeze `stop`.
+    pub fn fork_point(&self, spec: CloneSpec) -> Result<Arc<ForkPoint>, MemberError> {
+        self.ask(|reply| Message::ForkPoint(spec, Instant::now(), reply))?.map_err(MemberError::Fork)
+    }
+
+    /// Runs `look` while the VM stands still.
+    pub fn with_paused<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&mut PausedVm<'_>) -> T + Send + 'static,
+    ) -> Result<T, MemberError> {
+        let answer = self.ask(|reply: Sender<Result<T, PauseError>>| {
+            Message::WithPaused(Box::new(move |paused| {
+                if reply.send(paused.map(look)).is_err() {
+                    tracing::trace!("nobody waits for a look at the paused VM any more");
+                }
+            }))
+        })?;
+        Ok(answer?)
+    }
+
+    /// Saves it to where its family saves, and ends it ([`End::Saved`]). On an error it runs on.
+    pub fn save(&self) -> Result<(), MemberError> {
+        self.ask(Message::Save)?.map_err(MemberError::Save)
+    }
+
+    /// Sends bytes to its serial console; returns how many it took.
+    pub fn console_input(&self, bytes: &[u8]) -> Result<usize, MemberError> {
+        self.ask(|reply| Message::Input(bytes.to_vec(), reply))
+    }
+
+    /// Ends it; [`Member::wait`] returns when it is gone. Nothing happens to one that has ended.
+    pub fn kill(&self) {
+        if self.inbox.send(Message::Kill).is_err() {
+            tracing::trace!(vm = self.name, "killed after its end");
+        }
+    }
+
+    fn thread(&self) -> MutexGuard<'_, Option<JoinHandle<()>>> {
+        self.thread.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until it has ended. Nothing of it is left then but what handles of it hold.
+    pub fn wait(&self) -> Finished {
+        let seen = self.watch.wait_until(None, |seen| seen.finished.is_some());
+        let finished = seen.finished.clone().expect("waited for it");
+        drop(seen);
+        self.join_thread();
+        finished
+    }
+
+    /// Waits until it has ended, or until `deadline` has passed.
+    pub fn wait_for(&self, deadline: Duration) -> Option<Finished> {
+        let ended = |seen: &Seen| seen.finished.is_some();
+        let finished = self.watch.wait_until(Some(deadline), ended).finished.clone()?;
+        self.join_thread();
+        Some(finished)
+    }
+
+    /// The thread's last act is to tell the end, but until it is gone it holds the disks. Whoever
+    /// comes second waits for the first.
+    fn join_thread(&self) {
+        let mut thread = self.thread();
+        if let Some(Err(_panic)) = thread.take().map(JoinHandle::join) {
+            tracing::error!(vm = self.name, "the thread that served it panicked");
+        }
+    }
+
+    /// Waits until the guest has reported `value`, for the `times`th time. An error when the VM
+    /// ends before, or when `deadline` passes.
+    pub fn wait_report(&self, value: u32, times: usize, deadline: Duration) -> Result<(), MemberError> {
+        let reported = |seen: &Seen| {
+            seen.reports.iter().filter(|report| report.0 == value).count() >= times
+        };
+        let seen =
+            self.watch.wait_until(Some(deadline), |seen| reported(seen) || seen.finished.is_some());
+        if reported(&seen) {
+            return Ok(());
+        }
+        Err(match &seen.finished {
+            Some(finished) => MemberError::Ended { name: self.name.clone(), end: finished.end.clone() },
+            None => MemberError::Silent { name: self.name.clone(), value, deadline },
+        })
+    }
+
+    /// Sends a message and waits for the answer of the thread that serves the VM.
+    fn ask<T>(&self, message: impl FnOnce(Sender<T>) -> Message) -> Result<T, MemberError> {
+        let (reply, answer) = channel();
+        if self.inbox.send(message(reply)).is_ok()
+            && let Ok(answer) = answer.recv()
+        {
+            return Ok(answer);
+        }
+        Err(MemberError::Ended { name: self.name.clone(), end: self.wait().end })
+    }
+}
+
+/// Why a VM could not do what it was asked.
+#[derive(Debug, Error)]
+pub enum MemberError {
+    /// It has ended.
+    #[error("VM {name} has ended: it {end}")]
+    Ended {
+        /// Its name.
+        name: String,
+        /// How.
+        end: End,
+    },
+    /// It did not report in time.
+    #[error("VM {name} did not report {value:#x} within {deadline:?}")]
+    Silent {
+        /// Its name.
+        name: String,
+        /// The report.
+        value: u32,
+        /// How long was waited.
+        deadline: Duration,
+    },
+    /// It could not be paused.
+    #[error(transparent)]
+    Pause(#[from] PauseError),
+    /// It could not be forked.
+    #[error("the fork failed, and the VM runs on")]
+    Fork(#[source] ForkError),
+    /// It could not be saved.
+    #[error("saving failed, and the VM runs on")]
+    Save(#[source] SaveError),
+}

@@ -1,0 +1,122 @@
+//! What a VM has shown so far, and who waits for it.
+//!
+//! vCPU threads write here what they see (a start, a report), so that a guest that reports without
+//! end is slowed by the lock and fills no queue. What needs an answer goes through the inbox.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use forkvm_abi::doorbell::report;
+
+use super::Finished;
+use crate::end::End;
+use crate::identity::Identity;
+use crate::timeline::Timeline;
+
+/// Reports that are kept: the first ones.
+const REPORTS: usize = 4096;
+
+/// See the module's text.
+pub(super) struct Seen {
+    pub(super) identity: Identity,
+    pub(super) timeline: Timeline,
+    /// The first [`REPORTS`] of them.
+    pub(super) reports: Vec<(u32, Instant)>,
+    pub(super) finished: Option<Finished>,
+    /// Called once at the end.
+    pub(super) when_ended: Vec<Box<dyn FnOnce(&End) + Send>>,
+}
+
+/// A [`Seen`] that can be waited for.
+pub(super) struct Watch {
+    seen: Mutex<Seen>,
+    changed: Condvar,
+}
+
+impl Watch {
+    pub(super) fn new(identity: Identity) -> Watch {
+        let seen = Seen {
+            identity,
+            timeline: Timeline::default(),
+            reports: Vec::new(),
+            finished: None,
+            when_ended: Vec::new(),
+        };
+        Watch { seen: Mutex::new(seen), changed: Condvar::new() }
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Seen> {
+        // Nothing that can panic runs under this lock.
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The first KVM_RUN is entered.
+    pub(super) fn ran(&self, at: Instant) {
+        self.lock().timeline.first_run.get_or_insert(at);
+    }
+
+    /// The guest did something that is seen outside.
+    pub(super) fn acted(&self, at: Instant) {
+        self.lock().timeline.first_action.get_or_insert(at);
+    }
+
+    /// The guest reported something.
+    pub(super) fn reported(&self, value: u32, at: Instant) {
+        let mut seen = self.lock();
+        seen.timeline.first_action.get_or_insert(at);
+        if value == report::ANSWER {
+            seen.timeline.first_answer.get_or_insert(at);
+        }
+        if seen.reports.len() < REPORTS {
+            seen.reports.push((value, at));
+            drop(seen);
+            self.changed.notify_all();
+        }
+    }
+
+    /// The VM is gone.
+    pub(super) fn finish(&self, finished: Finished) {
+        let end = finished.end.clone();
+        let mut seen = self.lock();
+        seen.finished = Some(finished);
+        let calls = std::mem::take(&mut seen.when_ended);
+        drop(seen);
+        self.changed.notify_all();
+        calls.into_iter().for_each(|call| call(&end));
+    }
+
+    /// Has `call` called at the end, or now if that was before.
+    pub(super) fn when_ended(&self, call: impl FnOnce(&End) + Send + 'static) {
+        let mut seen = self.lock();
+        let Some(end) = seen.finished.as_ref().map(|finished| finished.end.clone()) else {
+            seen.when_ended.push(Box::new(call));
+            return;
+        };
+        drop(seen);
+        call(&end);
+    }
+
+    /// Waits until it is `enough`, or until `deadline` has passed.
+    pub(super) fn wait_until(
+        &self,
+        deadline: Option<Duration>,
+        enough: impl Fn(&Seen) -> bool,
+    ) -> MutexGuard<'_, Seen> {
+        let until = deadline.map(|deadline| Instant::now() + deadline);
+        let mut seen = self.lock();
+        while !enough(&seen) {
+            seen = match until {
+                None => self.changed.wait(seen).unwrap_or_else(PoisonError::into_inner),
+                Some(until) => {
+                    let left = until.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return seen;
+                    }
+                    let waited = self.changed.wait_timeout(seen, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+        seen
+    }
+}

@@ -1,0 +1,338 @@
+//! The thread that serves a VM: what it is asked, by its guest and by its host.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, Sender};
+use std::sync::{Arc, PoisonError};
+use std::time::Instant;
+
+use forkvm_abi::errno;
+use forkvm_devices::device::{GuestCall, GuestOp};
+use forkvm_devices::doorbell::Answer;
+use forkvm_vmm::{PausedVm, Vm};
+
+use super::{Finished, Member, Message, PAUSE_DEADLINE};
+use crate::disks::DiskSource;
+use crate::end::End;
+use crate::family::Family;
+use crate::fork::{CloneSpec, ForkError, Frozen, Parent, Request, Ticket};
+use crate::fork_point::ForkPoint;
+use crate::limits::{Limit, LimitError};
+use crate::saved::SaveError;
+
+/// The thread that serves a VM.
+pub(super) struct Serving {
+    family: Arc<Family>,
+    member: Arc<Member>,
+    vm: Vm,
+    disks: Vec<DiskSource>,
+    inbox: Receiver<Message>,
+    /// Clones so far; shared with the fork points, which go on counting.
+    numbers: Arc<AtomicU32>,
+    /// The guest's forks that it has not joined yet.
+    tickets: HashMap<u32, Arc<Brood>>,
+    last_ticket: u32,
+    joins: Vec<Join>,
+    /// Where it was stopped: this VM's own memory is that image, which is sealed once the VM is gone.
+    stopped_at: Option<Arc<ForkPoint>>,
+}
+
+/// A vCPU that waits for clones.
+struct Join {
+    vcpu: u32,
+    slot: u32,
+    clones: Arc<Brood>,
+}
+
+/// What the parent keeps of the clones of one fork: not the clones, whose disks go with their last
+/// holder, but what JOIN has to answer.
+#[derive(Default)]
+struct Brood {
+    left: AtomicU32,
+    worst: AtomicU32,
+}
+
+impl Brood {
+    /// Of `clones`; `inbox` hears when the last one has ended.
+    fn watch(clones: &[Arc<Member>], inbox: &Sender<Message>) -> Arc<Brood> {
+        let brood = Arc::new(Brood { left: AtomicU32::new(clones.len() as u32), ..Brood::default() });
+        for clone in clones {
+            let (brood, inbox) = (brood.clone(), inbox.clone());
+            clone.watch.when_ended(move |end| {
+                brood.worst.fetch_max(end.status(), Ordering::Relaxed);
+                if brood.left.fetch_sub(1, Ordering::AcqRel) == 1
+                    && inbox.send(Message::ClonesEnded).is_err()
+                {
+                    tracing::trace!("clones ended after their parent");
+                }
+            });
+        }
+        brood
+    }
+
+    /// The worst status, once all have ended.
+    fn status(&self) -> Option<u32> {
+        (self.left.load(Ordering::Acquire) == 0).then(|| self.worst.load(Ordering::Relaxed))
+    }
+}
+
+impl Serving {
+    pub(super) fn new(
+        family: Arc<Family>,
+        member: Arc<Member>,
+        vm: Vm,
+        disks: Vec<DiskSource>,
+        inbox: Receiver<Message>,
+    ) -> Serving {
+        Serving {
+            family,
+            member,
+            vm,
+            disks,
+            inbox,
+            numbers: Arc::default(),
+            tickets: HashMap::new(),
+            last_ticket: 0,
+            joins: Vec::new(),
+            stopped_at: None,
+        }
+    }
+
+    /// Serves the VM until its end, and tells that when all of it is gone.
+    pub(super) fn serve(mut self) {
+        let end = loop {
+            let Ok(message) = self.inbox.recv() else {
+                // The handle in `self.member` holds a sender, so this cannot be.
+                break End::Failed("its inbox was closed".into());
+            };
+            // Observers, consoles and savers are the embedder's code: if they panic, this VM has
+            // failed, and whoever waits for it must hear so.
+            match catch_unwind(AssertUnwindSafe(|| self.handle(message))) {
+                Ok(None) => {}
+                Ok(Some(end)) => break end,
+                Err(_panic) => break End::Failed("the thread that serves it panicked".into()),
+            }
+        };
+        let span = tracing::debug_span!("end", vm = self.member.name, %end);
+        let _in_span = span.enter();
+        let finished = Finished {
+            end,
+            disks: self.disks.iter().map(DiskSource::layer).collect(),
+            blk_counters: self
+                .vm
+                .disks()
+                .iter()
+                .map(|disk| disk.lock().unwrap_or_else(PoisonError::into_inner).model().counters())
+                .collect(),
+        };
+        let Serving { family, member, vm, disks, inbox, stopped_at, .. } = self;
+        // The VM goes before anybody hears of its end: who waited may count on its memory.
+        drop((vm, disks, inbox));
+        if let Some(point) = stopped_at
+            && let Err(error) = point.image().seal()
+        {
+            tracing::error!(%error, "the memory of a stopped VM could not be sealed");
+        }
+        family.leave(&member);
+        member.watch.finish(finished);
+    }
+
+    /// Serves one message; `Some` when the VM has ended.
+    fn handle(&mut self, message: Message) -> Option<End> {
+        match message {
+            Message::Call { vcpu, call, at } => return self.call(vcpu, call, at),
+            Message::Ended(reason) => return Some(reason.into()),
+            Message::Fork(spec, at, reply) => {
+                let (forked, end) = self.fork(&spec, None, at);
+                answer(reply, forked);
+                return end;
+            }
+            Message::ForkPoint(spec, at, reply) => {
+                let request = Request { spec: &spec, forker: None, at };
+                let (frozen, end) = match self.freeze(&request) {
+                    Ok(frozen) => {
+                        let end = self.settle(&frozen);
+                        (Ok(frozen.point), end)
+                    }
+                    Err(error) => (Err(error), None),
+                };
+                answer(reply, frozen);
+                return end;
+            }
+            Message::WithPaused(look) => match self.vm.pause(PAUSE_DEADLINE) {
+                Ok(mut paused) => look(Ok(&mut paused)),
+                Err(error) => look(Err(error)),
+            },
+            Message::Save(reply) => {
+                let saved = self.save();
+                let end = saved.is_ok().then_some(End::Saved);
+                answer(reply, saved);
+                return end;
+            }
+            Message::Input(bytes, reply) => answer(reply, self.vm.console_input(&bytes)),
+            Message::ClonesEnded => self.finish_joins(),
+            Message::Kill => return Some(End::Killed),
+        }
+        None
+    }
+
+    fn call(&mut self, vcpu: u32, call: GuestCall, at: Instant) -> Option<End> {
+        match call.op {
+            GuestOp::Fork(count) => {
+                let spec = CloneSpec {
+                    count,
+                    accept_fewer: true,
+                    ..self.family.config().guest_forks.clone()
+                };
+                let (forked, end) = self.fork(&spec, Some(call.slot), at);
+                let result = match forked {
+                    Ok(ticket) => {
+                        let granted = ticket.clones.len() as u32;
+                        let brood = Brood::watch(&ticket.clones, &self.member.inbox);
+                        self.tickets.insert(ticket.id, brood);
+                        Answer { result: 0, granted, ticket: ticket.id }
+                    }
+                    Err(error) => {
+                        let error_text = with_causes(&error);
+                        tracing::warn!(vm = self.member.name, error_text, "a guest's fork failed");
+                        Answer::of(-errno_of(&error))
+                    }
+                };
+                if end.is_none() {
+                    self.answer_call(vcpu, call.slot, result);
+                }
+                end
+            }
+            GuestOp::Join(id) => {
+                match self.tickets.remove(&id) {
+                    Some(clones) => {
+                        self.joins.push(Join { vcpu, slot: call.slot, clones });
+                        self.finish_joins();
+                    }
+                    None => self.answer_call(vcpu, call.slot, Answer::of(-errno::EINVAL)),
+                }
+                None
+            }
+            GuestOp::Save => match self.save() {
+                Ok(()) => Some(End::Saved),
+                Err(error) => {
+                    let error_text = with_causes(&error);
+                    tracing::warn!(vm = self.member.name, error_text, "a guest's save failed");
+                    let errno = match error {
+                        SaveError::NoPlace => errno::ENOSYS,
+                        _ => errno::EIO,
+                    };
+                    self.answer_call(vcpu, call.slot, Answer::of(-errno));
+                    None
+                }
+            },
+        }
+    }
+
+    fn answer_call(&mut self, vcpu: u32, slot: u32, answer: Answer) {
+        self.vm.doorbell().answer(slot, answer);
+        self.vm.release(vcpu);
+    }
+
+    /// Answers the joins whose clones have all ended.
+    fn finish_joins(&mut self) {
+        for join in std::mem::take(&mut self.joins) {
+            match join.clones.status() {
+                Some(status) => {
+                    self.answer_call(join.vcpu, join.slot, Answer::of(i64::from(status)));
+                }
+                None => self.joins.push(join),
+            }
+        }
+    }
+
+    fn freeze(&mut self, request: &Request<'_>) -> Result<Frozen, ForkError> {
+        let identity = self.member.identity();
+        let parent = Parent {
+            family: &self.family,
+            vm: &mut self.vm,
+            disks: &mut self.disks,
+            identity: &identity,
+            numbers: &self.numbers,
+        };
+        parent.freeze(request)
+    }
+
+    /// Forks the VM. The second result is its end, if the freeze was `stop`.
+    fn fork(
+        &mut self,
+        spec: &CloneSpec,
+        forker: Option<u32>,
+        at: Instant,
+    ) -> (Result<Ticket, ForkError>, Option<End>) {
+        let frozen = match self.freeze(&Request { spec, forker, at }) {
+            Ok(frozen) => frozen,
+            Err(error) => return (Err(error), None),
+        };
+        match frozen.point.spawn_granted(frozen.granted) {
+            Ok(clones) => {
+                let end = self.settle(&frozen);
+                self.last_ticket += 1;
+                (Ok(Ticket { id: self.last_ticket, clones, point: frozen.point }), end)
+            }
+            Err(error) => {
+                if !frozen.parent_goes_on
+                    && let Err(error) = self.vm.pause(PAUSE_DEADLINE).map(PausedVm::resume)
+                {
+                    tracing::error!(%error, "a parent that stands cannot be paused: a bug");
+                }
+                (Err(error), None)
+            }
+        }
+    }
+
+    /// The fork is decided: the parent learns that it was forked, or ends if it was stopped.
+    fn settle(&mut self, frozen: &Frozen) -> Option<End> {
+        if !frozen.parent_goes_on {
+            self.stopped_at = Some(frozen.point.clone());
+            return Some(End::Stopped);
+        }
+        let mut seen = self.member.watch.lock();
+        seen.identity.fork_count += 1;
+        seen.identity.clone_id = 0;
+        let announcement = seen.identity.announcement();
+        drop(seen);
+        if let Err(error) = self.vm.doorbell().announce(&announcement) {
+            tracing::error!(%error, "a parent could not be told that it was forked");
+        }
+        None
+    }
+
+    fn save(&mut self) -> Result<(), SaveError> {
+        let saver = self.family.config().saver.clone().ok_or(SaveError::NoPlace)?;
+        let mut paused = self.vm.pause(PAUSE_DEADLINE)?;
+        saver.save(&self.member.identity(), &mut paused, &self.disks)?;
+        // It must not take another step: its disks would no longer be those of the saved state.
+        paused.stay();
+        Ok(())
+    }
+}
+
+/// Whoever asked may be gone.
+fn answer<T>(reply: Sender<T>, answer: T) {
+    if reply.send(answer).is_err() {
+        tracing::debug!("nobody waits for an answer any more");
+    }
+}
+
+/// An error with its causes, on one line.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+fn errno_of(error: &ForkError) -> i64 {
+    match error {
+        ForkError::Limits(LimitError::NoClones) => errno::EINVAL,
+        ForkError::Limits(LimitError::TooMany { limit: Limit::Memory, .. }) => errno::ENOMEM,
+        ForkError::Limits(LimitError::TooMany { .. }) => errno::ENOSPC,
+        ForkError::Pause(_) | ForkError::Ending(_) => errno::EBUSY,
+        _ => errno::EIO,
+    }
+}
