@@ -66,7 +66,7 @@ fn a_commit_merges_the_overlay_and_makes_the_disk_a_plain_one() {
     let mut told = Vec::new();
     let report = commit(&forked.disk, &mut |done, total| told.push((done, total))).unwrap();
     assert_eq!(report.merged_bytes, 3 * SECTOR);
-    assert_eq!(report.overlays, [forked.overlay.clone()]);
+    assert_eq!(report.overlays, std::slice::from_ref(&forked.overlay));
     assert_eq!(told.last(), Some(&(3 * SECTOR, 3 * SECTOR)));
     forked.assert_merged();
 }
