@@ -114,8 +114,15 @@ pub(crate) struct Machine {
     pub(crate) serial: Arc<Mutex<Serial>>,
     pub(crate) doorbell: Arc<Mutex<Doorbell>>,
     pub(crate) disks: Vec<Disk>,
-    /// Every device, in the order in which it is saved.
-    devices: Vec<SharedDevice>,
+    pub(crate) devices: Devices,
+}
+
+/// Every device of a machine, in the order in which it is saved.
+#[derive(Clone, Default)]
+pub(crate) struct Devices {
+    list: Vec<SharedDevice>,
+    /// Stops their work when the machine is to stand still.
+    pub(crate) brake: Brake,
 }
 
 impl Machine {
@@ -150,12 +157,12 @@ impl Machine {
             serial: serial.clone(),
             doorbell: doorbell.clone(),
             disks: Vec::new(),
-            devices: Vec::new(),
+            devices: Devices::default(),
         };
         machine.add_port(SERIAL_PORT, SERIAL_PORT_LEN, serial)?;
         machine.add_port(EXIT_PORT, EXIT_PORT_LEN, Arc::new(Mutex::new(ExitDevice)))?;
         machine.add_port(doorbell::PORT, doorbell::PORT_LEN, doorbell)?;
-        let brake = Brake::default();
+        let brake = machine.devices.brake.clone();
         let rng = MmioTransport::new(
             "rng".into(),
             Rng,
@@ -191,23 +198,25 @@ impl Machine {
     fn add_port(&mut self, port: u16, len: u16, device: SharedDevice) -> Result<(), MachineError> {
         self.pio
             .insert(u64::from(port), u64::from(len), device.clone())?;
-        self.devices.push(device);
+        self.devices.list.push(device);
         Ok(())
     }
 
     fn add_slot(&mut self, index: u32, device: SharedDevice) -> Result<(), MachineError> {
         self.mmio
             .insert(slot::base(index), slot::MMIO_STRIDE, device.clone())?;
-        self.devices.push(device);
+        self.devices.list.push(device);
         Ok(())
     }
+}
 
+impl Devices {
     /// Calls `each` for every device, in order, until one fails.
     pub(crate) fn each<E>(
         &self,
         mut each: impl FnMut(&mut dyn Device) -> Result<(), E>,
     ) -> Result<(), E> {
-        self.devices
+        self.list
             .iter()
             .try_for_each(|device| each(&mut *lock(device)))
     }

@@ -21,7 +21,7 @@ use crate::boot::{self, BootError, Payload};
 use crate::cpuid;
 use crate::gate::{Gate, Passage, PauseError};
 use crate::kvm::Kvm;
-use crate::machine::{Disk, Machine, MachineError, Peripherals, VmConfig, lock};
+use crate::machine::{Devices, Disk, Machine, MachineError, Peripherals, VmConfig, lock};
 use crate::memory::Ram;
 use crate::vcpu::{
     allow_kicks,
@@ -245,7 +245,7 @@ impl ReadyVm {
 
     /// Lets it run.
     pub fn start(self) -> Result<Vm, VmError> {
-        self.inner.machine.activate()?;
+        self.inner.machine.devices.activate()?;
         self.inner.gate.open();
         Ok(Vm { inner: self.inner })
     }
@@ -254,10 +254,12 @@ impl ReadyVm {
 impl Vm {
     /// Brings all vCPUs to the barrier. On an error the VM runs on.
     pub fn pause(&mut self, deadline: Duration) -> Result<PausedVm<'_>, PauseError> {
-        let threads = &self.inner.threads;
-        self.inner
-            .gate
-            .close(deadline, |vcpu| threads[vcpu as usize].kick.kick())?;
+        let Inner { gate, threads, machine, .. } = &self.inner;
+        machine.devices.brake.pull();
+        if let Err(error) = gate.close(deadline, |vcpu| threads[vcpu as usize].kick.kick()) {
+            machine.devices.brake.release();
+            return Err(error);
+        }
         Ok(PausedVm { inner: &mut self.inner, stays: false })
     }
 
@@ -362,6 +364,7 @@ impl Drop for PausedVm<'_> {
                 tracing::warn!(%error, "KVM_KVMCLOCK_CTRL failed; a guest watchdog may bark");
             }
         }
+        self.inner.machine.devices.brake.release();
         self.inner.gate.open();
     }
 }
@@ -376,6 +379,7 @@ impl Inner {
                 gate: self.gate.clone(),
                 events: events.clone(),
                 has_run: self.has_run.clone(),
+                devices: self.machine.devices.clone(),
             };
             let join = thread::Builder::new()
                 .name(format!("vcpu{index}"))
@@ -407,6 +411,7 @@ impl Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        self.machine.devices.brake.pull();
         self.gate
             .end(|vcpu| self.threads[vcpu as usize].kick.kick());
         for thread in &mut self.threads {
@@ -425,6 +430,7 @@ struct Runner {
     gate: Arc<Gate>,
     events: EventSink,
     has_run: Arc<AtomicBool>,
+    devices: Devices,
 }
 
 impl Runner {
@@ -444,6 +450,12 @@ impl Runner {
     /// Passes the gate again and again; `None` when the gate said to end.
     fn run_until_end(&self) -> Result<Option<EndReason>, RunError> {
         while self.gate.pass(self.index) == Passage::Run {
+            // Here rather than at the resume: the guest can prolong it, and a vCPU can be braked.
+            if self.devices.brake.take_left_over()
+                && let Err(error) = self.devices.activate()
+            {
+                tracing::error!(%error, "requests that a pause left over may stay unserved");
+            }
             let mut vcpu = lock(&self.vcpu);
             let kickable = vcpu.kickable();
             // A kick between the gate and here had nothing to set: whoever closed the gate since

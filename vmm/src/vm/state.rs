@@ -74,8 +74,7 @@ impl Inner {
         for (index, vcpu) in (0..).zip(&self.vcpus) {
             sections.push(Section::encode(vcpu_section(index), &lock(vcpu).save()?)?)?;
         }
-        self.machine
-            .each(|device| -> Result<(), VmError> { Ok(sections.push(device.save()?)?) })?;
+        self.machine.devices.each(|device| -> Result<(), VmError> { Ok(sections.push(device.save()?)?) })?;
         Ok(sections)
     }
 
@@ -99,7 +98,7 @@ impl Inner {
             let saved: VcpuState = state.decode(&vcpu_section(index))?;
             lock(vcpu).restore(&saved, vm.saved, now)?;
         }
-        self.machine.each(|device| -> Result<(), VmError> {
+        self.machine.devices.each(|device| -> Result<(), VmError> {
             let section = state.take(&device_section(device.name()))?;
             Ok(device.restore(section)?)
         })
