@@ -4,11 +4,12 @@
 use std::env;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use forkvm::devices::block::{Access, BlockLayer, CommitError, RawFile, RawFileError, commit};
 use forkvm::engine::Phase;
@@ -196,12 +197,22 @@ fn a_forked_disk_is_refused_to_writers_by_name_until_it_is_committed() {
     drop(raw(&path));
 }
 
+/// Waits until the guest has written to the overlay at `path`: a fork does not stack on an empty one.
+fn wait_written(path: &Path) {
+    let until = Instant::now() + LONG;
+    while fs::metadata(path).unwrap().blocks() == 0 {
+        assert!(Instant::now() < until, "nothing is written to {path:?}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
 #[test]
 fn a_disk_that_was_forked_twice_keeps_all_instants_apart_and_is_committed_to_the_last() {
     need_kvm!();
     let (folder, path) = raw_disk();
     let vm = writer(&path);
     fork_and_verify(&vm, 1, 1);
+    wait_written(&folder.path().join("disk.raw.overlay-1"));
     fork_and_verify(&vm, 1, 2);
     finish_oracle(&vm, vm.member());
     let last = first_disk(&vm.join());
