@@ -38,7 +38,9 @@ fn a_forked_disk_is_merged_once_no_vm_needs_it_also_after_a_kill() {
             "run", "--guest", "hello", "--memory", "64", "--disk", "d.img",
         ],
     );
-    refused.expect(1, "`forkvm disk commit d.img`");
+    // The disk by its full name, so that the command can be given from anywhere.
+    let path = dir.canonicalize().unwrap().join("d.img");
+    refused.expect(1, &format!("`forkvm disk commit {}`", path.display()));
     let merged = forkvm(dir, &COMMIT);
     assert_eq!(merged.code(), 0, "{}", merged.stderr());
     assert!(
