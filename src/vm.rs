@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use forkvm_abi::doorbell::report;
 use forkvm_clone_engine::{
-    BootSpec, CloneSpec, Family, FamilyConfig, Finished, ForkPoint, Identity, Member,
-    MemberError, StartError, Timeline,
+    BootSpec, CloneSpec, Family, FamilyConfig, Finished, ForkPoint, Identity, Member, MemberError,
+    StartError, Timeline,
 };
 use forkvm_vmm::{Kvm, KvmError};
 use thiserror::Error;
@@ -82,8 +82,14 @@ impl Vm {
     }
 
     fn adopt(&self, clones: Vec<Arc<Member>>) -> Vec<CloneVm> {
-        let vm = |member| Vm { family: self.family.clone(), member };
-        clones.into_iter().map(|member| CloneVm { vm: vm(member) }).collect()
+        let vm = |member| Vm {
+            family: self.family.clone(),
+            member,
+        };
+        clones
+            .into_iter()
+            .map(|member| CloneVm { vm: vm(member) })
+            .collect()
     }
 }
 

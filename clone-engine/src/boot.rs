@@ -3,11 +3,11 @@
 use std::io;
 use std::sync::Arc;
 
+use forkvm_abi::doorbell::feature;
 use forkvm_vmm::boot::Payload;
 use forkvm_vmm::{
     DiskConfig, MemoryError, MemoryLayout, Peripherals, Ram, Shell, VmConfig, VmError,
 };
-use forkvm_abi::doorbell::feature;
 use thiserror::Error;
 
 use crate::disks::DiskSource;
@@ -54,13 +54,22 @@ impl Family {
         let disks: Vec<DiskSource> = spec.disks.into_iter().map(|disk| disk.source).collect();
         let identity = Identity::root(&spec.name).map_err(StartError::Identity)?;
         let ram = Ram::new(MemoryLayout::new(spec.memory_mib)?)?;
-        let console = self.config().consoles.open(&identity).map_err(StartError::Console)?;
+        let console = self
+            .config()
+            .consoles
+            .open(&identity)
+            .map_err(StartError::Console)?;
         let layers = disks.iter().map(DiskSource::layer).collect();
-        let peripherals = Peripherals { console, disks: layers };
+        let peripherals = Peripherals {
+            console,
+            disks: layers,
+        };
         let inbox = Inbox::new(identity.clone());
         let shell = Shell::build(self.kvm(), config, ram, peripherals, inbox.event_sink())?;
         let vm = shell.boot(&spec.payload, &spec.cmdline)?;
-        vm.doorbell().announce(&identity.announcement()).map_err(VmError::from)?;
+        vm.doorbell()
+            .announce(&identity.announcement())
+            .map_err(VmError::from)?;
         Ok(Waiting::new(self, vm, disks, inbox, Timeline::default())?.start()?)
     }
 }
@@ -68,7 +77,11 @@ impl Family {
 impl DiskSpec {
     fn config(&self) -> DiskConfig {
         let (name, len) = (self.name.clone(), self.source.layer().len());
-        DiskConfig { name, len, read_only: self.source.read_only() }
+        DiskConfig {
+            name,
+            len,
+            read_only: self.source.read_only(),
+        }
     }
 }
 

@@ -75,7 +75,11 @@ struct Running {
 impl Family {
     /// A family without a member.
     pub fn new(kvm: Arc<Kvm>, config: FamilyConfig) -> Arc<Family> {
-        Arc::new(Family { kvm, config, running: Mutex::default() })
+        Arc::new(Family {
+            kvm,
+            config,
+            running: Mutex::default(),
+        })
     }
 
     /// What its VMs have in common.
@@ -102,12 +106,18 @@ impl Family {
     }
 
     pub(crate) fn leave(&self, member: &Arc<Member>) {
-        self.lock().members.retain(|other| !Arc::ptr_eq(other, member));
+        self.lock()
+            .members
+            .retain(|other| !Arc::ptr_eq(other, member));
     }
 
     /// Whether forks may begin.
     pub(crate) fn check_open(&self) -> Result<(), Ending> {
-        if self.lock().ending { Err(Ending) } else { Ok(()) }
+        if self.lock().ending {
+            Err(Ending)
+        } else {
+            Ok(())
+        }
     }
 
     /// The VMs that run now.
@@ -125,7 +135,9 @@ impl Family {
             let Some(deepest) = running.iter().map(|member| member.identity().depth).max() else {
                 return;
             };
-            let layer = running.iter().filter(|member| member.identity().depth == deepest);
+            let layer = running
+                .iter()
+                .filter(|member| member.identity().depth == deepest);
             layer.clone().for_each(|member| member.kill());
             layer.for_each(|member| {
                 member.wait();

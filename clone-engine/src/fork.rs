@@ -74,7 +74,10 @@ impl Default for CloneSpec {
 impl CloneSpec {
     /// `count` clones, everything else as the engine chooses.
     pub fn new(count: u32) -> CloneSpec {
-        CloneSpec { count, ..CloneSpec::default() }
+        CloneSpec {
+            count,
+            ..CloneSpec::default()
+        }
     }
 }
 
@@ -124,7 +127,9 @@ impl Parent<'_> {
         let phase = phase::begin(observer, Phase::Request, None)?;
         self.family.check_open()?;
         let granted = grant(self.vm, request.spec, freeze)?;
-        self.disks.iter().try_for_each(DiskSource::flush_before_pause)?;
+        self.disks
+            .iter()
+            .try_for_each(DiskSource::flush_before_pause)?;
         phase.done();
 
         let stands_since = Instant::now();
@@ -188,7 +193,11 @@ impl Parent<'_> {
             ids: AtomicU32::new(0),
         };
         let parent_goes_on = freeze.parent_goes_on();
-        Ok(Frozen { point: Arc::new(point), granted, parent_goes_on })
+        Ok(Frozen {
+            point: Arc::new(point),
+            granted,
+            parent_goes_on,
+        })
     }
 }
 
@@ -211,12 +220,23 @@ fn publish(
 fn grant(vm: &Vm, spec: &CloneSpec, freeze: &dyn Freeze) -> Result<u32, ForkError> {
     let copy_kib = match freeze.kind() {
         FreezeKind::Copy => {
-            vm.ram().populated()?.iter().map(|range| range.end - range.start).sum::<u64>() / 1024
+            vm.ram()
+                .populated()?
+                .iter()
+                .map(|range| range.end - range.start)
+                .sum::<u64>()
+                / 1024
         }
         _ => 0,
     };
     let (write_mib, fewer) = (spec.expected_write_mib, spec.accept_fewer);
-    Ok(limits::grant(vm.config(), spec.count, fewer, write_mib, copy_kib)?)
+    Ok(limits::grant(
+        vm.config(),
+        spec.count,
+        fewer,
+        write_mib,
+        copy_kib,
+    )?)
 }
 
 /// Why nothing was forked. The parent runs on.

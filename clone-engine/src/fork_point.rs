@@ -61,9 +61,18 @@ impl ForkPoint {
         let mut waiting = Vec::with_capacity(count as usize);
         for clone_id in first..first + count {
             let number = self.numbers.fetch_add(1, Ordering::Relaxed) + 1;
-            let identity = self.parent.of_clone(number, clone_id).map_err(ForkError::Identity)?;
+            let identity = self
+                .parent
+                .of_clone(number, clone_id)
+                .map_err(ForkError::Identity)?;
             let spawner = &self.family.config().spawner;
-            waiting.push(spawner.prepare(&self.family, self, identity, count, observer.as_ref())?);
+            waiting.push(spawner.prepare(
+                &self.family,
+                self,
+                identity,
+                count,
+                observer.as_ref(),
+            )?);
         }
         let phase = phase::begin(observer.as_ref(), Phase::Run, None)?;
         let mut clones = Vec::with_capacity(waiting.len());
@@ -111,7 +120,10 @@ impl ForkPoint {
 
     /// Bytes of the state of one clone, as a state file would hold it.
     pub fn state_bytes(&self) -> usize {
-        self.state.iter().map(|section| section.kind.len() + section.body.len() + 11).sum()
+        self.state
+            .iter()
+            .map(|section| section.kind.len() + section.body.len() + 11)
+            .sum()
     }
 
     pub(crate) fn layout(&self) -> &MemoryLayout {

@@ -32,7 +32,13 @@ impl Identity {
     /// Of a VM that is booted, or restored as a machine of its own.
     pub fn root(name: &str) -> io::Result<Identity> {
         let generation = fresh_generation()?;
-        Ok(Identity { name: name.to_owned(), clone_id: 0, depth: 0, fork_count: 0, generation })
+        Ok(Identity {
+            name: name.to_owned(),
+            clone_id: 0,
+            depth: 0,
+            fork_count: 0,
+            generation,
+        })
     }
 
     /// Of a clone of this VM: the VM's `number`th in all, and `clone_id` among those of its fork.

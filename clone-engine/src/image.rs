@@ -19,7 +19,9 @@ pub struct ImageBuilder {
 impl ImageBuilder {
     /// An image that is all holes, for RAM of `len` bytes.
     pub fn empty(len: u64) -> Result<ImageBuilder, MemoryError> {
-        Ok(ImageBuilder { file: Arc::new(memory::memfd(c"forkvm-image", len)?) })
+        Ok(ImageBuilder {
+            file: Arc::new(memory::memfd(c"forkvm-image", len)?),
+        })
     }
 
     /// Takes a memfd that holds the whole memory already: the one that a VM has mapped until now.

@@ -10,8 +10,10 @@
 //! restores the state and writes the clone's own answer into its doorbell page; the vCPU goes on
 //! behind the `out` instruction with which the parent asked, or wherever it was paused.
 
+mod boot;
 mod disks;
 mod end;
+mod family;
 pub mod fork;
 mod fork_point;
 pub mod freeze;
@@ -19,9 +21,7 @@ mod identity;
 pub mod image;
 pub mod limits;
 mod member;
-mod family;
 mod phase;
-mod boot;
 pub mod saved;
 pub mod spawn;
 mod timeline;

@@ -68,7 +68,11 @@ pub(crate) fn grant(
     let room = room(config, expected_write_mib, copy_kib).map_err(LimitError::Unknown)?;
     let granted = asked.min(room.clones);
     if granted == 0 || (granted < asked && !accept_fewer) {
-        return Err(LimitError::TooMany { asked, room: granted, limit: room.limit });
+        return Err(LimitError::TooMany {
+            asked,
+            room: granted,
+            limit: room.limit,
+        });
     }
     Ok(granted)
 }
@@ -115,8 +119,14 @@ fn room(config: &VmConfig, expected_write_mib: u64, copy_kib: u64) -> io::Result
         (free_fds / per_clone_fds, Limit::Descriptors),
         (u64::from(MAX_CLONES), Limit::Clones),
     ];
-    let (clones, limit) = bounds.into_iter().min_by_key(|(clones, _)| *clones).expect("three");
-    Ok(Room { clones: clones as u32, limit })
+    let (clones, limit) = bounds
+        .into_iter()
+        .min_by_key(|(clones, _)| *clones)
+        .expect("three");
+    Ok(Room {
+        clones: clones as u32,
+        limit,
+    })
 }
 
 /// Memory that this process can still get, in KiB: the least of MemAvailable and what the memory
@@ -125,7 +135,13 @@ pub fn available_kib() -> io::Result<u64> {
     let meminfo = fs::read_to_string("/proc/meminfo")?;
     let available = meminfo
         .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB")?.parse().ok())
+        .find_map(|line| {
+            line.strip_prefix("MemAvailable:")?
+                .trim()
+                .strip_suffix(" kB")?
+                .parse()
+                .ok()
+        })
         .ok_or_else(|| io::Error::other("/proc/meminfo has no MemAvailable"))?;
     Ok(cgroup_room_kib()?.map_or(available, |room: u64| room.min(available)))
 }
@@ -138,14 +154,18 @@ fn cgroup_room_kib() -> io::Result<Option<u64>> {
         return Ok(None);
     };
     let root = Path::new("/sys/fs/cgroup");
-    let number = |file: &Path| -> Option<u64> { fs::read_to_string(file).ok()?.trim().parse().ok() };
-    let rooms = root.join(own).ancestors().take_while(|group| group.starts_with(root)).filter_map(
-        |group| {
+    let number =
+        |file: &Path| -> Option<u64> { fs::read_to_string(file).ok()?.trim().parse().ok() };
+    let rooms = root
+        .join(own)
+        .ancestors()
+        .take_while(|group| group.starts_with(root))
+        .filter_map(|group| {
             // "max", and a group without the memory controller, set no limit.
             let limit = number(&group.join("memory.max"))?;
             Some(limit.saturating_sub(number(&group.join("memory.current"))?) / 1024)
-        },
-    ).min();
+        })
+        .min();
     Ok(rooms)
 }
 
@@ -155,7 +175,10 @@ fn open_fds() -> io::Result<u64> {
 
 /// Raises the soft limit of open files to the hard one; returns it.
 pub fn raise_nofile() -> io::Result<u64> {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
     // SAFETY: the kernel fills exactly one rlimit.
     if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } != 0 {
         return Err(io::Error::last_os_error());
@@ -178,7 +201,13 @@ mod tests {
     fn memory_bounds_the_clones_that_write_much() {
         let config = VmConfig::new(512, 1);
         let room = room(&config, 1 << 40, 0).unwrap();
-        assert_eq!(room, Room { clones: 0, limit: Limit::Memory });
+        assert_eq!(
+            room,
+            Room {
+                clones: 0,
+                limit: Limit::Memory
+            }
+        );
     }
 
     #[test]

@@ -125,17 +125,26 @@ pub struct ForkLog {
 impl ForkLog {
     /// All clones so far, in the order in which they were made.
     pub fn clones(&self) -> Vec<Arc<Member>> {
-        self.clones.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.clones
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// All phases so far, in the order in which they ended.
     pub fn phases(&self) -> Vec<(Phase, Duration)> {
-        self.phases.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.phases
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// The parent's pauses so far.
     pub fn pauses(&self) -> Vec<Duration> {
-        self.pauses.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.pauses
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 }
 
@@ -145,15 +154,24 @@ impl Observer for ForkLog {
     }
 
     fn leave(&self, phase: Phase, took: Duration) {
-        self.phases.lock().unwrap_or_else(PoisonError::into_inner).push((phase, took));
+        self.phases
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push((phase, took));
     }
 
     fn parent_paused(&self, took: Duration) {
-        self.pauses.lock().unwrap_or_else(PoisonError::into_inner).push(took);
+        self.pauses
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(took);
     }
 
     fn forked(&self, _point: &Arc<ForkPoint>, clones: &[Arc<Member>]) {
-        self.clones.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(clones);
+        self.clones
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .extend_from_slice(clones);
     }
 }
 
@@ -174,7 +192,12 @@ pub(crate) fn begin<'a>(
     let span = tracing::debug_span!("phase", %phase).entered();
     let start = Instant::now();
     observer.enter(phase, paused)?;
-    Ok(Running { observer, phase, start, _span: span })
+    Ok(Running {
+        observer,
+        phase,
+        start,
+        _span: span,
+    })
 }
 
 impl Running<'_> {

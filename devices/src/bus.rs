@@ -24,10 +24,22 @@ pub struct Bus {
 impl Bus {
     /// Puts `device` at `start..start + len`.
     pub fn insert(&mut self, start: u64, len: u64, device: SharedDevice) -> Result<(), BusError> {
-        let end = start.checked_add(len).filter(|_| len > 0).ok_or(BusError::Range { start, len })?;
-        let clash = self.ranges.range(..end).next_back().filter(|(at, (len, _))| *at + len > start);
+        let end = start
+            .checked_add(len)
+            .filter(|_| len > 0)
+            .ok_or(BusError::Range { start, len })?;
+        let clash = self
+            .ranges
+            .range(..end)
+            .next_back()
+            .filter(|(at, (len, _))| *at + len > start);
         if let Some((&at, &(taken, _))) = clash {
-            return Err(BusError::Overlap { start, len, at, taken });
+            return Err(BusError::Overlap {
+                start,
+                len,
+                at,
+                taken,
+            });
         }
         self.ranges.insert(start, (len, device));
         Ok(())
@@ -43,7 +55,11 @@ impl Bus {
         match self.decode(address, width) {
             Some((offset, device)) => lock(device).read(offset, data),
             None => {
-                tracing::trace!(address, len = data.len(), "read from an address without a device");
+                tracing::trace!(
+                    address,
+                    len = data.len(),
+                    "read from an address without a device"
+                );
                 data.fill(0xff);
             }
         }
@@ -59,7 +75,11 @@ impl Bus {
         match self.decode(address, width) {
             Some((offset, device)) => lock(device).write(offset, data),
             None => {
-                tracing::trace!(address, len = data.len(), "write to an address without a device");
+                tracing::trace!(
+                    address,
+                    len = data.len(),
+                    "write to an address without a device"
+                );
                 Effect::None
             }
         }

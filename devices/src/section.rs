@@ -17,7 +17,11 @@ pub trait SavedState: Serialize + DeserializeOwned {
     /// Reads an older version; override it when [`SavedState::VERSION`] is raised. `body` is CBOR.
     fn upgrade(kind: &str, version: u16, body: &[u8]) -> Result<Self, SectionError> {
         let _unreadable = body;
-        Err(SectionError::Version { kind: kind.to_owned(), found: version, newest: Self::VERSION })
+        Err(SectionError::Version {
+            kind: kind.to_owned(),
+            found: version,
+            newest: Self::VERSION,
+        })
     }
 }
 
@@ -34,12 +38,22 @@ pub struct Section {
 
 impl Section {
     /// Encodes `state` under the name `kind`.
-    pub fn encode<T: SavedState>(kind: impl Into<String>, state: &T) -> Result<Section, SectionError> {
+    pub fn encode<T: SavedState>(
+        kind: impl Into<String>,
+        state: &T,
+    ) -> Result<Section, SectionError> {
         let kind = kind.into();
         let mut body = Vec::new();
         match ciborium::into_writer(state, &mut body) {
-            Ok(()) => Ok(Section { kind, version: T::VERSION, body }),
-            Err(error) => Err(SectionError::Encode { kind, what: error.to_string() }),
+            Ok(()) => Ok(Section {
+                kind,
+                version: T::VERSION,
+                body,
+            }),
+            Err(error) => Err(SectionError::Encode {
+                kind,
+                what: error.to_string(),
+            }),
         }
     }
 
@@ -55,8 +69,10 @@ impl Section {
         if self.version < T::VERSION {
             return T::upgrade(&self.kind, self.version, &self.body);
         }
-        ciborium::from_reader(self.body.as_slice())
-            .map_err(|error| SectionError::Decode { kind: self.kind.clone(), what: error.to_string() })
+        ciborium::from_reader(self.body.as_slice()).map_err(|error| SectionError::Decode {
+            kind: self.kind.clone(),
+            what: error.to_string(),
+        })
     }
 }
 
@@ -86,7 +102,9 @@ impl Sections {
 
     /// Starts to read: every section has to be taken exactly once.
     pub fn reader(&self) -> SectionsReader<'_> {
-        SectionsReader { unread: self.0.iter().collect() }
+        SectionsReader {
+            unread: self.0.iter().collect(),
+        }
     }
 }
 
@@ -101,7 +119,9 @@ impl<'a> SectionsReader<'a> {
     pub fn take(&mut self, kind: &str) -> Result<&'a Section, SectionError> {
         match self.unread.iter().position(|section| section.kind == kind) {
             Some(index) => Ok(self.unread.remove(index)),
-            None => Err(SectionError::Missing { kind: kind.to_owned() }),
+            None => Err(SectionError::Missing {
+                kind: kind.to_owned(),
+            }),
         }
     }
 
@@ -113,7 +133,9 @@ impl<'a> SectionsReader<'a> {
     /// Ends the reading; an error names the first section that nobody took.
     pub fn finish(self) -> Result<(), SectionError> {
         match self.unread.first() {
-            Some(section) => Err(SectionError::Unread { kind: section.kind.clone() }),
+            Some(section) => Err(SectionError::Unread {
+                kind: section.kind.clone(),
+            }),
             None => Ok(()),
         }
     }

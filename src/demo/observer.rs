@@ -21,17 +21,20 @@ pub struct Growth {
     pub kernel_kib: u64,
 }
 
+/// A fork point and the clones that came of it.
+pub type Fork = (Arc<ForkPoint>, Vec<Arc<Member>>);
+
 /// See the module's text.
 pub struct DemoObserver {
     before: Option<Usage>,
     log: ForkLog,
-    fork: Mutex<Option<(Arc<ForkPoint>, Vec<Arc<Member>>)>>,
+    fork: Mutex<Option<Fork>>,
     growth: Arc<Mutex<Growth>>,
 }
 
 impl DemoObserver {
     /// Remembers what is used now, before the parent is booted.
-    pub fn new() -> DemoObserver {
+    pub fn before_boot() -> DemoObserver {
         DemoObserver {
             before: Usage::now(),
             log: ForkLog::default(),
@@ -41,8 +44,11 @@ impl DemoObserver {
     }
 
     /// The fork and its clones; `None` before it.
-    pub fn fork(&self) -> Option<(Arc<ForkPoint>, Vec<Arc<Member>>)> {
-        self.fork.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub fn fork(&self) -> Option<Fork> {
+        self.fork
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Phases so far.
@@ -75,7 +81,10 @@ impl DemoObserver {
                 thread::sleep(SAMPLE_EVERY);
             }
         };
-        if let Err(error) = thread::Builder::new().name("memory-sampler".into()).spawn(sample) {
+        if let Err(error) = thread::Builder::new()
+            .name("memory-sampler".into())
+            .spawn(sample)
+        {
             tracing::warn!(%error, "the clones' memory is not measured");
         }
     }

@@ -134,7 +134,9 @@ impl<Host> Report<Host> {
         let clones = run.clones.len().max(1) as u64;
         let timelines: Vec<Timeline> = run.clones.iter().map(|clone| clone.timeline()).collect();
         let times = |end: fn(&Timeline) -> Option<std::time::Instant>| {
-            timelines.iter().filter_map(move |line| between(line.fork_requested, end(line)))
+            timelines
+                .iter()
+                .filter_map(move |line| between(line.fork_requested, end(line)))
         };
         let us = |time: Duration| time.as_nanos() as f64 / 1000.0;
         let mut phases = BTreeMap::<_, Vec<Duration>>::new();
@@ -147,7 +149,11 @@ impl<Host> Report<Host> {
             host,
             guest: "bare",
             job: "map-reads",
-            forked_by: if run.point.by_guest() { "guest" } else { "host" },
+            forked_by: if run.point.by_guest() {
+                "guest"
+            } else {
+                "host"
+            },
             memory_mib: config.memory_mib,
             vcpus: config.vcpus,
             clones: run.clones.len(),
@@ -176,7 +182,9 @@ impl<Host> Report<Host> {
                 .collect(),
             private_kib_per_clone: run.growth.private_kib / clones,
             kernel_kib_per_clone: run.growth.kernel_kib / (clones + 1),
-            blk_read_kib_per_clone: run.finished.iter().map(bytes_read).sum::<u64>() / 1024 / clones,
+            blk_read_kib_per_clone: run.finished.iter().map(bytes_read).sum::<u64>()
+                / 1024
+                / clones,
             pages_fetched: 0,
             fetch_us: None,
             state_bytes: run.point.state_bytes(),

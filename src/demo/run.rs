@@ -68,11 +68,14 @@ pub struct Run {
 
 /// Runs the job on `input`.
 pub fn run(input: &Input, spec: &RunSpec) -> Result<Run, RunError> {
-    let observer = Arc::new(DemoObserver::new());
+    let observer = Arc::new(DemoObserver::before_boot());
     let config = FamilyConfig {
         consoles: spec.consoles.clone(),
         observer: observer.clone(),
-        guest_forks: CloneSpec { freeze: spec.freeze, ..CloneSpec::default() },
+        guest_forks: CloneSpec {
+            freeze: spec.freeze,
+            ..CloneSpec::default()
+        },
         ..FamilyConfig::default()
     };
     let by = if spec.forked_by_host { "host" } else { "guest" };
@@ -114,9 +117,15 @@ pub fn run(input: &Input, spec: &RunSpec) -> Result<Run, RunError> {
 /// Disk 0 holds the references, disk 1 the reads; what is written to disk 2 ends with each VM.
 fn disks(input: &Input) -> Result<Vec<DiskSpec>, RunError> {
     let open = |path: &PathBuf| RawFile::open(path, Access::ReadOnly).map(Arc::new);
-    let spec = |name: &str, source| DiskSpec { name: name.into(), source };
+    let spec = |name: &str, source| DiskSpec {
+        name: name.into(),
+        source,
+    };
     Ok(vec![
-        spec("references", DiskSource::ReadOnly(open(&input.references_disk)?)),
+        spec(
+            "references",
+            DiskSource::ReadOnly(open(&input.references_disk)?),
+        ),
         spec("reads", DiskSource::ReadOnly(open(&input.reads_disk)?)),
         spec("records", DiskSource::volatile(open(&input.records_disk)?)),
     ])
@@ -126,12 +135,18 @@ fn disks(input: &Input) -> Result<Vec<DiskSpec>, RunError> {
 fn work(vm: &Vm, spec: &RunSpec) -> Result<Finished, RunError> {
     if spec.forked_by_host {
         vm.wait_ready(READY_DEADLINE)?;
-        let clones = vm.fork(CloneSpec { freeze: spec.freeze, ..CloneSpec::new(spec.clones) })?;
+        let clones = vm.fork(CloneSpec {
+            freeze: spec.freeze,
+            ..CloneSpec::new(spec.clones)
+        })?;
         clones.iter().for_each(|clone| drop(clone.join()));
     }
     let parent = vm.join();
     // A parent that was stopped at its fork point has joined nobody.
-    vm.family().running().iter().for_each(|clone| drop(clone.wait()));
+    vm.family()
+        .running()
+        .iter()
+        .for_each(|clone| drop(clone.wait()));
     Ok(parent)
 }
 
@@ -146,7 +161,11 @@ fn failures(
         failures.push(format!("the parent {}", parent.end));
     }
     if clones.len() != spec.clones as usize {
-        failures.push(format!("{} of {} clones were granted", clones.len(), spec.clones));
+        failures.push(format!(
+            "{} of {} clones were granted",
+            clones.len(),
+            spec.clones
+        ));
     }
     for (clone, finished) in clones.iter().zip(finished) {
         if finished.end != End::Exited(0) {
@@ -154,7 +173,10 @@ fn failures(
         }
         let references = finished.blk_counters[0];
         if references.read_requests > 0 {
-            let text = format!("clone {} read the references instead of inheriting them", clone.name());
+            let text = format!(
+                "clone {} read the references instead of inheriting them",
+                clone.name()
+            );
             failures.push(text);
         }
     }
@@ -163,7 +185,12 @@ fn failures(
 
 fn index_build(parent: &Member) -> Duration {
     let reports = parent.reports();
-    let at = |value| reports.iter().find(|report| report.0 == value).map(|report| report.1);
+    let at = |value| {
+        reports
+            .iter()
+            .find(|report| report.0 == value)
+            .map(|report| report.1)
+    };
     match (at(INDEX_BEGUN), at(report::READY)) {
         (Some(begun), Some(ready)) => ready - begun,
         _ => Duration::ZERO,
@@ -173,9 +200,13 @@ fn index_build(parent: &Member) -> Duration {
 /// Reads what a clone left on its disk 2 (`forkvm_abi::records`).
 fn read_records(clone: &Member, finished: &Finished) -> Result<Vec<u8>, RunError> {
     let disk = finished.disks[2].as_ref();
-    let failed = |what: String| RunError::Records { clone: clone.name().to_owned(), what };
+    let failed = |what: String| RunError::Records {
+        clone: clone.name().to_owned(),
+        what,
+    };
     let mut header = [0; SECTOR as usize];
-    disk.read_at(records::HEADER_SECTOR * SECTOR, &mut header).map_err(|error| failed(error.to_string()))?;
+    disk.read_at(records::HEADER_SECTOR * SECTOR, &mut header)
+        .map_err(|error| failed(error.to_string()))?;
     if header[..records::MAGIC.len()] != records::MAGIC {
         return Err(failed(format!("it has none; it {}", finished.end)));
     }
@@ -186,7 +217,8 @@ fn read_records(clone: &Member, finished: &Finished) -> Result<Vec<u8>, RunError
         return Err(failed(format!("{len} bytes are more than the disk holds")));
     }
     let mut text = vec![0; (len as usize).next_multiple_of(SECTOR as usize)];
-    disk.read_at(start, &mut text).map_err(|error| failed(error.to_string()))?;
+    disk.read_at(start, &mut text)
+        .map_err(|error| failed(error.to_string()))?;
     text.truncate(len as usize);
     let lines = text.iter().filter(|&&byte| byte == b'\n').count() as u64;
     if lines != number(records::COUNT_OFFSET) {
@@ -198,7 +230,11 @@ fn read_records(clone: &Member, finished: &Finished) -> Result<Vec<u8>, RunError
 
 /// Sum of the bytes that a VM read from its disks.
 pub fn bytes_read(finished: &Finished) -> u64 {
-    finished.blk_counters.iter().map(|counters| counters.read_bytes).sum()
+    finished
+        .blk_counters
+        .iter()
+        .map(|counters| counters.read_bytes)
+        .sum()
 }
 
 /// Time from `start` until `end`, if both were seen.

@@ -22,8 +22,22 @@ fn demo(options: &[&str]) -> Option<(TempDir, Value)> {
         return None;
     }
     let dir = TempDir::new().unwrap();
-    let small = ["--reads", "1000", "--lambda-pairs", "100", "--checks", "1", "--seed", "7"];
-    let args = [&["demo", "--target", ".", "--json", "-"], &small[..], options].concat();
+    let small = [
+        "--reads",
+        "1000",
+        "--lambda-pairs",
+        "100",
+        "--checks",
+        "1",
+        "--seed",
+        "7",
+    ];
+    let args = [
+        &["demo", "--target", ".", "--json", "-"],
+        &small[..],
+        options,
+    ]
+    .concat();
     let ended = forkvm(dir.path(), &args);
     ended.expect(0, "");
     let object = serde_json::from_str(&ended.stdout()).unwrap();
@@ -32,7 +46,9 @@ fn demo(options: &[&str]) -> Option<(TempDir, Value)> {
 
 #[test]
 fn a_guest_that_forks_itself_maps_all_reads_as_the_host_does() {
-    let Some((dir, object)) = demo(&["--clones", "3", "--vcpus", "2"]) else { return };
+    let Some((dir, object)) = demo(&["--clones", "3", "--vcpus", "2"]) else {
+        return;
+    };
     for (key, expected) in [
         ("guest", Value::from("bare")),
         ("job", "map-reads".into()),
@@ -51,11 +67,22 @@ fn a_guest_that_forks_itself_maps_all_reads_as_the_host_does() {
         assert_eq!(object[key], expected, "{key}");
     }
     assert!(object["simulated_placed_percent"].as_f64().unwrap() >= 95.0);
-    assert!(object["state_bytes"].as_u64().unwrap() <= 32 * 1024, "two vCPUs");
-    for end_point in ["built", "restored", "first_run", "first_action", "first_answer"] {
+    assert!(
+        object["state_bytes"].as_u64().unwrap() <= 32 * 1024,
+        "two vCPUs"
+    );
+    for end_point in [
+        "built",
+        "restored",
+        "first_run",
+        "first_action",
+        "first_answer",
+    ] {
         assert_eq!(object["end_points_us"][end_point]["n"], 3, "{end_point}");
     }
-    for phase in ["request", "pause", "save", "freeze", "resume", "publish", "run"] {
+    for phase in [
+        "request", "pause", "save", "freeze", "resume", "publish", "run",
+    ] {
         assert_eq!(object["phases_us"][phase]["n"], 1, "{phase}");
     }
     let written: Value =
@@ -63,13 +90,18 @@ fn a_guest_that_forks_itself_maps_all_reads_as_the_host_does() {
     assert_eq!(written["records"], object["records"]);
     let sam = fs::read_to_string(dir.path().join("demo.sam")).unwrap();
     assert!(sam.starts_with("@HD\tVN:1.6"), "{}", &sam[..40]);
-    assert_eq!(sam.lines().filter(|line| !line.starts_with('@')).count(), 1200);
+    assert_eq!(
+        sam.lines().filter(|line| !line.starts_with('@')).count(),
+        1200
+    );
 }
 
 #[test]
 fn the_host_forks_it_by_copying_and_the_answers_are_the_same() {
     let options = ["--clones", "2", "--forked-by", "host", "--freeze", "copy"];
-    let Some((_dir, object)) = demo(&options) else { return };
+    let Some((_dir, object)) = demo(&options) else {
+        return;
+    };
     assert_eq!(object["forked_by"], "host");
     assert_eq!(object["freeze"], "copy");
     assert_eq!(object["answers_match"], true);

@@ -179,7 +179,11 @@ impl Gate {
         let mut state = self.lock();
         state.ending = true;
         self.go.notify_all();
-        while let Some(running) = state.vcpus.iter().position(|place| *place == Place::Running) {
+        while let Some(running) = state
+            .vcpus
+            .iter()
+            .position(|place| *place == Place::Running)
+        {
             kick(running as u32);
             state = self
                 .came

@@ -3,8 +3,8 @@
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::sync_channel;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -24,8 +24,8 @@ use crate::kvm::Kvm;
 use crate::machine::{Devices, Disk, Machine, MachineError, Peripherals, VmConfig, lock};
 use crate::memory::Ram;
 use crate::vcpu::{
-    allow_kicks,
-    Abilities, Clock, Kick, RunError, StateError, Stop, Vcpu, VcpuState, prepare_signal,
+    Abilities, Clock, Kick, RunError, StateError, Stop, Vcpu, VcpuState, allow_kicks,
+    prepare_signal,
 };
 
 mod state;
@@ -227,7 +227,10 @@ impl Shell {
     /// [`ReadyVm::doorbell`] before the start.
     pub fn restore(mut self, state: &mut SectionsReader<'_>) -> Result<ReadyVm, VmError> {
         self.inner.restore(state)?;
-        self.inner.vcpus.iter().try_for_each(|vcpu| lock(vcpu).learn_msrs())?;
+        self.inner
+            .vcpus
+            .iter()
+            .try_for_each(|vcpu| lock(vcpu).learn_msrs())?;
         Ok(ReadyVm { inner: self.inner })
     }
 }
@@ -254,13 +257,21 @@ impl ReadyVm {
 impl Vm {
     /// Brings all vCPUs to the barrier. On an error the VM runs on.
     pub fn pause(&mut self, deadline: Duration) -> Result<PausedVm<'_>, PauseError> {
-        let Inner { gate, threads, machine, .. } = &self.inner;
+        let Inner {
+            gate,
+            threads,
+            machine,
+            ..
+        } = &self.inner;
         machine.devices.brake.pull();
         if let Err(error) = gate.close(deadline, |vcpu| threads[vcpu as usize].kick.kick()) {
             machine.devices.brake.release();
             return Err(error);
         }
-        Ok(PausedVm { inner: &mut self.inner, stays: false })
+        Ok(PausedVm {
+            inner: &mut self.inner,
+            stays: false,
+        })
     }
 
     /// Lets the vCPU of an answered call go on. The answer itself goes to [`Vm::doorbell`] first.
@@ -292,7 +303,6 @@ impl Vm {
     pub fn ram(&self) -> &Ram {
         &self.inner.ram
     }
-
 }
 
 impl PausedVm<'_> {
@@ -466,7 +476,7 @@ impl Runner {
             if !self.has_run.swap(true, Ordering::Relaxed) {
                 (self.events)(VmEvent::Running { at: Instant::now() });
             }
-            let ended = self.run_until_called_back(&mut vcpu);
+            let ended = self.run_until_stopped(&mut vcpu);
             drop(kickable);
             drop(vcpu);
             if let Some(reason) = ended? {
@@ -476,13 +486,12 @@ impl Runner {
         Ok(None)
     }
 
-    /// Runs guest code until the gate is closed, a call is made, or the end.
-    fn run_until_called_back(&self, vcpu: &mut Vcpu) -> Result<Option<EndReason>, RunError> {
+    /// Runs guest code until a kick, a call, or the end.
+    fn run_until_stopped(&self, vcpu: &mut Vcpu) -> Result<Option<EndReason>, RunError> {
         loop {
             let stop = vcpu.run()?;
             let seen = Instant::now();
             match stop {
-                Stop::Kicked if !self.gate.called_back() => {}
                 Stop::Kicked => {
                     // A kick may have come between an access and its completion.
                     return match vcpu.finish()? {

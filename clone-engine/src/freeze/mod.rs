@@ -47,8 +47,12 @@ pub enum FreezeKind {
 
 impl FreezeKind {
     /// All words, for help texts and tests.
-    pub const ALL: [FreezeKind; 4] =
-        [FreezeKind::Auto, FreezeKind::Remap, FreezeKind::Copy, FreezeKind::Stop];
+    pub const ALL: [FreezeKind; 4] = [
+        FreezeKind::Auto,
+        FreezeKind::Remap,
+        FreezeKind::Copy,
+        FreezeKind::Stop,
+    ];
 
     /// The word in options and outputs.
     pub fn as_str(self) -> &'static str {
@@ -80,8 +84,12 @@ impl FromStr for FreezeKind {
     type Err = FreezeError;
 
     fn from_str(word: &str) -> Result<FreezeKind, FreezeError> {
-        let found = FreezeKind::ALL.into_iter().find(|kind| kind.as_str() == word);
-        found.ok_or_else(|| FreezeError::Unknown { word: word.to_owned() })
+        let found = FreezeKind::ALL
+            .into_iter()
+            .find(|kind| kind.as_str() == word);
+        found.ok_or_else(|| FreezeError::Unknown {
+            word: word.to_owned(),
+        })
     }
 }
 

@@ -57,10 +57,18 @@ pub struct Finished {
 type WithPaused = Box<dyn FnOnce(Result<&mut PausedVm<'_>, PauseError>) + Send>;
 
 enum Message {
-    Call { vcpu: u32, call: GuestCall, at: Instant },
+    Call {
+        vcpu: u32,
+        call: GuestCall,
+        at: Instant,
+    },
     Ended(EndReason),
     Fork(CloneSpec, Instant, Sender<Result<Ticket, ForkError>>),
-    ForkPoint(CloneSpec, Instant, Sender<Result<Arc<ForkPoint>, ForkError>>),
+    ForkPoint(
+        CloneSpec,
+        Instant,
+        Sender<Result<Arc<ForkPoint>, ForkError>>,
+    ),
     WithPaused(WithPaused),
     Save(Sender<Result<(), SaveError>>),
     Input(Vec<u8>, Sender<usize>),
@@ -79,7 +87,11 @@ impl Inbox {
     /// For the VM `identity`.
     pub(crate) fn new(identity: Identity) -> Inbox {
         let (sender, receiver) = channel();
-        Inbox { sender, receiver, watch: Arc::new(Watch::new(identity)) }
+        Inbox {
+            sender,
+            receiver,
+            watch: Arc::new(Watch::new(identity)),
+        }
     }
 
     /// For the VM's vCPU threads.
@@ -130,12 +142,14 @@ impl Member {
 
     /// Forks it. All clones run, or none and the VM runs on as before.
     pub fn fork(&self, spec: CloneSpec) -> Result<Ticket, MemberError> {
-        self.ask(|reply| Message::Fork(spec, Instant::now(), reply))?.map_err(MemberError::Fork)
+        self.ask(|reply| Message::Fork(spec, Instant::now(), reply))?
+            .map_err(MemberError::Fork)
     }
 
     /// Makes a fork point without spawning a clone. The VM runs on, but with freeze `stop`.
     pub fn fork_point(&self, spec: CloneSpec) -> Result<Arc<ForkPoint>, MemberError> {
-        self.ask(|reply| Message::ForkPoint(spec, Instant::now(), reply))?.map_err(MemberError::Fork)
+        self.ask(|reply| Message::ForkPoint(spec, Instant::now(), reply))?
+            .map_err(MemberError::Fork)
     }
 
     /// Runs `look` while the VM stands still.
@@ -186,7 +200,11 @@ impl Member {
     /// Waits until it has ended, or until `deadline` has passed.
     pub fn wait_for(&self, deadline: Duration) -> Option<Finished> {
         let ended = |seen: &Seen| seen.finished.is_some();
-        let finished = self.watch.wait_until(Some(deadline), ended).finished.clone()?;
+        let finished = self
+            .watch
+            .wait_until(Some(deadline), ended)
+            .finished
+            .clone()?;
         self.join_thread();
         Some(finished)
     }
@@ -202,18 +220,35 @@ impl Member {
 
     /// Waits until the guest has reported `value`, for the `times`th time. An error when the VM
     /// ends before, or when `deadline` passes.
-    pub fn wait_report(&self, value: u32, times: usize, deadline: Duration) -> Result<(), MemberError> {
+    pub fn wait_report(
+        &self,
+        value: u32,
+        times: usize,
+        deadline: Duration,
+    ) -> Result<(), MemberError> {
         let reported = |seen: &Seen| {
-            seen.reports.iter().filter(|report| report.0 == value).count() >= times
+            seen.reports
+                .iter()
+                .filter(|report| report.0 == value)
+                .count()
+                >= times
         };
-        let seen =
-            self.watch.wait_until(Some(deadline), |seen| reported(seen) || seen.finished.is_some());
+        let seen = self.watch.wait_until(Some(deadline), |seen| {
+            reported(seen) || seen.finished.is_some()
+        });
         if reported(&seen) {
             return Ok(());
         }
         Err(match &seen.finished {
-            Some(finished) => MemberError::Ended { name: self.name.clone(), end: finished.end.clone() },
-            None => MemberError::Silent { name: self.name.clone(), value, deadline },
+            Some(finished) => MemberError::Ended {
+                name: self.name.clone(),
+                end: finished.end.clone(),
+            },
+            None => MemberError::Silent {
+                name: self.name.clone(),
+                value,
+                deadline,
+            },
         })
     }
 
@@ -225,7 +260,10 @@ impl Member {
         {
             return Ok(answer);
         }
-        Err(MemberError::Ended { name: self.name.clone(), end: self.wait().end })
+        Err(MemberError::Ended {
+            name: self.name.clone(),
+            end: self.wait().end,
+        })
     }
 }
 

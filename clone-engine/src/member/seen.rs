@@ -16,6 +16,9 @@ use crate::timeline::Timeline;
 /// Reports that are kept: the first ones.
 const REPORTS: usize = 4096;
 
+/// Told of an end.
+type WhenEnded = Box<dyn FnOnce(&End) + Send>;
+
 /// See the module's text.
 pub(super) struct Seen {
     pub(super) identity: Identity,
@@ -24,7 +27,7 @@ pub(super) struct Seen {
     pub(super) reports: Vec<(u32, Instant)>,
     pub(super) finished: Option<Finished>,
     /// Called once at the end.
-    pub(super) when_ended: Vec<Box<dyn FnOnce(&End) + Send>>,
+    pub(super) when_ended: Vec<WhenEnded>,
 }
 
 /// A [`Seen`] that can be waited for.
@@ -42,7 +45,10 @@ impl Watch {
             finished: None,
             when_ended: Vec::new(),
         };
-        Watch { seen: Mutex::new(seen), changed: Condvar::new() }
+        Watch {
+            seen: Mutex::new(seen),
+            changed: Condvar::new(),
+        }
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Seen> {
@@ -106,7 +112,10 @@ impl Watch {
         let mut seen = self.lock();
         while !enough(&seen) {
             seen = match until {
-                None => self.changed.wait(seen).unwrap_or_else(PoisonError::into_inner),
+                None => self
+                    .changed
+                    .wait(seen)
+                    .unwrap_or_else(PoisonError::into_inner),
                 Some(until) => {
                     let left = until.saturating_duration_since(Instant::now());
                     if left.is_zero() {

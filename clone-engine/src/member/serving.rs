@@ -10,10 +10,10 @@ use std::time::Instant;
 use forkvm_abi::errno;
 use forkvm_devices::device::{GuestCall, GuestOp};
 use forkvm_devices::doorbell::Answer;
-use forkvm_vmm::{PausedVm, Vm};
+use forkvm_vmm::{Disk, PausedVm, Vm};
 
 use super::{Finished, Member, Message, PAUSE_DEADLINE};
-use crate::disks::DiskSource;
+use crate::disks::{DiskSource, DisksError};
 use crate::end::End;
 use crate::family::Family;
 use crate::fork::{CloneSpec, ForkError, Frozen, Parent, Request, Ticket};
@@ -56,7 +56,10 @@ struct Brood {
 impl Brood {
     /// Of `clones`; `inbox` hears when the last one has ended.
     fn watch(clones: &[Arc<Member>], inbox: &Sender<Message>) -> Arc<Brood> {
-        let brood = Arc::new(Brood { left: AtomicU32::new(clones.len() as u32), ..Brood::default() });
+        let brood = Arc::new(Brood {
+            left: AtomicU32::new(clones.len() as u32),
+            ..Brood::default()
+        });
         for clone in clones {
             let (brood, inbox) = (brood.clone(), inbox.clone());
             clone.watch.when_ended(move |end| {
@@ -116,19 +119,31 @@ impl Serving {
         };
         let span = tracing::debug_span!("end", vm = self.member.name, %end);
         let _in_span = span.enter();
+        let Serving {
+            family,
+            member,
+            vm,
+            disks,
+            inbox,
+            stopped_at,
+            ..
+        } = self;
+        let devices = vm.disks().to_vec();
+        // The VM goes before anybody hears of its end: who waited may count on its memory. And before
+        // its devices are looked at: a guest can keep one of them busy until then.
+        drop((vm, inbox));
+        let counters = |disk: &Disk| {
+            disk.lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .model()
+                .counters()
+        };
         let finished = Finished {
             end,
-            disks: self.disks.iter().map(DiskSource::layer).collect(),
-            blk_counters: self
-                .vm
-                .disks()
-                .iter()
-                .map(|disk| disk.lock().unwrap_or_else(PoisonError::into_inner).model().counters())
-                .collect(),
+            disks: disks.iter().map(DiskSource::layer).collect(),
+            blk_counters: devices.iter().map(counters).collect(),
         };
-        let Serving { family, member, vm, disks, inbox, stopped_at, .. } = self;
-        // The VM goes before anybody hears of its end: who waited may count on its memory.
-        drop((vm, disks, inbox));
+        drop((devices, disks));
         if let Some(point) = stopped_at
             && let Err(error) = point.image().seal()
         {
@@ -149,7 +164,11 @@ impl Serving {
                 return end;
             }
             Message::ForkPoint(spec, at, reply) => {
-                let request = Request { spec: &spec, forker: None, at };
+                let request = Request {
+                    spec: &spec,
+                    forker: None,
+                    at,
+                };
                 let (frozen, end) = match self.freeze(&request) {
                     Ok(frozen) => {
                         let end = self.settle(&frozen);
@@ -191,7 +210,11 @@ impl Serving {
                         let granted = ticket.clones.len() as u32;
                         let brood = Brood::watch(&ticket.clones, &self.member.inbox);
                         self.tickets.insert(ticket.id, brood);
-                        Answer { result: 0, granted, ticket: ticket.id }
+                        Answer {
+                            result: 0,
+                            granted,
+                            ticket: ticket.id,
+                        }
                     }
                     Err(error) => {
                         let error_text = with_causes(&error);
@@ -207,7 +230,11 @@ impl Serving {
             GuestOp::Join(id) => {
                 match self.tickets.remove(&id) {
                     Some(clones) => {
-                        self.joins.push(Join { vcpu, slot: call.slot, clones });
+                        self.joins.push(Join {
+                            vcpu,
+                            slot: call.slot,
+                            clones,
+                        });
                         self.finish_joins();
                     }
                     None => self.answer_call(vcpu, call.slot, Answer::of(-errno::EINVAL)),
@@ -274,7 +301,14 @@ impl Serving {
             Ok(clones) => {
                 let end = self.settle(&frozen);
                 self.last_ticket += 1;
-                (Ok(Ticket { id: self.last_ticket, clones, point: frozen.point }), end)
+                (
+                    Ok(Ticket {
+                        id: self.last_ticket,
+                        clones,
+                        point: frozen.point,
+                    }),
+                    end,
+                )
             }
             Err(error) => {
                 if !frozen.parent_goes_on
@@ -305,7 +339,12 @@ impl Serving {
     }
 
     fn save(&mut self) -> Result<(), SaveError> {
-        let saver = self.family.config().saver.clone().ok_or(SaveError::NoPlace)?;
+        let saver = self
+            .family
+            .config()
+            .saver
+            .clone()
+            .ok_or(SaveError::NoPlace)?;
         let mut paused = self.vm.pause(PAUSE_DEADLINE)?;
         saver.save(&self.member.identity(), &mut paused, &self.disks)?;
         // It must not take another step: its disks would no longer be those of the saved state.
@@ -324,14 +363,21 @@ fn answer<T>(reply: Sender<T>, answer: T) {
 /// An error with its causes, on one line.
 fn with_causes(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+    causes
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(": ")
 }
 
 fn errno_of(error: &ForkError) -> i64 {
     match error {
         ForkError::Limits(LimitError::NoClones) => errno::EINVAL,
-        ForkError::Limits(LimitError::TooMany { limit: Limit::Memory, .. }) => errno::ENOMEM,
-        ForkError::Limits(LimitError::TooMany { .. }) => errno::ENOSPC,
+        ForkError::Limits(LimitError::TooMany {
+            limit: Limit::Memory,
+            ..
+        }) => errno::ENOMEM,
+        ForkError::Limits(LimitError::TooMany { .. })
+        | ForkError::Disks(DisksError::TooDeep { .. }) => errno::ENOSPC,
         ForkError::Pause(_) | ForkError::Ending(_) => errno::EBUSY,
         _ => errno::EIO,
     }

@@ -52,11 +52,20 @@ impl Waiting {
                 Serving::new(family, member, vm, disks, inbox.receiver).serve();
             }
         };
-        let thread = thread::Builder::new().name(format!("vm-{name}")).spawn(serving);
-        let thread =
-            thread.map_err(|source| SpawnError::Host { what: "a thread to serve the VM", source })?;
+        let thread = thread::Builder::new()
+            .name(format!("vm-{name}"))
+            .spawn(serving);
+        let thread = thread.map_err(|source| SpawnError::Host {
+            what: "a thread to serve the VM",
+            source,
+        })?;
         *member.thread() = Some(thread);
-        Ok(Waiting { family: family.clone(), member, vm: Some(vm), serve: Some(serve) })
+        Ok(Waiting {
+            family: family.clone(),
+            member,
+            vm: Some(vm),
+            serve: Some(serve),
+        })
     }
 
     /// Lets it run.
@@ -69,7 +78,10 @@ impl Waiting {
         if serve.send(vm).is_err() {
             self.family.leave(&self.member);
             let source = io::Error::other("it is gone");
-            return Err(SpawnError::Host { what: "to the thread that should serve the VM", source });
+            return Err(SpawnError::Host {
+                what: "to the thread that should serve the VM",
+                source,
+            });
         }
         Ok(self.member.clone())
     }

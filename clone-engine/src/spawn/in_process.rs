@@ -51,9 +51,14 @@ impl Spawner for InProcess {
         let inbox = Inbox::new(identity.clone());
         let disks = point.disks().for_clone();
         let console = family.config().consoles.open(&identity);
-        let console = console.map_err(|source| SpawnError::Host { what: "a console", source })?;
-        let peripherals =
-            Peripherals { console, disks: disks.iter().map(DiskSource::layer).collect() };
+        let console = console.map_err(|source| SpawnError::Host {
+            what: "a console",
+            source,
+        })?;
+        let peripherals = Peripherals {
+            console,
+            disks: disks.iter().map(DiskSource::layer).collect(),
+        };
         let config = point.config().clone();
         let shell = Shell::build(family.kvm(), config, ram, peripherals, inbox.event_sink())?;
         timeline.built = Some(Instant::now());
@@ -85,7 +90,14 @@ fn tell(
     doorbell.announce(&identity.announcement())?;
     if let Some(slot) = forker {
         let result = i64::from(identity.clone_id);
-        doorbell.answer(slot, Answer { result, granted, ticket: 0 });
+        doorbell.answer(
+            slot,
+            Answer {
+                result,
+                granted,
+                ticket: 0,
+            },
+        );
     }
     // The other calls are the parent's; here nobody will serve them.
     doorbell.answer_all_pending(-errno::EAGAIN);

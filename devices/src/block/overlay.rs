@@ -106,7 +106,9 @@ impl Overlay {
             Err(TryLockError::Error(source)) => return Err(io_error(&path)(source)),
         }
         let present = check_files(&file, &path, base.len())?;
-        Ok(Frozen::new(Arc::new(Overlay::over(base, path, file, present))))
+        Ok(Frozen::new(Arc::new(Overlay::over(
+            base, path, file, present,
+        ))))
     }
 
     /// Removes the files of the overlay `path`, as far as they are there. An overlay that is open

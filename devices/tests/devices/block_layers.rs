@@ -238,6 +238,10 @@ fn zeroes_written_to_a_raw_file_keep_its_space_reserved() {
     raw.flush().unwrap();
     let blocks = File::open(&path).unwrap().metadata().unwrap().blocks();
     assert!(blocks * 512 >= 1 << 20, "{blocks} blocks");
-    let expected = [vec![1; SECTOR as usize], vec![0; (1 << 20) - SECTOR as usize]].concat();
+    let expected = [
+        vec![1; SECTOR as usize],
+        vec![0; (1 << 20) - SECTOR as usize],
+    ]
+    .concat();
     assert!(read(&raw, 0, 1 << 20) == expected);
 }

@@ -157,7 +157,10 @@ fn a_disk_that_was_forked_through_a_symbolic_link_is_refused_under_its_own_name_
     drop(raw);
     for name in [&place.disk, &link] {
         let refused = RawFile::open(name, Access::ReadWrite);
-        assert!(matches!(refused, Err(RawFileError::FrozenBase { .. })), "{name:?}");
+        assert!(
+            matches!(refused, Err(RawFileError::FrozenBase { .. })),
+            "{name:?}"
+        );
     }
     commit(&link, &mut |_, _| {}).unwrap();
     open(&place, Access::ReadWrite).unwrap();
@@ -170,7 +173,10 @@ fn a_disk_with_two_names_is_not_written() {
     fs::hard_link(&place.disk, &other).unwrap();
     for name in [&place.disk, &other] {
         let error = RawFile::open(name, Access::ReadWrite).unwrap_err();
-        assert!(matches!(error, RawFileError::HardLinked { names: 2, .. }), "{error}");
+        assert!(
+            matches!(error, RawFileError::HardLinked { names: 2, .. }),
+            "{error}"
+        );
         RawFile::open(name, Access::ReadOnly).unwrap();
     }
     fs::remove_file(other).unwrap();

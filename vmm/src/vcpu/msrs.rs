@@ -126,7 +126,11 @@ fn read(vcpu: &VcpuFd, indices: &[u32]) -> io::Result<Vec<(u32, u64)>> {
     for batch in indices.chunks(BATCH) {
         let mut msrs = list(batch.iter().map(|&index| (index, 0)))?;
         let count = vcpu.get_msrs(&mut msrs)?;
-        values.extend(msrs.as_slice()[..count].iter().map(|msr| (msr.index, msr.data)));
+        values.extend(
+            msrs.as_slice()[..count]
+                .iter()
+                .map(|msr| (msr.index, msr.data)),
+        );
         if count < batch.len() {
             break;
         }
@@ -141,7 +145,9 @@ pub(super) fn restore(vcpu: &VcpuFd, values: &[(u32, u64)]) -> Result<(), MsrErr
     while !rest.is_empty() {
         let batch = &rest[..rest.len().min(BATCH)];
         let msrs = list(batch.iter().copied()).map_err(MsrError::Call)?;
-        let set = vcpu.set_msrs(&msrs).map_err(|error| MsrError::Call(error.into()))?;
+        let set = vcpu
+            .set_msrs(&msrs)
+            .map_err(|error| MsrError::Call(error.into()))?;
         rest = &rest[set..];
         if set == batch.len() {
             continue;
@@ -156,8 +162,13 @@ pub(super) fn restore(vcpu: &VcpuFd, values: &[(u32, u64)]) -> Result<(), MsrErr
 }
 
 fn list(values: impl Iterator<Item = (u32, u64)>) -> io::Result<Msrs> {
-    let entries: Vec<_> =
-        values.map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() }).collect();
+    let entries: Vec<_> = values
+        .map(|(index, data)| kvm_msr_entry {
+            index,
+            data,
+            ..Default::default()
+        })
+        .collect();
     Msrs::from_entries(&entries).map_err(|error| io::Error::other(format!("{error:?}")))
 }
 
@@ -218,7 +229,16 @@ mod tests {
         // No CPU has this one.
         let values = [(PLAIN, 7), (0xdead_beef, 1), (PLAIN, 8)];
         let error = restore(&vcpu, &values).unwrap_err();
-        assert!(matches!(error, MsrError::Refused { index: 0xdead_beef, value: 1 }), "{error}");
+        assert!(
+            matches!(
+                error,
+                MsrError::Refused {
+                    index: 0xdead_beef,
+                    value: 1
+                }
+            ),
+            "{error}"
+        );
         assert_eq!(read(&vcpu, &[PLAIN]).unwrap(), [(PLAIN, 7)]);
     }
 }

@@ -155,6 +155,10 @@ impl Vcpu {
 
     /// One KVM_RUN; `None` is an exit that was served and means nothing to others.
     fn step(&mut self) -> Result<Option<Stop>, RunError> {
+        let kvm_run = std::ptr::from_mut(self.fd.get_kvm_run());
+        // SAFETY: the mapping lives as long as `self.fd`. The member is `io` after an I/O exit, which
+        // is the only time that this is called, and `run` leaves a shared view of it alone.
+        let io_width = || usize::from(unsafe { (*kvm_run).__bindgen_anon_1.io.size });
         let exit = match self.fd.run() {
             Ok(exit) => exit,
             Err(error) => match error.errno() {
@@ -174,12 +178,14 @@ impl Vcpu {
         };
         Ok(match exit {
             VcpuExit::IoIn(port, data) => {
-                self.pio.read(u64::from(port), data);
+                self.pio.read_repeated(u64::from(port), io_width(), data);
                 None
             }
-            VcpuExit::IoOut(port, data) => {
-                Some(Stop::Effect(self.pio.write(u64::from(port), data)))
-            }
+            VcpuExit::IoOut(port, data) => Some(Stop::Effect(self.pio.write_repeated(
+                u64::from(port),
+                io_width(),
+                data,
+            ))),
             VcpuExit::MmioRead(address, data) => {
                 self.mmio.read(address, data);
                 None

@@ -167,7 +167,10 @@ impl VcpuState {
         // The arithmetic of the offset below is in host ticks: scaling would need both rates.
         let here = vcpu.get_tsc_khz().map_err(reading("TSC_KHZ"))?;
         if here != self.tsc_khz {
-            return Err(StateError::TscKhz { saved: self.tsc_khz, here });
+            return Err(StateError::TscKhz {
+                saved: self.tsc_khz,
+                here,
+            });
         }
         vcpu.set_mp_state(self.mp_state)
             .map_err(writing("MP_STATE"))?;

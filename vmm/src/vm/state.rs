@@ -74,7 +74,9 @@ impl Inner {
         for (index, vcpu) in (0..).zip(&self.vcpus) {
             sections.push(Section::encode(vcpu_section(index), &lock(vcpu).save()?)?)?;
         }
-        self.machine.devices.each(|device| -> Result<(), VmError> { Ok(sections.push(device.save()?)?) })?;
+        self.machine
+            .devices
+            .each(|device| -> Result<(), VmError> { Ok(sections.push(device.save()?)?) })?;
         Ok(sections)
     }
 
