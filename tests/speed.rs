@@ -161,17 +161,6 @@ fn the_state_of_one_vcpu_is_at_most_16_kib() {
     let point = keep(&vm);
     let bytes = point.state_bytes();
     println!("state of 1 vCPU: {bytes} bytes");
-    for x in point.state().iter() {
-        if x.kind == "kvm/vcpu/0" {
-            println!(
-                "HEX {}",
-                x.body
-                    .iter()
-                    .map(|b| format!("{b:02x}"))
-                    .collect::<String>()
-            );
-        }
-    }
     let sections = point
         .state()
         .iter()

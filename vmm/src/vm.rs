@@ -51,7 +51,7 @@ pub enum VmEvent {
         /// When.
         at: Instant,
     },
-    /// A vCPU made a call and is held until [`Vm::answer`].
+    /// A vCPU made a call and is held until [`Vm::release`].
     Call {
         /// The vCPU.
         vcpu: u32,

@@ -127,11 +127,19 @@ impl VcpuState {
         let lapic = vcpu.get_lapic().map_err(reading("LAPIC"))?;
         // Last: what is about to be injected.
         let events = vcpu.get_vcpu_events().map_err(reading("VCPU_EVENTS"))?;
-        let cpuid = vcpu
+        let mut cpuid = vcpu
             .get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
             .map_err(reading("CPUID2"))?
             .as_slice()
             .to_vec();
+        // Older kernels (6.1 is one) do not say how many entries it filled in; leaf 0 is never empty.
+        let empty = kvm_cpuid_entry2::default();
+        cpuid.truncate(
+            cpuid
+                .iter()
+                .rposition(|entry| *entry != empty)
+                .map_or(0, |last| last + 1),
+        );
         let tsc_khz = vcpu.get_tsc_khz().map_err(reading("TSC_KHZ"))?;
         let tsc_offset = sys::get_tsc_offset(vcpu).map_err(reading_io("TSC_OFFSET"))?;
         Ok(VcpuState {
