@@ -56,6 +56,7 @@ impl ForkPoint {
         self: &Arc<Self>,
         count: u32,
     ) -> Result<Vec<Arc<Member>>, ForkError> {
+        self.family.check_open()?;
         let observer = self.family.config().observer.clone();
         let first = self.ids.fetch_add(count, Ordering::Relaxed) + 1;
         let mut waiting = Vec::with_capacity(count as usize);

@@ -4,6 +4,7 @@
 mod common;
 
 mod disks;
+mod ends;
 mod fork_call;
 mod fork_matrix;
 mod hostile_guest;
