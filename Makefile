@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: help build demo test test-long test-svm examples lint setup
+.PHONY: help build demo test test-long test-svm bench examples lint setup
 
 TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
 
@@ -24,6 +24,8 @@ demo: ## Install what is missing, build, and map reads in 32 clones: target/demo
 	@scripts/setup build demo
 	@$(MAKE) --no-print-directory build
 	"$(TARGET)/release/forkvm" demo --clones 32
+	samtools quickcheck target/demo.sam
+	@echo "samtools reads $$(samtools view -c target/demo.sam) records of target/demo.sam"
 
 test: ## Install what is missing, and pass all tests of all crates, those that need KVM included
 	@scripts/setup build test
@@ -48,6 +50,10 @@ test-svm: ## The KVM tests and a small demo on emulated AMD hardware, Linux 6.12
 	@scripts/setup build svm
 	@scripts/check-rust
 	lanes/svm/run $(addprefix --cell ,$(CELL)) -- '$(FILTER)'
+
+bench: ## Print the figures of a fork: instantiation, pause, 32 clones, private memory
+	@scripts/check-rust
+	cargo bench --bench fork
 
 examples: ## Run every program in examples/
 	@scripts/check-rust

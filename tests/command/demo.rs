@@ -22,19 +22,8 @@ fn demo(options: &[&str]) -> Option<(TempDir, Value)> {
         return None;
     }
     let dir = TempDir::new().unwrap();
-    let small = [
-        "--reads",
-        "1000",
-        "--lambda-pairs",
-        "100",
-        "--checks",
-        "1",
-        "--seed",
-        "7",
-    ];
     let args = [
-        &["demo", "--target", ".", "--json", "-"],
-        &small[..],
+        &["demo", "--target", ".", "--json", "-", "--seed", "7"],
         options,
     ]
     .concat();
@@ -44,9 +33,12 @@ fn demo(options: &[&str]) -> Option<(TempDir, Value)> {
     Some((dir, object))
 }
 
+/// An input that is mapped at once.
+const SMALL: &[&str] = &["--reads", "1000", "--lambda-pairs", "100", "--checks", "1"];
+
 #[test]
 fn a_guest_that_forks_itself_maps_all_reads_as_the_host_does() {
-    let Some((dir, object)) = demo(&["--clones", "3", "--vcpus", "2"]) else {
+    let Some((dir, object)) = demo(&[SMALL, &["--clones", "3", "--vcpus", "2"]].concat()) else {
         return;
     };
     for (key, expected) in [
@@ -99,7 +91,7 @@ fn a_guest_that_forks_itself_maps_all_reads_as_the_host_does() {
 #[test]
 fn the_host_forks_it_by_copying_and_the_answers_are_the_same() {
     let options = ["--clones", "2", "--forked-by", "host", "--freeze", "copy"];
-    let Some((_dir, object)) = demo(&options) else {
+    let Some((_dir, object)) = demo(&[SMALL, &options].concat()) else {
         return;
     };
     assert_eq!(object["forked_by"], "host");
@@ -112,4 +104,14 @@ fn a_pair_of_freeze_and_memory_mode_that_does_not_exist_is_a_usage_error() {
     let dir = TempDir::new().unwrap();
     forkvm(dir.path(), &["demo", "--memory-mode", "lazy"]).expect(2, "cow");
     forkvm(dir.path(), &["demo", "--freeze", "delta"]).expect(2, "remap");
+}
+
+#[test]
+#[ignore = "searches the whole genomes for 2,000 reads: a minute"]
+fn two_thousand_reads_are_where_an_independent_search_finds_them() {
+    let Some((_dir, object)) = demo(&["--checks", "2000"]) else {
+        return;
+    };
+    assert_eq!(object["independent_checks"], 2000);
+    assert_eq!(object["answers_match"], true);
 }

@@ -54,3 +54,32 @@ fn people_get_a_table() {
         "{text}"
     );
 }
+
+/// In a mount namespace of its own, where /dev is empty but for what `make` puts there.
+fn without_kvm(make: &str, args: &str) -> Option<std::process::Output> {
+    let forkvm = env!("CARGO_BIN_EXE_forkvm");
+    let script = format!("mount -t tmpfs none /dev && {make} && exec {forkvm} {args}");
+    let unshare = std::process::Command::new("unshare")
+        .args(["--mount", "sh", "-c", &script])
+        .output();
+    let output = unshare.ok()?;
+    let refused = String::from_utf8_lossy(&output.stderr).into_owned();
+    if refused.contains("unshare") || refused.contains("mount:") {
+        println!("skipped: no mount namespace can be made here: {refused}");
+        return None;
+    }
+    Some(output)
+}
+
+#[test]
+fn a_host_without_kvm_ends_with_status_3_and_says_what_to_do() {
+    let Some(output) = without_kvm("true", "run --guest hello") else {
+        return;
+    };
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(3), "{said}");
+    assert!(said.contains("/dev/kvm does not exist"), "{said}");
+    assert!(said.contains("forkvm doctor"), "{said}");
+    let doctor = without_kvm("true", "doctor").unwrap();
+    assert_eq!(doctor.status.code(), Some(3));
+}

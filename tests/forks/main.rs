@@ -12,3 +12,4 @@ mod limits;
 mod lineage;
 mod registers;
 mod several_vcpus_ring_at_once;
+mod state_size;

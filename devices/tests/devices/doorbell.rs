@@ -6,6 +6,7 @@ use forkvm_abi::errno::{EAGAIN, EINVAL, ENOSYS};
 use forkvm_devices::device::{GuestCall, GuestOp};
 use forkvm_devices::doorbell::{Announcement, Answer};
 use forkvm_devices::{Device, Doorbell, Effect, GuestMemory};
+use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::driver::{Line, RAM, all, copy_of, ram, read32, write32};
@@ -297,5 +298,70 @@ fn accesses_of_another_width_are_ignored() {
         guest.bell.read(reg::MAGIC.into(), &mut data);
         assert_eq!(data, vec![0; len]);
         assert_eq!(guest.bell.write(reg::REPORT.into(), &data), Effect::None);
+    }
+}
+
+/// What a guest can do to its doorbell: any write to any register, and any bytes in the page.
+#[derive(Clone, Debug)]
+enum Act {
+    Write { offset: u64, data: Vec<u8> },
+    Fill { at: u64, bytes: Vec<u8> },
+    Answer { slot: u32 },
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    let register = prop_oneof![
+        Just(u64::from(reg::RING)),
+        Just(u64::from(reg::PAGE)),
+        0u64..0x20
+    ];
+    let word = prop_oneof![0u32..40, any::<u32>()].prop_map(|word| word.to_le_bytes().to_vec());
+    let data = prop_oneof![4 => word, 1 => prop::collection::vec(any::<u8>(), 1..9)];
+    let write = (register, data).prop_map(|(offset, data)| Act::Write { offset, data });
+    let bytes = prop::collection::vec(prop_oneof![0u8..5, any::<u8>()], 1..64);
+    let fill = (0u64..4096, bytes).prop_map(|(at, bytes)| Act::Fill { at, bytes });
+    prop_oneof![4 => write, 2 => fill, 1 => (0u32..40).prop_map(|slot| Act::Answer { slot })]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    /// Whatever a guest writes: no panic, a call is held exactly when it is pending, and nothing
+    /// outside of its page changes.
+    #[test]
+    fn no_request_confuses_the_doorbell(acts in prop::collection::vec(act(), 1..60)) {
+        let mut guest = Guest::new(ALL);
+        for act in acts {
+            let pending = guest.bell.pending();
+            let before = all(&guest.memory);
+            let page = read32(&mut guest.bell, reg::PAGE.into());
+            match act {
+                Act::Write { offset, data } => match guest.bell.write(offset, &data) {
+                    Effect::Call(call) => {
+                        prop_assert!((call.slot as usize) < CALLS);
+                        prop_assert!(!pending.contains(&call), "rang twice");
+                        prop_assert!(guest.bell.pending().contains(&call));
+                    }
+                    Effect::None | Effect::Report(_) => {
+                        prop_assert_eq!(guest.bell.pending(), pending);
+                    }
+                    Effect::Exit(status) => prop_assert!(false, "ended with {}", status),
+                },
+                Act::Fill { at, bytes } => {
+                    let len = bytes.len().min(4096 - at as usize);
+                    guest.memory.write_slice(&bytes[..len], GuestAddress(PAGE + at)).unwrap();
+                }
+                Act::Answer { slot } => {
+                    let was = pending.iter().any(|call| call.slot == slot);
+                    prop_assert_eq!(guest.bell.answer(slot, Answer::of(7)), was);
+                }
+            }
+            // The page that it has now may be one that it was just given.
+            let pages = [FRAME, page, read32(&mut guest.bell, reg::PAGE.into())];
+            let in_a_page = |at: usize| pages.contains(&(at as u32 / 4096));
+            let after = all(&guest.memory);
+            let changed = (0..after.len()).find(|&at| before[at] != after[at] && !in_a_page(at));
+            prop_assert_eq!(changed, None);
+        }
     }
 }
