@@ -11,11 +11,12 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use super::{Backing, MemoryError, PAGE, Ram};
+use crate::memory_file::MemorySource;
 
 impl Ram {
     /// The populated pages as ranges of file offsets, rising and apart.
     pub fn populated(&self) -> Result<Vec<Range<u64>>, MemoryError> {
-        let in_file = data_extents(self.backing.file(), self.layout.len())?;
+        let in_file = data_extents(self.backing.file())?;
         match self.backing {
             Backing::Shared(_) => Ok(in_file),
             Backing::Private(_) => Ok(union(in_file, self.own_pages()?)),
@@ -94,32 +95,16 @@ fn pagemap_error(source: io::Error) -> MemoryError {
     }
 }
 
-/// The extents of `file` below `len` that hold data (lseek(2), SEEK_DATA and SEEK_HOLE).
-pub(crate) fn data_extents(file: &File, len: u64) -> Result<Vec<Range<u64>>, MemoryError> {
-    let seek = |offset: u64, whence| {
-        // SAFETY: the descriptor is open; the call touches no memory.
-        let at = unsafe { libc::lseek(file.as_raw_fd(), offset as libc::off_t, whence) };
-        if at < 0 {
-            Err(io::Error::last_os_error())
-        } else {
-            Ok(at as u64)
-        }
-    };
+/// The extents of `file` that hold data.
+fn data_extents(file: &File) -> Result<Vec<Range<u64>>, MemoryError> {
     let failed = |source| MemoryError::Populated {
-        what: "lseek for data in a memfd",
+        what: "looking for data in a memfd",
         source,
     };
-    let mut extents = Vec::new();
-    let mut at = 0;
-    while at < len {
-        let start = match seek(at, libc::SEEK_DATA) {
-            Ok(start) => start,
-            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => break,
-            Err(error) => return Err(failed(error)),
-        };
-        let end = seek(start, libc::SEEK_HOLE).map_err(failed)?;
-        extents.push(start..end.min(len));
-        at = end;
+    let mut extents: Vec<Range<u64>> = Vec::new();
+    let end = |extents: &[Range<u64>]| extents.last().map_or(0, |last| last.end);
+    while let Some(extent) = file.next_data(end(&extents)).map_err(failed)? {
+        extents.push(extent);
     }
     Ok(extents)
 }
