@@ -3,8 +3,9 @@
 //! The VM that was started prints as it is. A clone's lines come whole, behind its name in brackets,
 //! or go to a file of its own. Input goes to the VM that was started.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -186,7 +187,12 @@ pub(crate) fn pass_input(vm: Arc<Member>) -> io::Result<()> {
     Ok(())
 }
 
+/// Asked of the descriptor, not of /dev/stdin, which a small system may not have.
 fn is_live(stdin: &io::Stdin) -> bool {
-    let kind = fs::metadata("/dev/stdin").map(|metadata| metadata.file_type());
-    stdin.is_terminal() || kind.is_ok_and(|kind| kind.is_fifo() || kind.is_socket())
+    let kind = || {
+        File::from(stdin.as_fd().try_clone_to_owned()?)
+            .metadata()
+            .map(|m| m.file_type())
+    };
+    stdin.is_terminal() || kind().is_ok_and(|kind| kind.is_fifo() || kind.is_socket())
 }
