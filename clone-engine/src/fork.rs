@@ -148,6 +148,7 @@ impl Parent<'_> {
         let phase = phase::begin(observer, Phase::Freeze, Some(&paused))?;
         let disks = FrozenDisks::freeze(paused.disks(), self.disks)?;
         let image = freeze.freeze(&mut paused)?;
+        let populated = image.populated().map_err(ForkError::Populated)?;
         phase.done();
 
         let phase = match phase::begin(observer, Phase::Resume, Some(&paused)) {
@@ -184,6 +185,7 @@ impl Parent<'_> {
             layout,
             state,
             image,
+            populated,
             freeze: freeze.kind(),
             disks,
             forker: request.forker,
@@ -260,6 +262,9 @@ pub enum ForkError {
     /// The image could not be measured or sealed.
     #[error("phase publish")]
     Image(#[from] MemoryError),
+    /// The image could not be asked for its size.
+    #[error("phase freeze: asking how much memory is populated failed")]
+    Populated(#[source] io::Error),
     /// A clone could not be made.
     #[error("phase spawn")]
     Spawn(#[from] SpawnError),

@@ -1,7 +1,5 @@
 //! Fork points: what clones are spawned from, now or later.
 
-use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
@@ -29,6 +27,8 @@ pub struct ForkPoint {
     pub(crate) layout: MemoryLayout,
     pub(crate) state: Sections,
     pub(crate) image: Arc<MemoryImage>,
+    /// Bytes of it that were populated at the freeze; clones that touch holes add to that.
+    pub(crate) populated: u64,
     /// How it was made.
     pub(crate) freeze: FreezeKind,
     pub(crate) disks: DisksAtFork,
@@ -56,11 +56,11 @@ impl ForkPoint {
         self: &Arc<Self>,
         count: u32,
     ) -> Result<Vec<Arc<Member>>, ForkError> {
-        self.family.check_open()?;
         let observer = self.family.config().observer.clone();
         let first = self.ids.fetch_add(count, Ordering::Relaxed) + 1;
         let mut waiting = Vec::with_capacity(count as usize);
         for clone_id in first..first + count {
+            self.family.check_open()?;
             let number = self.numbers.fetch_add(1, Ordering::Relaxed) + 1;
             let identity = self
                 .parent
@@ -114,9 +114,9 @@ impl ForkPoint {
         self.parent.depth + 1
     }
 
-    /// Memory of the image that is populated, in bytes.
-    pub fn populated(&self) -> io::Result<u64> {
-        Ok(self.image.file().metadata()?.blocks() * 512)
+    /// Memory that was populated at the fork, in bytes.
+    pub fn populated(&self) -> u64 {
+        self.populated
     }
 
     /// Bytes of the state of one clone, as a state file would hold it.

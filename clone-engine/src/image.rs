@@ -6,6 +6,8 @@
 //! was a hole at the freeze and reads as zero. It is freed with its last user.
 
 use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use forkvm_vmm::memory::{self, MemoryError, Ram};
@@ -32,6 +34,11 @@ impl ImageBuilder {
     /// Copies the populated pages of a paused VM into it. Returns the bytes copied.
     pub fn fill(&self, ram: &Ram) -> Result<u64, MemoryError> {
         ram.copy_populated(&self.file)
+    }
+
+    /// Bytes of memory that it holds; the rest is holes.
+    pub fn populated(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.blocks() * 512)
     }
 
     /// Ends the building.

@@ -146,27 +146,68 @@ pub fn available_kib() -> io::Result<u64> {
     Ok(cgroup_room_kib()?.map_or(available, |room: u64| room.min(available)))
 }
 
+/// What the memory cgroups of this process leave, in KiB: the limit less what is used, of which the
+/// page cache does not count, since it makes way. `None` without a limit.
 fn cgroup_room_kib() -> io::Result<Option<u64>> {
-    let Some(own) = fs::read_to_string("/proc/self/cgroup")?
-        .lines()
-        .find_map(|line| line.strip_prefix("0::/").map(str::to_owned))
-    else {
-        return Ok(None);
-    };
-    let root = Path::new("/sys/fs/cgroup");
-    let number =
-        |file: &Path| -> Option<u64> { fs::read_to_string(file).ok()?.trim().parse().ok() };
-    let rooms = root
-        .join(own)
-        .ancestors()
-        .take_while(|group| group.starts_with(root))
-        .filter_map(|group| {
+    let cgroups = fs::read_to_string("/proc/self/cgroup")?;
+    let rooms = cgroups.lines().filter_map(|line| {
+        let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+        let files = match controllers {
+            "" => &VERSION_2,
+            "memory" => &VERSION_1,
+            _ => return None,
+        };
+        files.room_kib(path.trim_start_matches('/'))
+    });
+    Ok(rooms.min())
+}
+
+/// Where a version of cgroups says what is used and allowed.
+struct CgroupFiles {
+    root: &'static str,
+    limit: &'static str,
+    used: &'static str,
+    /// Lines of `memory.stat` that count what makes way.
+    reclaimable: &'static [&'static str],
+}
+
+const VERSION_2: CgroupFiles = CgroupFiles {
+    root: "/sys/fs/cgroup",
+    limit: "memory.max",
+    used: "memory.current",
+    reclaimable: &["inactive_file ", "active_file ", "slab_reclaimable "],
+};
+
+const VERSION_1: CgroupFiles = CgroupFiles {
+    root: "/sys/fs/cgroup/memory",
+    limit: "memory.limit_in_bytes",
+    used: "memory.usage_in_bytes",
+    reclaimable: &["total_inactive_file ", "total_active_file "],
+};
+
+impl CgroupFiles {
+    /// The least room of the group `path` and of those above it.
+    fn room_kib(&self, path: &str) -> Option<u64> {
+        let root = Path::new(self.root);
+        let number =
+            |file: &Path| -> Option<u64> { fs::read_to_string(file).ok()?.trim().parse().ok() };
+        let above = root.join(path);
+        let groups = above
+            .ancestors()
+            .take_while(|group| group.starts_with(root));
+        let rooms = groups.filter_map(|group| {
             // "max", and a group without the memory controller, set no limit.
-            let limit = number(&group.join("memory.max"))?;
-            Some(limit.saturating_sub(number(&group.join("memory.current"))?) / 1024)
-        })
-        .min();
-    Ok(rooms)
+            let limit = number(&group.join(self.limit))?;
+            let used = number(&group.join(self.used))?;
+            let stat = fs::read_to_string(group.join("memory.stat")).unwrap_or_default();
+            let counts = self.reclaimable.iter().filter_map(|name| {
+                stat.lines()
+                    .find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok())
+            });
+            Some(limit.saturating_sub(used.saturating_sub(counts.sum())) / 1024)
+        });
+        rooms.min()
+    }
 }
 
 fn open_fds() -> io::Result<u64> {

@@ -46,9 +46,10 @@ impl Brake {
             && self.0.left_over.swap(false, Ordering::SeqCst)
     }
 
-    /// Notes that a device leaves requests behind, and says whether it still is to stop: somebody
+    /// Notes that requests may be left behind: by a device that stops, or in the queues of a machine
+    /// that was restored. Says whether it still is to stop: somebody
     /// who released the brake meanwhile may have looked too early.
-    pub(crate) fn leave_over(&self) -> bool {
+    pub fn leave_over(&self) -> bool {
         self.0.left_over.store(true, Ordering::SeqCst);
         self.pulled()
     }

@@ -15,7 +15,7 @@ use forkvm::demo::answers::{self, Answers};
 use forkvm::demo::independent::Sample;
 use forkvm::demo::input::{Input, InputSpec};
 use forkvm::demo::report::{Percentiles, Report};
-use forkvm::demo::run::{self, RunSpec, clean_folder};
+use forkvm::demo::run::{self, RunSpec};
 use forkvm::demo::simulate::Simulation;
 use forkvm::engine::{MemoryMode, limits::MAX_CLONES};
 use forkvm::vmm::memory::{MAX_MIB, MIN_MIB};
@@ -85,7 +85,7 @@ impl Demo {
         let seed = self.seed.unwrap_or_else(seed_of_the_clock);
         let mut text = output.text();
         let folder = self.target.join("demo");
-        clean_folder(&folder).with_context(|| format!("emptying {}", folder.display()))?;
+        fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
         let spec = InputSpec {
             simulation: Simulation {
                 seed,
@@ -121,7 +121,7 @@ impl Demo {
         let sam = self.target.join("demo.sam");
         let answers = answers::judge(&input, &run.shares, sample, threads, &sam, bar)?;
         let failures = [answers.failures.clone(), run.failures.clone()].concat();
-        let report = Report::new(Host::here(), &input, seed, &run, answers)?;
+        let report = Report::new(Host::here(), &input, seed, &run, answers);
         let json = serde_json::to_value(&report)?;
         let file = self.target.join("demo.json");
         fs::write(&file, serde_json::to_string_pretty(&json)? + "\n")
@@ -207,7 +207,12 @@ fn table(report: &Report<Host>) -> Table {
         "index built, once",
         ms(report.input.index_build_ms.unwrap_or_default() * 1000.0),
     );
-    row("parent stood still", ms(report.parent_pause_us));
+    row(
+        "parent stood still",
+        report
+            .parent_pause_us
+            .map_or_else(|| "for good".to_owned(), ms),
+    );
     row(
         "all clones running",
         report.all_running_us.map_or_else(|| "-".to_owned(), ms),

@@ -43,12 +43,13 @@ impl DemoObserver {
         }
     }
 
-    /// The fork and its clones; `None` before it.
-    pub fn fork(&self) -> Option<Fork> {
+    /// Hands out the fork and its clones; `None` before it. They are not kept: they hold their family,
+    /// and that its observer.
+    pub fn take_fork(&self) -> Option<Fork> {
         self.fork
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+            .take()
     }
 
     /// Phases so far.
@@ -56,9 +57,9 @@ impl DemoObserver {
         self.log.phases()
     }
 
-    /// How long the parent stood still.
-    pub fn parent_pause(&self) -> Duration {
-        self.log.pauses().into_iter().sum()
+    /// How long the parent stood still; `None` when it did not go on.
+    pub fn parent_pause(&self) -> Option<Duration> {
+        self.log.pauses().first().copied()
     }
 
     /// Memory that the clones took, at most.

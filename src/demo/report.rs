@@ -97,8 +97,8 @@ pub struct Report<Host> {
     pub answers: Answers,
     /// Seed of the simulated reads.
     pub seed: u64,
-    /// How long the parent stood still.
-    pub parent_pause_us: f64,
+    /// How long the parent stood still; `null` for one that was stopped.
+    pub parent_pause_us: Option<f64>,
     /// Populated memory at the fork.
     pub populated_mib: f64,
     /// From the request of the fork until the last clone entered its first KVM_RUN.
@@ -123,13 +123,7 @@ pub struct Report<Host> {
 
 impl<Host> Report<Host> {
     /// Puts the figures of a run together.
-    pub fn new(
-        host: Host,
-        input: &Input,
-        seed: u64,
-        run: &Run,
-        answers: Answers,
-    ) -> std::io::Result<Report<Host>> {
+    pub fn new(host: Host, input: &Input, seed: u64, run: &Run, answers: Answers) -> Report<Host> {
         let config = run.point.config();
         let clones = run.clones.len().max(1) as u64;
         let timelines: Vec<Timeline> = run.clones.iter().map(|clone| clone.timeline()).collect();
@@ -144,7 +138,7 @@ impl<Host> Report<Host> {
             phases.entry(phase.as_str()).or_default().push(*took);
         }
         let phases = phases.into_iter();
-        Ok(Report {
+        Report {
             forkvm: env!("CARGO_PKG_VERSION"),
             host,
             guest: "bare",
@@ -162,13 +156,13 @@ impl<Host> Report<Host> {
             freeze: run.point.freeze().as_str(),
             spawner: "in-process",
             input: InputReport {
-                index_build_ms: Some(us(run.index_build) / 1000.0),
+                index_build_ms: run.index_build.map(|took| us(took) / 1000.0),
                 ..input.report()
             },
             answers,
             seed,
-            parent_pause_us: us(run.parent_pause),
-            populated_mib: run.point.populated()? as f64 / f64::from(1 << 20),
+            parent_pause_us: run.parent_pause.map(us),
+            populated_mib: run.point.populated() as f64 / f64::from(1 << 20),
             all_running_us: times(|line| line.first_run).max().map(us),
             end_points_us: EndPoints {
                 built: Percentiles::of(times(|line| line.built)),
@@ -188,6 +182,6 @@ impl<Host> Report<Host> {
             pages_fetched: 0,
             fetch_us: None,
             state_bytes: run.point.state_bytes(),
-        })
+        }
     }
 }

@@ -4,7 +4,6 @@
 //! Every figure is read from where it happened: phases and end points from the engine's trace,
 //! sectors from the devices' counters, memory from the kernel's accounts; none from the options.
 
-use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -56,10 +55,10 @@ pub struct Run {
     pub shares: Vec<Vec<u8>>,
     /// Phases of the fork, as they ended.
     pub phases: Vec<(Phase, Duration)>,
-    /// How long the parent stood still.
-    pub parent_pause: Duration,
-    /// How long the guest took to build its index.
-    pub index_build: Duration,
+    /// How long the parent stood still; `None` for one that was stopped.
+    pub parent_pause: Option<Duration>,
+    /// How long the guest took to build its index, if it said so.
+    pub index_build: Option<Duration>,
     /// Memory that the clones took, at most.
     pub growth: Growth,
     /// What is wrong with how the clones worked, for people; empty if nothing is.
@@ -93,7 +92,8 @@ pub fn run(input: &Input, spec: &RunSpec) -> Result<Run, RunError> {
     let ended = work(&vm, spec);
     vm.family().end();
     let parent = ended?;
-    let Some((point, clones)) = observer.fork() else {
+    let growth = observer.growth();
+    let Some((point, clones)) = observer.take_fork() else {
         return Err(RunError::NotForked { end: parent.end });
     };
     let finished: Vec<Finished> = clones.iter().map(|clone| clone.wait()).collect();
@@ -106,7 +106,7 @@ pub fn run(input: &Input, spec: &RunSpec) -> Result<Run, RunError> {
         index_build: index_build(vm.member()),
         parent_pause: observer.parent_pause(),
         phases: observer.phases(),
-        growth: observer.growth(),
+        growth,
         point,
         clones,
         finished,
@@ -183,7 +183,7 @@ fn failures(
     failures
 }
 
-fn index_build(parent: &Member) -> Duration {
+fn index_build(parent: &Member) -> Option<Duration> {
     let reports = parent.reports();
     let at = |value| {
         reports
@@ -191,10 +191,7 @@ fn index_build(parent: &Member) -> Duration {
             .find(|report| report.0 == value)
             .map(|report| report.1)
     };
-    match (at(INDEX_BEGUN), at(report::READY)) {
-        (Some(begun), Some(ready)) => ready - begun,
-        _ => Duration::ZERO,
-    }
+    between(at(INDEX_BEGUN), at(report::READY))
 }
 
 /// Reads what a clone left on its disk 2 (`forkvm_abi::records`).
@@ -240,15 +237,6 @@ pub fn bytes_read(finished: &Finished) -> u64 {
 /// Time from `start` until `end`, if both were seen.
 pub fn between(start: Option<Instant>, end: Option<Instant>) -> Option<Duration> {
     Some(end?.saturating_duration_since(start?))
-}
-
-/// Removes a folder of an earlier run, so that only this run's files are in it.
-pub fn clean_folder(folder: &PathBuf) -> std::io::Result<()> {
-    match fs::remove_dir_all(folder) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    fs::create_dir_all(folder)
 }
 
 /// Why the job could not be run.

@@ -100,6 +100,25 @@ fn the_host_forks_it_by_copying_and_the_answers_are_the_same() {
 }
 
 #[test]
+fn one_clone_maps_everything() {
+    let Some((_dir, object)) = demo(&[SMALL, &["--clones", "1"]].concat()) else {
+        return;
+    };
+    assert_eq!(object["clones"], 1);
+    assert_eq!(object["answers_match"], true);
+}
+
+#[test]
+fn guests_with_ram_beyond_4_gib_map_as_well() {
+    let options = ["--clones", "2", "--memory-mib", "6144"];
+    let Some((_dir, object)) = demo(&[SMALL, &options].concat()) else {
+        return;
+    };
+    assert_eq!(object["memory_mib"], 6144);
+    assert_eq!(object["answers_match"], true);
+}
+
+#[test]
 fn a_pair_of_freeze_and_memory_mode_that_does_not_exist_is_a_usage_error() {
     let dir = TempDir::new().unwrap();
     forkvm(dir.path(), &["demo", "--memory-mode", "lazy"]).expect(2, "cow");

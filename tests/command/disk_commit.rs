@@ -74,3 +74,28 @@ fn what_the_parent_wrote_after_the_fork_is_in_the_file_after_the_merge() {
     assert_eq!(forkvm(dir, &COMMIT).code(), 0);
     assert_ne!(fs::read(&file).unwrap(), at_the_fork);
 }
+
+#[test]
+fn what_the_parent_wrote_and_did_not_flush_is_merged_after_ctrl_c() {
+    need_kvm!();
+    let dir = tempdir().unwrap();
+    let dir = dir.path();
+    disk(dir, "d.img", 32);
+    let args = [
+        "run",
+        "--guest",
+        "blk-verify n=1 mib=16",
+        "--memory",
+        "64",
+        "--disk",
+        "d.img",
+    ];
+    let mut running = Running::start(dir, &args);
+    running.wait_for_vms(2);
+    running.signal("INT");
+    assert_eq!(running.wait().code(), 130);
+    let merged = forkvm(dir, &[&COMMIT[..], &["--json", "-"]].concat());
+    assert_eq!(merged.code(), 0, "{}", merged.stderr());
+    let report: serde_json::Value = serde_json::from_str(&merged.stdout()).unwrap();
+    assert!(report["merged_kib"].as_u64().unwrap() > 0, "{report}");
+}

@@ -246,11 +246,12 @@ impl ReadyVm {
         &self.inner.config
     }
 
-    /// Lets it run.
-    pub fn start(self) -> Result<Vm, VmError> {
-        self.inner.machine.devices.activate()?;
+    /// Lets it run. Its devices look into their queues once, on a vCPU's thread: a guest could make
+    /// that last, and there a pause or an end can stop it.
+    pub fn start(self) -> Vm {
+        self.inner.machine.devices.brake.leave_over();
         self.inner.gate.open();
-        Ok(Vm { inner: self.inner })
+        Vm { inner: self.inner }
     }
 }
 
@@ -265,7 +266,9 @@ impl Vm {
         } = &self.inner;
         machine.devices.brake.pull();
         if let Err(error) = gate.close(deadline, |vcpu| threads[vcpu as usize].kick.kick()) {
+            // In this order: a vCPU that passes the gate looks at what the brake left over.
             machine.devices.brake.release();
+            gate.open();
             return Err(error);
         }
         Ok(PausedVm {

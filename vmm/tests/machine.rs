@@ -65,7 +65,7 @@ fn boots(memory_mib: u64, vcpus: u32) -> String {
     let vm = shell
         .boot(&Payload::Bytes(forkvm_guest_images::BARE), "job=hello")
         .unwrap();
-    let _running = vm.start().unwrap();
+    let _running = vm.start();
     assert_eq!(exit_status(&told, &console), 0, "{}", console.text());
     console.text()
 }

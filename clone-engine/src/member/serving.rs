@@ -117,11 +117,24 @@ impl Serving {
                 Err(_panic) => break End::Failed("the thread that serves it panicked".into()),
             }
         };
+        let (family, member) = (self.family.clone(), self.member.clone());
+        let torn_down = catch_unwind(AssertUnwindSafe(|| self.tear_down(end)));
+        // A console's drop is the embedder's code too.
+        member
+            .watch
+            .finish(torn_down.unwrap_or_else(|_panic| Finished {
+                end: End::Failed("its end panicked".into()),
+                disks: Vec::new(),
+                blk_counters: Vec::new(),
+            }));
+        family.leave(&member);
+    }
+
+    /// Takes the VM apart; returns what is left of it.
+    fn tear_down(self, end: End) -> Finished {
         let span = tracing::debug_span!("end", vm = self.member.name, %end);
         let _in_span = span.enter();
         let Serving {
-            family,
-            member,
             vm,
             disks,
             inbox,
@@ -132,6 +145,13 @@ impl Serving {
         // The VM goes before anybody hears of its end: who waited may count on its memory. And before
         // its devices are looked at: a guest can keep one of them busy until then.
         drop((vm, inbox));
+        for disk in &disks {
+            // What the guest wrote is there, also when it did not live to flush it, and whether or
+            // not anybody drops the disk before the process ends.
+            if let Err(error) = disk.flush_before_pause() {
+                tracing::error!(%error, "a disk could not be flushed at the end of its VM");
+            }
+        }
         let counters = |disk: &Disk| {
             disk.lock()
                 .unwrap_or_else(PoisonError::into_inner)
@@ -143,14 +163,13 @@ impl Serving {
             disks: disks.iter().map(DiskSource::layer).collect(),
             blk_counters: devices.iter().map(counters).collect(),
         };
-        drop((devices, disks));
+        drop(devices);
         if let Some(point) = stopped_at
             && let Err(error) = point.image().seal()
         {
             tracing::error!(%error, "the memory of a stopped VM could not be sealed");
         }
-        family.leave(&member);
-        member.watch.finish(finished);
+        finished
     }
 
     /// Serves one message; `Some` when the VM has ended.

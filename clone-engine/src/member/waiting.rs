@@ -70,12 +70,12 @@ impl Waiting {
 
     /// Lets it run.
     pub(crate) fn start(mut self) -> Result<Arc<Member>, SpawnError> {
+        // Before it runs: what a family that ends has not heard of it could not end.
+        self.family.enter(&self.member)?;
         let (Some(vm), Some(serve)) = (self.vm.take(), self.serve.take()) else {
             unreachable!("both are there until the start or the drop");
         };
-        let vm = vm.start()?;
-        self.family.enter(&self.member)?;
-        if serve.send(vm).is_err() {
+        if serve.send(vm.start()).is_err() {
             self.family.leave(&self.member);
             let source = io::Error::other("it is gone");
             return Err(SpawnError::Host {
