@@ -215,7 +215,13 @@ impl Control {
     fn end(&self, root: &Member, signal: i32) {
         let saved = if self.saves { Some(root.save()) } else { None };
         match saved {
-            Some(Ok(())) => {}
+            // The guest may have asked for the same a moment before.
+            Some(
+                Ok(())
+                | Err(MemberError::Ended {
+                    end: End::Saved, ..
+                }),
+            ) => {}
             Some(Err(MemberError::Ended { .. } | MemberError::Save(SaveError::Ended))) | None => {
                 self.ended_by.store(signal, Ordering::Release);
             }
