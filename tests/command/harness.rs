@@ -73,7 +73,8 @@ impl Running {
         let vms = || {
             let tasks = fs::read_dir(&tasks).into_iter().flatten().flatten();
             let names = tasks.filter_map(|task| fs::read_to_string(task.path().join("comm")).ok());
-            names.filter(|name| name.trim() == "vcpu0").count()
+            // The thread that serves a VM is there once its state is; its vCPUs are before.
+            names.filter(|name| name.starts_with("vm-")).count()
         };
         self.wait_until(&format!("{count} VMs run"), || vms() == count);
         thread::sleep(Duration::from_millis(50));
