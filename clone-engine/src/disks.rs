@@ -61,9 +61,9 @@ impl DiskSource {
         matches!(self, DiskSource::ReadOnly(_))
     }
 
-    /// Makes what was written so far durable, as far as a fork has to: called while the guest runs,
-    /// so that the same within the pause finds little to do.
-    pub(crate) fn flush_before_pause(&self) -> Result<(), DisksError> {
+    /// Makes what was written so far durable, where it outlives the VM. Called before a fork's pause,
+    /// so that the same within the pause finds little to do, and at the end of the VM.
+    pub(crate) fn flush(&self) -> Result<(), DisksError> {
         let (disk, flushed) = match self {
             DiskSource::ReadOnly(_) | DiskSource::Volatile(_) => return Ok(()),
             DiskSource::Raw(file) => (file, file.flush()),
@@ -120,7 +120,7 @@ impl DiskSource {
             DiskSource::Durable { base, top } => {
                 let frozen = frozen(top.clone())?;
                 // What the mark says must be on disk: the overlay that is left behind is final.
-                self.flush_before_pause()?;
+                self.flush()?;
                 DiskSource::stack(base, frozen)?
             }
         })

@@ -127,9 +127,7 @@ impl Parent<'_> {
         let phase = phase::begin(observer, Phase::Request, None)?;
         self.family.check_open()?;
         let granted = grant(self.vm, request.spec, freeze)?;
-        self.disks
-            .iter()
-            .try_for_each(DiskSource::flush_before_pause)?;
+        self.disks.iter().try_for_each(DiskSource::flush)?;
         phase.done();
 
         let stands_since = Instant::now();

@@ -127,28 +127,8 @@ impl ForkPoint {
             .sum()
     }
 
-    pub(crate) fn layout(&self) -> &MemoryLayout {
-        &self.layout
-    }
-
     /// State of one clone, without memory.
     pub fn state(&self) -> &Sections {
         &self.state
-    }
-
-    pub(crate) fn image(&self) -> &MemoryImage {
-        &self.image
-    }
-
-    pub(crate) fn disks(&self) -> &DisksAtFork {
-        &self.disks
-    }
-
-    pub(crate) fn forker(&self) -> Option<u32> {
-        self.forker
-    }
-
-    pub(crate) fn requested(&self) -> Instant {
-        self.requested
     }
 }

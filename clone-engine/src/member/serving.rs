@@ -148,7 +148,7 @@ impl Serving {
         for disk in &disks {
             // What the guest wrote is there, also when it did not live to flush it, and whether or
             // not anybody drops the disk before the process ends.
-            if let Err(error) = disk.flush_before_pause() {
+            if let Err(error) = disk.flush() {
                 tracing::error!(%error, "a disk could not be flushed at the end of its VM");
             }
         }
@@ -165,7 +165,7 @@ impl Serving {
         };
         drop(devices);
         if let Some(point) = stopped_at
-            && let Err(error) = point.image().seal()
+            && let Err(error) = point.image.seal()
         {
             tracing::error!(%error, "the memory of a stopped VM could not be sealed");
         }

@@ -38,18 +38,18 @@ impl Spawner for InProcess {
         observer: &dyn Observer,
     ) -> Result<Box<dyn Prepared>, SpawnError> {
         let mut timeline = Timeline {
-            fork_requested: Some(point.requested()),
+            fork_requested: Some(point.requested),
             spawn_requested: Some(Instant::now()),
             ..Timeline::default()
         };
         let phase = phase::begin(observer, Phase::Memory, None)?;
-        let backing = Backing::Private(point.image().file().clone());
-        let ram = Ram::map(point.layout().clone(), backing)?;
+        let backing = Backing::Private(point.image.file().clone());
+        let ram = Ram::map(point.layout.clone(), backing)?;
         phase.done();
 
         let phase = phase::begin(observer, Phase::Spawn, None)?;
         let inbox = Inbox::new(identity.clone());
-        let disks = point.disks().for_clone();
+        let disks = point.disks.for_clone();
         let console = family.config().consoles.open(&identity);
         let console = console.map_err(|source| SpawnError::Host {
             what: "a console",
@@ -72,7 +72,7 @@ impl Spawner for InProcess {
         phase.done();
 
         let phase = phase::begin(observer, Phase::Identity, None)?;
-        tell(&vm, &identity, point.forker(), granted)?;
+        tell(&vm, &identity, point.forker, granted)?;
         phase.done();
 
         Ok(Box::new(Waiting::new(family, vm, disks, inbox, timeline)?))
