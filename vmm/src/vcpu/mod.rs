@@ -2,12 +2,14 @@
 
 mod kick;
 mod msrs;
+mod named_pages;
 mod run;
 mod state;
 mod sys;
 
 pub(crate) use kick::{Kick, allow_kicks, prepare_signal};
 pub(crate) use msrs::MsrCatalogue;
+pub use named_pages::named_pages;
 pub use run::RunError;
 pub(crate) use run::{Stop, Vcpu};
 pub use state::StateError;

@@ -88,9 +88,39 @@ impl VcpuState {
         self.regs.rip
     }
 
+    /// The general registers.
+    pub(super) fn regs(&self) -> &kvm_regs {
+        &self.regs
+    }
+
+    /// Segments, descriptor tables and control registers.
+    pub(super) fn sregs(&self) -> &kvm_sregs {
+        &self.sregs
+    }
+
     /// KVM_MP_STATE: 0 runnable, 1 uninitialised, 3 halted, ….
     pub(crate) fn mp_state(&self) -> u32 {
         self.mp_state.mp_state
+    }
+
+    /// A state that is all zero but for these registers.
+    #[cfg(test)]
+    pub(super) fn with(mp_state: u32, regs: kvm_regs, sregs: kvm_sregs) -> VcpuState {
+        VcpuState {
+            mp_state: kvm_mp_state { mp_state },
+            regs,
+            sregs,
+            pdptrs: None,
+            xcrs: kvm_xcrs::default(),
+            xsave: Vec::new(),
+            debug_regs: kvm_debugregs::default(),
+            msrs: Vec::new(),
+            lapic: kvm_lapic_state::default(),
+            events: kvm_vcpu_events::default(),
+            cpuid: Vec::new(),
+            tsc_khz: 0,
+            tsc_offset: None,
+        }
     }
 
     /// Reads the state. The vCPU must be outside of KVM_RUN with its last exit finished.
