@@ -74,15 +74,25 @@ pub enum GuestOp {
     Join(u32),
     /// [`doorbell::op::SAVE`]: save the machine.
     Save,
+    /// [`doorbell::op::DISCARD`]: take pages of RAM back. All of them were RAM, and none was the
+    /// doorbell page, when the guest rang.
+    Discard {
+        /// First page frame (guest-physical address / 4096).
+        frame: u32,
+        /// Number of pages, 1 or more.
+        pages: u32,
+    },
 }
 
 impl GuestOp {
-    /// Decodes a call; `None` for an operation that this host does not know.
-    pub fn decode(op: u32, arg: u32) -> Option<GuestOp> {
+    /// Decodes a call; `None` for an operation that this host does not know. `pages` is
+    /// [`doorbell::Call::pages`].
+    pub fn decode(op: u32, arg: u32, pages: u32) -> Option<GuestOp> {
         match op {
             doorbell::op::FORK => Some(GuestOp::Fork(arg)),
             doorbell::op::JOIN => Some(GuestOp::Join(arg)),
             doorbell::op::SAVE => Some(GuestOp::Save),
+            doorbell::op::DISCARD => Some(GuestOp::Discard { frame: arg, pages }),
             _ => None,
         }
     }

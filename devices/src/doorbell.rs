@@ -18,7 +18,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::GuestMemory;
 use crate::device::{Device, DeviceError, Effect, GuestCall, GuestOp, InterruptLine};
-use crate::section::{SavedState, Section};
+use crate::section::{SavedState, Section, SectionError};
 
 const NAME: &str = "doorbell";
 const SECTION: &str = "dev/doorbell";
@@ -200,21 +200,24 @@ impl Doorbell {
                 .ok()
                 .map(u32::from_le)
         };
-        let (Some(op), Some(arg)) = (word(offset_of!(Call, op)), word(offset_of!(Call, arg)))
-        else {
+        let [Some(op), Some(arg), Some(pages)] = [
+            word(offset_of!(Call, op)),
+            word(offset_of!(Call, arg)),
+            word(offset_of!(Call, pages)),
+        ] else {
             tracing::warn!(
                 slot,
                 "doorbell: the page cannot be read; the call is ignored"
             );
             return Effect::None;
         };
-        match self.admit(op, arg) {
+        match self.admit(op, arg, pages) {
             Ok(op) => {
                 self.pending.insert(slot, op);
                 Effect::Call(GuestCall { slot, op })
             }
             Err(error) => {
-                tracing::debug!(slot, op, arg, error, "doorbell: a call is refused");
+                tracing::debug!(slot, op, arg, pages, error, "doorbell: a call is refused");
                 self.write_answer(slot, Answer::of(-error));
                 Effect::None
             }
@@ -222,20 +225,32 @@ impl Doorbell {
     }
 
     /// Whether a call can be served at all; otherwise the (positive) error number.
-    fn admit(&self, op: u32, arg: u32) -> Result<GuestOp, i64> {
-        let op = GuestOp::decode(op, arg).ok_or(errno::ENOSYS)?;
+    fn admit(&self, op: u32, arg: u32, pages: u32) -> Result<GuestOp, i64> {
+        let op = GuestOp::decode(op, arg, pages).ok_or(errno::ENOSYS)?;
         let needed = match op {
             GuestOp::Fork(_) => feature::FORK,
             GuestOp::Join(_) => feature::JOIN,
             GuestOp::Save => feature::SAVE,
+            GuestOp::Discard { .. } => feature::DISCARD,
         };
         if self.features & needed == 0 {
             return Err(errno::ENOSYS);
         }
-        if op == GuestOp::Fork(0) {
-            return Err(errno::EINVAL);
-        }
-        Ok(op)
+        let valid = match op {
+            GuestOp::Fork(clones) => clones > 0,
+            GuestOp::Discard { frame, pages } => self.can_discard(self.page, frame, pages),
+            GuestOp::Join(_) | GuestOp::Save => true,
+        };
+        if valid { Ok(op) } else { Err(errno::EINVAL) }
+    }
+
+    /// Whether the range holds at least one page, RAM only, and not the doorbell page `page`.
+    fn can_discard(&self, page: u32, frame: u32, pages: u32) -> bool {
+        let start = GuestAddress(u64::from(frame) * PAGE_SIZE);
+        let holds_page = page.checked_sub(frame).is_some_and(|at| at < pages);
+        // Two 32-bit numbers of pages: their bytes fit into 64 bits.
+        let len = (u64::from(pages) * PAGE_SIZE) as usize;
+        pages > 0 && !holds_page && self.memory.check_range(start, len)
     }
 
     fn wants_interrupt(&self) -> bool {
@@ -337,14 +352,21 @@ impl Device for Doorbell {
 
     fn restore(&mut self, section: &Section) -> Result<(), DeviceError> {
         let saved: SavedDoorbell = section.decode()?;
+        let valid = |(_, op): &(u32, GuestOp)| match *op {
+            // Whoever serves it relies on that, and the section may come from anywhere.
+            GuestOp::Discard { frame, pages } => self.can_discard(saved.page, frame, pages),
+            _ => true,
+        };
         let pending = saved
             .pending
             .iter()
-            .map(SavedCall::decode)
+            .map(|call| call.decode().filter(valid))
             .collect::<Option<_>>();
         let pending = pending.ok_or_else(|| DeviceError::Inconsistent {
             device: NAME.into(),
-            what: "a pending call is in no slot, or asks for an unknown operation".into(),
+            what: "a pending call is in no slot, asks for an unknown operation, or discards what \
+                   is not RAM"
+                .into(),
         })?;
         self.page = saved.page;
         self.pending = pending;
@@ -368,7 +390,29 @@ struct SavedDoorbell {
 }
 
 impl SavedState for SavedDoorbell {
-    const VERSION: u16 = 1;
+    const VERSION: u16 = 2;
+
+    fn upgrade(kind: &str, version: u16, body: &[u8]) -> Result<SavedDoorbell, SectionError> {
+        match version {
+            1 => SavedDoorbell::from_version_1(kind, body),
+            _ => Err(SectionError::Version {
+                kind: kind.to_owned(),
+                found: version,
+                newest: Self::VERSION,
+            }),
+        }
+    }
+}
+
+impl SavedDoorbell {
+    /// In version 1 a pending call had no number of pages: there was no DISCARD. The other fields
+    /// are the same.
+    fn from_version_1(kind: &str, body: &[u8]) -> Result<SavedDoorbell, SectionError> {
+        ciborium::from_reader(body).map_err(|error| SectionError::Decode {
+            kind: kind.to_owned(),
+            what: error.to_string(),
+        })
+    }
 }
 
 /// A call that waits for its answer, as the guest wrote it.
@@ -377,20 +421,29 @@ struct SavedCall {
     slot: u32,
     op: u32,
     arg: u32,
+    /// Since version 2.
+    #[serde(default)]
+    pages: u32,
 }
 
 impl SavedCall {
     fn new(slot: u32, op: GuestOp) -> SavedCall {
-        let (op, arg) = match op {
-            GuestOp::Fork(clones) => (abi::op::FORK, clones),
-            GuestOp::Join(ticket) => (abi::op::JOIN, ticket),
-            GuestOp::Save => (abi::op::SAVE, 0),
+        let (op, arg, pages) = match op {
+            GuestOp::Fork(clones) => (abi::op::FORK, clones, 0),
+            GuestOp::Join(ticket) => (abi::op::JOIN, ticket, 0),
+            GuestOp::Save => (abi::op::SAVE, 0, 0),
+            GuestOp::Discard { frame, pages } => (abi::op::DISCARD, frame, pages),
         };
-        SavedCall { slot, op, arg }
+        SavedCall {
+            slot,
+            op,
+            arg,
+            pages,
+        }
     }
 
     fn decode(&self) -> Option<(u32, GuestOp)> {
-        let op = GuestOp::decode(self.op, self.arg)?;
+        let op = GuestOp::decode(self.op, self.arg, self.pages)?;
         ((self.slot as usize) < CALLS).then_some((self.slot, op))
     }
 }

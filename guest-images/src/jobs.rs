@@ -24,6 +24,11 @@ pub const JOBS: &[Job] = &[
         arguments: "n=1",
     },
     Job {
+        name: "discard",
+        about: "gives pages back to the host, and checks what all pages hold at each fork of it",
+        arguments: "mib=16 count=64",
+    },
+    Job {
         name: "fork",
         about: "forks into n clones; clone i exits with status i",
         arguments: "n=1 mib=0 tries=1",
@@ -36,12 +41,22 @@ pub const JOBS: &[Job] = &[
     Job {
         name: "map-reads",
         about: "indexes the references on disk 0, forks, maps the reads on disk 1 to disk 2",
-        arguments: "clones=0 forked_by=guest",
+        arguments: "clones=0 forked_by=guest depth=1",
+    },
+    Job {
+        name: "obey",
+        about: "reads, writes and gives back pages as the lines on its console say",
+        arguments: "pages=4096",
     },
     Job {
         name: "oracle",
         about: "keeps memory, registers and disk busy and verifies them at each fork of the host's",
         arguments: "mib=8 writers=0 disk=0 irq=0 go-on=0",
+    },
+    Job {
+        name: "reach",
+        about: "fills memory; each clone reads a part of it at once: what a page fault takes",
+        arguments: "mib=64 touch=256 order=linear write=0 hot=0 exit=0",
     },
     Job {
         name: "registers",
@@ -67,6 +82,11 @@ pub const JOBS: &[Job] = &[
         name: "spin",
         about: "keeps every vCPU busy for ever",
         arguments: "",
+    },
+    Job {
+        name: "sweep",
+        about: "each vCPU rewrites its pages in order for ever, and finds torn ones after a fork",
+        arguments: "pages=256 still=64 clone_exit=0",
     },
     Job {
         name: "touch",

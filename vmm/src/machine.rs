@@ -41,10 +41,12 @@ impl SavedState for VmConfig {
 }
 
 impl VmConfig {
-    /// A machine without disks, whose doorbell can fork and join.
+    /// A machine without disks, whose doorbell can fork, join and discard.
     pub fn new(memory_mib: u64, vcpus: u32) -> VmConfig {
-        let doorbell_features =
-            doorbell::feature::FORK | doorbell::feature::JOIN | doorbell::feature::INTERRUPT;
+        let doorbell_features = doorbell::feature::FORK
+            | doorbell::feature::JOIN
+            | doorbell::feature::INTERRUPT
+            | doorbell::feature::DISCARD;
         VmConfig {
             memory_mib,
             vcpus,

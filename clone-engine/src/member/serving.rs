@@ -260,6 +260,10 @@ impl Serving {
                 }
                 None
             }
+            GuestOp::Discard { .. } => {
+                self.answer_call(vcpu, call.slot, Answer::of(-errno::ENOSYS));
+                None
+            }
             GuestOp::Save => match self.save() {
                 Ok(()) => Some(End::Saved),
                 Err(error) => {

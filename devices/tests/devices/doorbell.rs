@@ -5,7 +5,7 @@ use forkvm_abi::doorbell::{self as abi, CALLS, Call, PageHeader, call_offset, fe
 use forkvm_abi::errno::{EAGAIN, EINVAL, ENOSYS};
 use forkvm_devices::device::{GuestCall, GuestOp};
 use forkvm_devices::doorbell::{Announcement, Answer};
-use forkvm_devices::{Device, Doorbell, Effect, GuestMemory};
+use forkvm_devices::{Device, DeviceError, Doorbell, Effect, GuestMemory, Section};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -13,7 +13,9 @@ use crate::driver::{Line, RAM, all, copy_of, ram, read32, write32};
 
 const FRAME: u32 = 3;
 const PAGE: u64 = FRAME as u64 * 4096;
-const ALL: u32 = feature::FORK | feature::JOIN | feature::SAVE | feature::INTERRUPT;
+const ALL: u32 =
+    feature::FORK | feature::JOIN | feature::SAVE | feature::INTERRUPT | feature::DISCARD;
+const LAST_FRAME: u32 = (RAM / 4096) as u32 - 1;
 const ME: Announcement = Announcement {
     fork_count: 2,
     clone_id: 5,
@@ -55,6 +57,12 @@ impl Guest {
             .write_obj(0x5555_i64, GuestAddress(at + 8))
             .unwrap();
         write32(&mut self.bell, reg::RING.into(), slot)
+    }
+
+    fn discard(&mut self, slot: u32, frame: u32, pages: u32) -> Effect {
+        let at = PAGE + (call_offset(slot as usize) + offset_of!(Call, pages)) as u64;
+        self.memory.write_obj(pages, GuestAddress(at)).unwrap();
+        self.ring(slot, op::DISCARD, frame)
     }
 
     fn field<T: vm_memory::ByteValued>(&self, offset: usize) -> T {
@@ -171,11 +179,74 @@ fn an_operation_without_its_feature_does_not_exist() {
         (feature::FORK, op::FORK),
         (feature::JOIN, op::JOIN),
         (feature::SAVE, op::SAVE),
+        (feature::DISCARD, op::DISCARD),
     ] {
         let mut guest = Guest::new(ALL & !missing);
         assert_eq!(guest.ring(0, op, 1), Effect::None);
         assert_eq!(guest.result(0), -ENOSYS);
     }
+}
+
+#[test]
+fn pages_of_ram_can_be_given_back() {
+    for (frame, pages) in [
+        (FRAME + 1, 1),
+        (FRAME + 1, LAST_FRAME - FRAME),
+        (0, FRAME),
+        (LAST_FRAME, 1),
+    ] {
+        let mut guest = Guest::new(ALL);
+        let call = GuestCall {
+            slot: 2,
+            op: GuestOp::Discard { frame, pages },
+        };
+        assert_eq!(guest.discard(2, frame, pages), Effect::Call(call));
+        assert!(guest.bell.answer(2, Answer::of(i64::from(pages))));
+        assert_eq!(guest.result(2), i64::from(pages));
+    }
+}
+
+#[test]
+fn what_is_no_ram_cannot_be_given_back() {
+    for (frame, pages) in [
+        (LAST_FRAME + 1, 1),
+        (LAST_FRAME, 2),
+        (FRAME + 1, u32::MAX),
+        (u32::MAX, 1),
+        (u32::MAX, u32::MAX),
+    ] {
+        let mut guest = Guest::new(ALL);
+        assert_eq!(guest.discard(0, frame, pages), Effect::None);
+        assert_eq!(guest.result(0), -EINVAL, "{pages} pages from {frame:#x} on");
+        assert_eq!(guest.bell.pending(), []);
+    }
+}
+
+#[test]
+fn a_hole_between_two_regions_of_ram_cannot_be_given_back() {
+    let regions = [(GuestAddress(0), 0x8000), (GuestAddress(0x9000), 0x8000)];
+    let mut guest = Guest::with(ALL, GuestMemory::from_ranges(&regions).unwrap());
+    guest.set_page(FRAME);
+    assert_eq!(guest.discard(0, 7, 3), Effect::None);
+    assert_eq!(guest.result(0), -EINVAL);
+    assert!(matches!(guest.discard(0, 9, 8), Effect::Call(_)));
+}
+
+#[test]
+fn the_page_of_the_doorbell_itself_cannot_be_given_back() {
+    for (frame, pages) in [(FRAME, 1), (FRAME - 1, 2), (0, LAST_FRAME), (FRAME, 0)] {
+        let mut guest = Guest::new(ALL);
+        assert_eq!(guest.discard(0, frame, pages), Effect::None);
+        assert_eq!(guest.result(0), -EINVAL, "{pages} pages from {frame} on");
+        assert_eq!(guest.bell.pending(), []);
+    }
+}
+
+#[test]
+fn no_pages_cannot_be_given_back() {
+    let mut guest = Guest::new(ALL);
+    assert_eq!(guest.discard(0, FRAME + 1, 0), Effect::None);
+    assert_eq!(guest.result(0), -EINVAL);
 }
 
 #[test]
@@ -282,6 +353,73 @@ fn a_page_that_is_rubbish_after_a_restore_hurts_nobody() {
 }
 
 #[test]
+fn every_pending_call_comes_back_after_a_restore() {
+    let (old, section) = saved_with_every_call();
+    let mut new = Guest::with(ALL, copy_of(&old.memory));
+    new.bell.restore(&section).unwrap();
+    assert_eq!(new.bell.pending(), old.bell.pending());
+    assert_eq!(new.bell.pending().len(), 4);
+    assert!(new.bell.answer(9, Answer::of(5)));
+    assert_eq!(new.result(9), 5);
+}
+
+#[test]
+fn a_saved_discard_of_what_is_no_ram_here_is_refused() {
+    let (_, section) = saved_with_every_call();
+    let small = GuestMemory::from_ranges(&[(GuestAddress(0), 4 * 4096)]).unwrap();
+    let mut new = Guest::with(ALL, small);
+    let error = new.bell.restore(&section).unwrap_err();
+    assert!(matches!(error, DeviceError::Inconsistent { .. }), "{error}");
+    assert_eq!(new.bell.pending(), []);
+}
+
+/// A doorbell in the state of the golden sections, and its section.
+fn saved_with_every_call() -> (Guest, Section) {
+    let mut guest = Guest::new(ALL);
+    let wanted = PAGE + offset_of!(PageHeader, want_interrupt) as u64;
+    guest.memory.write_obj(1u32, GuestAddress(wanted)).unwrap();
+    guest.bell.announce(&ME).unwrap();
+    for (slot, op, arg) in [(0, op::FORK, 8), (3, op::JOIN, 7), (31, op::SAVE, 0)] {
+        assert!(matches!(guest.ring(slot, op, arg), Effect::Call(_)));
+    }
+    assert!(matches!(guest.discard(9, FRAME + 1, 5), Effect::Call(_)));
+    let section = guest.bell.save().unwrap();
+    (guest, section)
+}
+
+/// A section that a doorbell of `version` saved in the state of [`saved_with_every_call`]; that of
+/// version 1 knew no DISCARD.
+fn golden(version: u16, body: &[u8]) -> Section {
+    Section {
+        kind: "dev/doorbell".into(),
+        version,
+        body: body.to_vec(),
+    }
+}
+
+#[test]
+fn a_section_of_version_1_is_read_as_what_it_was() {
+    let (old, _) = saved_with_every_call();
+    let mut new = Guest::with(ALL, copy_of(&old.memory));
+    let golden = golden(1, include_bytes!("../golden/doorbell-v1.cbor"));
+    new.bell.restore(&golden).unwrap();
+    let mut expected = old.bell.pending();
+    expected.retain(|call| !matches!(call.op, GuestOp::Discard { .. }));
+    assert_eq!(new.bell.pending(), expected);
+    assert_eq!((new.bell.fork_count(), new.bell.clone_id()), (2, 5));
+    assert_eq!(read32(&mut new.bell, reg::PAGE.into()), FRAME);
+    new.bell.activate().unwrap();
+    assert_eq!(new.line.edges(), 1);
+}
+
+#[test]
+fn a_section_of_version_2_is_what_is_written_today() {
+    let (_, section) = saved_with_every_call();
+    let golden = golden(2, include_bytes!("../golden/doorbell-v2.cbor"));
+    assert_eq!(section, golden);
+}
+
+#[test]
 fn reports_pass_through() {
     let mut guest = Guest::with(0, ram());
     assert_eq!(
@@ -307,6 +445,7 @@ enum Act {
     Write { offset: u64, data: Vec<u8> },
     Fill { at: u64, bytes: Vec<u8> },
     Answer { slot: u32 },
+    Discard { slot: u32, frame: u32, pages: u32 },
 }
 
 fn act() -> impl Strategy<Value = Act> {
@@ -320,14 +459,26 @@ fn act() -> impl Strategy<Value = Act> {
     let write = (register, data).prop_map(|(offset, data)| Act::Write { offset, data });
     let bytes = prop::collection::vec(prop_oneof![0u8..5, any::<u8>()], 1..64);
     let fill = (0u64..4096, bytes).prop_map(|(at, bytes)| Act::Fill { at, bytes });
-    prop_oneof![4 => write, 2 => fill, 1 => (0u32..40).prop_map(|slot| Act::Answer { slot })]
+    let frame = prop_oneof![8 => 0..LAST_FRAME + 4, 1 => any::<u32>()];
+    let pages = prop_oneof![8 => 0u32..8, 1 => any::<u32>()];
+    let discard = (0..CALLS as u32, frame, pages).prop_map(|(slot, frame, pages)| Act::Discard {
+        slot,
+        frame,
+        pages,
+    });
+    prop_oneof![
+        4 => write,
+        2 => fill,
+        1 => (0u32..40).prop_map(|slot| Act::Answer { slot }),
+        2 => discard,
+    ]
 }
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
-    /// Whatever a guest writes: no panic, a call is held exactly when it is pending, and nothing
-    /// outside of its page changes.
+    /// Whatever a guest writes: no panic, a call is held exactly when it is pending, nothing
+    /// outside of its page changes, and nothing but RAM without its page is ever to be discarded.
     #[test]
     fn no_request_confuses_the_doorbell(acts in prop::collection::vec(act(), 1..60)) {
         let mut guest = Guest::new(ALL);
@@ -343,7 +494,7 @@ proptest! {
                         prop_assert!(guest.bell.pending().contains(&call));
                     }
                     Effect::None | Effect::Report(_) => {
-                        prop_assert_eq!(guest.bell.pending(), pending);
+                        prop_assert_eq!(&guest.bell.pending(), &pending);
                     }
                     Effect::Exit(status) => prop_assert!(false, "ended with {}", status),
                 },
@@ -354,6 +505,18 @@ proptest! {
                 Act::Answer { slot } => {
                     let was = pending.iter().any(|call| call.slot == slot);
                     prop_assert_eq!(guest.bell.answer(slot, Answer::of(7)), was);
+                }
+                Act::Discard { slot, frame, pages } => {
+                    let held = guest.discard(slot, frame, pages) != Effect::None;
+                    let now = guest.bell.pending();
+                    prop_assert_eq!(held, now.len() > pending.len());
+                }
+            }
+            for call in guest.bell.pending().iter().filter(|call| !pending.contains(call)) {
+                if let GuestOp::Discard { frame, pages } = call.op {
+                    let end = u64::from(frame) + u64::from(pages);
+                    prop_assert!(pages > 0 && end <= u64::from(LAST_FRAME) + 1);
+                    prop_assert!(!(u64::from(frame)..end).contains(&u64::from(page)));
                 }
             }
             // The page that it has now may be one that it was just given.

@@ -54,6 +54,8 @@ pub mod feature {
     pub const SAVE: u32 = 1 << 2;
     /// A fork raises [`crate::slot::DOORBELL_GSI`] in VMs whose page asks for it.
     pub const INTERRUPT: u32 = 1 << 3;
+    /// [`super::op::DISCARD`] is served.
+    pub const DISCARD: u32 = 1 << 4;
 }
 
 /// Values of [`Call::op`].
@@ -68,6 +70,13 @@ pub mod op {
     /// Save this machine to disk. Answers 0 in the machine that goes on and 1 in a machine that
     /// was restored from it; -ENOSYS where the host was given no place to save to.
     pub const SAVE: u32 = 3;
+    /// Give [`super::Call::pages`] pages of RAM (1 or more) back to the host, from page frame `arg`
+    /// on. Answers how many were given back, 0..=pages: one that a vCPU or a device touches
+    /// meanwhile may stay as it is. A page that was given back reads as zero until it is written
+    /// again; so does one that held nothing, which counts as given back.
+    /// -EINVAL, and nothing was given back: a frame of the range is not RAM, or the range holds the
+    /// doorbell page. -EAGAIN: the VM was forked or restored meanwhile; ask again.
+    pub const DISCARD: u32 = 4;
 }
 
 /// Values of [`reg::REPORT`] that have a meaning to the host. Others are the guest program's own.
@@ -135,8 +144,10 @@ pub struct Call {
     pub granted: u32,
     /// Host: what JOIN takes to wait for the clones of this FORK; 0 otherwise and in the clones.
     pub ticket: u32,
+    /// Guest: number of pages of a DISCARD; 0 otherwise.
+    pub pages: u32,
     /// Zero.
-    pub reserved: [u8; 40],
+    pub reserved: [u8; 36],
 }
 
 /// Offset of [`Page::calls`]`[index]` from the start of the page.
@@ -148,4 +159,5 @@ const _: () = assert!(size_of::<Page>() == 4096);
 const _: () = assert!(size_of::<PageHeader>() == 256);
 const _: () = assert!(size_of::<Call>() == 64);
 const _: () = assert!(offset_of!(Call, result) == 8);
+const _: () = assert!(offset_of!(Call, pages) == 24);
 const _: () = assert!(offset_of!(PageHeader, generation) == 24);

@@ -8,8 +8,9 @@ use core::ptr;
 use forkvm_abi::doorbell::{
     CALLS, Call, MAGIC, PORT, Page, PageHeader, VERSION, call_offset, op, reg, report,
 };
-use forkvm_abi::slot;
+use forkvm_abi::{errno, slot};
 
+use crate::pages::Page as RamPage;
 use crate::{interrupts, port};
 
 /// The page. The guest's memory is zero at boot, as the host expects the page to be.
@@ -68,7 +69,7 @@ impl Doorbell {
         clones: u32,
         ring: impl FnOnce(u16, u32),
     ) -> Result<Forked, i64> {
-        let id = self.call(cpu, op::FORK, clones, ring)? as u32;
+        let id = self.call(cpu, request(op::FORK, clones), ring)? as u32;
         if id != 0 {
             self.report(report::ACTION);
         }
@@ -82,14 +83,30 @@ impl Doorbell {
 
     /// Waits until all clones of `forked` have ended and answers the worst of their statuses.
     pub fn join(&self, cpu: usize, forked: Forked) -> Result<u32, i64> {
-        self.call(cpu, op::JOIN, forked.ticket, port::write32)
+        self.call(cpu, request(op::JOIN, forked.ticket), port::write32)
             .map(|status| status as u32)
     }
 
     /// Saves this machine. Answers whether this is the machine that was restored from it.
     pub fn save(&self, cpu: usize) -> Result<bool, i64> {
-        self.call(cpu, op::SAVE, 0, port::write32)
+        self.call(cpu, request(op::SAVE, 0), port::write32)
             .map(|answer| answer != 0)
+    }
+
+    /// Gives `pages`, at least one, back to the host and answers how many were given back. They read
+    /// as zero then. In a VM that was forked meanwhile it asks again.
+    pub fn discard(&self, cpu: usize, pages: &[RamPage]) -> Result<usize, i64> {
+        let frame = pages.as_ptr().addr() / size_of::<RamPage>();
+        let call = Call {
+            pages: pages.len() as u32,
+            ..request(op::DISCARD, frame as u32)
+        };
+        loop {
+            match self.call(cpu, call, port::write32) {
+                Err(error) if error == -errno::EAGAIN => {}
+                answer => return answer.map(|given| given as usize),
+            }
+        }
     }
 
     /// Gives the doorbell its page again.
@@ -154,15 +171,7 @@ impl Doorbell {
         }
     }
 
-    fn call(&self, cpu: usize, op: u32, arg: u32, ring: impl FnOnce(u16, u32)) -> Result<i64, i64> {
-        let call = Call {
-            op,
-            arg,
-            result: 0,
-            granted: 0,
-            ticket: 0,
-            reserved: [0; 40],
-        };
+    fn call(&self, cpu: usize, call: Call, ring: impl FnOnce(u16, u32)) -> Result<i64, i64> {
         // SAFETY: the slot is this vCPU's own; the host reads it when the bell rings.
         unsafe { slot(cpu).write_volatile(call) };
         ring(PORT + reg::RING, cpu as u32);
@@ -170,6 +179,19 @@ impl Doorbell {
             error if error < 0 => Err(error),
             answer => Ok(answer),
         }
+    }
+}
+
+/// A call that is not answered yet.
+fn request(op: u32, arg: u32) -> Call {
+    Call {
+        op,
+        arg,
+        result: 0,
+        granted: 0,
+        ticket: 0,
+        pages: 0,
+        reserved: [0; 36],
     }
 }
 

@@ -6,6 +6,7 @@ use forkvm_abi::EXIT_PORT;
 
 use crate::boot_info::BootInfo;
 use crate::doorbell::{Doorbell, Forked};
+use crate::pages::Page;
 use crate::{port, println, ring0};
 
 /// Exit status of a guest whose host cannot fork, join or save it now.
@@ -51,6 +52,13 @@ impl Machine {
         self.doorbell()
             .join(cpu, forked)
             .unwrap_or_else(|error| refused("join", error))
+    }
+
+    /// [`Doorbell::discard`] by vCPU `cpu`. Where the host refuses, the guest ends with [`REFUSED`].
+    pub fn discard(&self, cpu: usize, pages: &[Page]) -> usize {
+        self.doorbell()
+            .discard(cpu, pages)
+            .unwrap_or_else(|error| refused("discard", error))
     }
 
     /// [`Doorbell::save`] by vCPU `cpu`. Where the host refuses, the guest ends with [`REFUSED`].

@@ -29,6 +29,7 @@ mod random;
 mod records;
 mod registers;
 mod ring0;
+mod scatter;
 mod serial;
 mod smp;
 mod tar;

@@ -17,6 +17,12 @@ pub const PAGE: usize = 4096;
 pub const PER_MIB: usize = (1 << 20) / PAGE;
 /// 64-bit words of a page.
 pub const WORDS: usize = PAGE / 8;
+/// Pages that a host fetches and checks together, by default: 64 KiB.
+pub const PER_CHUNK: usize = (64 << 10) / PAGE;
+/// Words of a page that [`Page::stamp`] writes: the first, the last, and between.
+const STAMPS: [usize; 8] = [0, 73, 146, 219, 292, 365, 438, WORDS - 1];
+/// Words of a cache line.
+const LINE: usize = 8;
 
 /// A page of memory that any vCPU may read and write, word by word.
 #[repr(C, align(4096))]
@@ -50,9 +56,48 @@ impl Page {
         }
         Ok(sum)
     }
+
+    /// Writes `value` at eight places, spread from the first word to the last, and nothing else.
+    pub fn stamp(&self, value: u64) {
+        STAMPS.iter().for_each(|&index| self.set(index, value));
+    }
+
+    /// The index of the first place that does not hold what [`Page::stamp`] wrote.
+    pub fn check_stamp(&self, value: u64) -> Result<(), usize> {
+        first_wrong(STAMPS.iter().find(|&&index| self.get(index) != value))
+    }
+
+    /// Fills the first word of every cache line with what follows from `number`.
+    pub fn fill_lines(&self, number: u64) {
+        lines(number).for_each(|(index, value)| self.set(index, value));
+    }
+
+    /// The index of the first word that does not hold what [`Page::fill_lines`] wrote.
+    pub fn check_lines(&self, number: u64) -> Result<(), usize> {
+        let wrong = lines(number).find(|&(index, value)| self.get(index) != value);
+        first_wrong(wrong.map(|(index, _)| index).as_ref())
+    }
+
+    /// The index of the first word that is not zero.
+    pub fn check_zero(&self) -> Result<(), usize> {
+        first_wrong((0..WORDS).find(|&index| self.get(index) != 0).as_ref())
+    }
 }
 
-fn word(seed: u64, number: u64, index: usize) -> u64 {
+fn first_wrong(index: Option<&usize>) -> Result<(), usize> {
+    index.map_or(Ok(()), |&index| Err(index))
+}
+
+/// The words that [`Page::fill_lines`] writes: cheap, for where the time of a page counts.
+fn lines(number: u64) -> impl Iterator<Item = (usize, u64)> {
+    let base = random::mix(number);
+    (0..WORDS)
+        .step_by(LINE)
+        .map(move |index| (index, base.wrapping_add(index as u64)))
+}
+
+/// What [`Page::fill`] writes to word `index`.
+pub fn word(seed: u64, number: u64, index: usize) -> u64 {
     random::mix(seed ^ (number * WORDS as u64 + index as u64))
 }
 
@@ -71,4 +116,12 @@ pub fn allocate(count: usize) -> &'static [Page] {
     unsafe { asm!("/* {} */", inout(reg) memory, options(nostack, preserves_flags)) };
     // SAFETY: allocated for this many aligned pages and never freed; any bytes are valid words.
     unsafe { core::slice::from_raw_parts(memory.cast(), count) }
+}
+
+/// [`allocate`], from the start of a chunk on.
+pub fn allocate_chunks(count: usize) -> &'static [Page] {
+    let pages = allocate(count + PER_CHUNK);
+    let frame = pages.as_ptr().addr() / PAGE;
+    let start = frame.next_multiple_of(PER_CHUNK) - frame;
+    &pages[start..start + count]
 }

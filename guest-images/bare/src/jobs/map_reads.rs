@@ -1,4 +1,4 @@
-//! `map-reads clones=N forked_by=guest|host`: the main job, parallel read mapping.
+//! `map-reads clones=N forked_by=guest|host depth=1`: the main job, parallel read mapping.
 //!
 //! Disk 0 is a tar archive of FASTA files (the references), disk 1 one of FASTQ files (the reads),
 //! disk 2 takes the records. The parent reads the references and builds the index once, reports
@@ -7,6 +7,10 @@
 //! of disk 0. The parent joins and ends with the clones' worst status. With `clones=0` the parent
 //! maps everything itself. With `forked_by=host` the host forks, into `clones` clones, after READY,
 //! and the parent ends when it sees that it was forked.
+//!
+//! With `depth=D`, for forks of the guest's, the machine that built the index is not the one that
+//! forks the workers: it forks one clone, joins it and ends with its status, and so on, down to the
+//! machine D - 1 clones below, which forks the workers as above. None of these touches disk 2.
 //!
 //! Reports: [`INDEX`] when the index is begun, READY when it is there, ACTION by a clone as soon as
 //! it runs, ANSWER after its first record.
@@ -47,6 +51,12 @@ pub fn run(machine: &Machine, args: Args<'_>) -> u32 {
         println!("map-reads needs disks {REFERENCES}, {READS} and {OUTPUT}");
         return USAGE;
     };
+    let alone = args.number("clones", 0) == 0 || forked_by_host(args);
+    let depth = args.number("depth", 1);
+    if depth == 0 || depth > 1 && alone {
+        println!("depth is 1 or more, and above 1 only where the guest forks");
+        return USAGE;
+    }
     match map_reads(machine, args, references, reads, output) {
         Ok(status) => status,
         Err(problem) => {
@@ -76,7 +86,7 @@ fn map_reads(
     );
     // Before the fork, so that the clones find it brought up.
     let before = doorbell.fork_count();
-    let by_host = args.text("forked_by") == Some("host");
+    let by_host = forked_by_host(args);
     if by_host {
         doorbell.want_interrupt();
     }
@@ -118,6 +128,12 @@ fn map_reads(
             id => share(u64::from(id - 1), u64::from(clones)),
         };
     }
+    for _ in 1..args.number("depth", 1) {
+        let forked = machine.fork(0, 1);
+        if forked.id == 0 {
+            return Ok(machine.join(0, forked));
+        }
+    }
     let forked = machine.fork(0, clones);
     match forked.id {
         0 => {
@@ -126,6 +142,10 @@ fn map_reads(
         }
         id => share(u64::from(id - 1), u64::from(forked.granted)),
     }
+}
+
+fn forked_by_host(args: Args<'_>) -> bool {
+    args.text("forked_by") == Some("host")
 }
 
 /// All files of the archive on `disk`, one after the other.

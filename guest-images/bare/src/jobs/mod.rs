@@ -2,15 +2,19 @@
 
 mod blk_verify;
 mod counter;
+mod discard;
 mod fork;
 mod hello;
 mod map_reads;
+mod obey;
 mod oracle;
+mod reach;
 mod registers;
 mod ring;
 mod rubbish;
 mod save;
 mod spin;
+mod sweep;
 mod touch;
 mod tree;
 mod triple_fault;
@@ -33,15 +37,19 @@ type Job = fn(&Machine, Args<'_>) -> u32;
 const JOBS: &[(&str, Job)] = &[
     ("blk-verify", blk_verify::run),
     ("counter", counter::run),
+    ("discard", discard::run),
     ("fork", fork::run),
     ("hello", hello::run),
     ("map-reads", map_reads::run),
+    ("obey", obey::run),
     ("oracle", oracle::run),
+    ("reach", reach::run),
     ("registers", registers::run),
     ("ring", ring::run),
     ("rubbish", rubbish::run),
     ("save", save::run),
     ("spin", spin::run),
+    ("sweep", sweep::run),
     ("touch", touch::run),
     ("tree", tree::run),
     ("triple-fault", triple_fault::run),

@@ -58,7 +58,8 @@ fn call(random: &mut Random) -> Call {
         result: any(random) as i64,
         granted: 0,
         ticket: 0,
-        reserved: [0; 40],
+        pages: any(random) as u32,
+        reserved: [0; 36],
     }
 }
 
