@@ -4,6 +4,9 @@
 //! A request that does not make sense gets the status IOERR or UNSUPP; one without room for a
 //! status is returned unanswered. Data passes through one buffer of bounded size, so that the
 //! layer never sees memory that the guest can change.
+//!
+//! Guest memory may be missing when it is read, and never come: before each call of the layer the
+//! [`Brake`] vouches for what was read until then.
 
 use std::io;
 use std::ops::Range;
@@ -20,10 +23,11 @@ use virtio_bindings::virtio_blk::{
 };
 use vm_memory::Bytes;
 
-use crate::GuestMemory;
 use crate::block::{BlockLayer, SECTOR};
+use crate::brake::Condemned;
 use crate::virtio::chain::{BufferError, Buffers};
 use crate::virtio::{Chain, VirtioDevice, read_config_bytes};
+use crate::{Brake, GuestMemory};
 
 /// Device ID of a block device.
 const DEVICE_TYPE: u32 = 2;
@@ -122,14 +126,18 @@ impl Blk {
         request: &mut Chain,
         features: u64,
         memory: &GuestMemory,
+        brake: &Brake,
     ) -> Result<u32, Refusal> {
         let mut header = [0; HEADER_LEN];
         request.readable.read(memory, &mut header)?;
+        brake.vouch()?;
         let kind = u32::from_le_bytes(fixed(&header, 0));
         let sector = u64::from_le_bytes(fixed(&header, 8));
         match kind {
-            VIRTIO_BLK_T_IN => self.read(sector, request, memory),
-            VIRTIO_BLK_T_OUT => self.write(sector, request, memory)?.stable(self, features),
+            VIRTIO_BLK_T_IN => self.read(sector, request, memory, brake),
+            VIRTIO_BLK_T_OUT => self
+                .write(sector, request, memory, brake)?
+                .stable(self, features),
             VIRTIO_BLK_T_FLUSH => {
                 self.layer.flush()?;
                 self.counters.flush_requests += 1;
@@ -140,10 +148,10 @@ impl Blk {
                 Ok(ID_LEN as u32)
             }
             VIRTIO_BLK_T_DISCARD if !self.layer.read_only() => self
-                .discard(&mut request.readable, memory)?
+                .discard(&mut request.readable, memory, brake)?
                 .stable(self, features),
             VIRTIO_BLK_T_WRITE_ZEROES if !self.layer.read_only() => self
-                .write_zeroes(&mut request.readable, memory)?
+                .write_zeroes(&mut request.readable, memory, brake)?
                 .stable(self, features),
             VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => Err(Refusal::ReadOnly),
             other => Err(Refusal::Unsupported(other)),
@@ -155,6 +163,7 @@ impl Blk {
         sector: u64,
         request: &mut Chain,
         memory: &GuestMemory,
+        brake: &Brake,
     ) -> Result<u32, Refusal> {
         if !request.readable.is_empty() {
             return Err(Refusal::Shape);
@@ -162,6 +171,8 @@ impl Blk {
         let range = self.data_range(sector, request.writable.len())?;
         let len = range.end - range.start;
         for part in parts(range) {
+            // To write guest memory may wait as well: a machine that is lost needs no further part.
+            brake.vouch()?;
             let bounce = bounce(&mut self.bounce, &part);
             self.layer.read_at(part.start, bounce)?;
             request.writable.write(memory, bounce)?;
@@ -176,6 +187,7 @@ impl Blk {
         sector: u64,
         request: &mut Chain,
         memory: &GuestMemory,
+        brake: &Brake,
     ) -> Result<Written, Refusal> {
         if self.layer.read_only() {
             return Err(Refusal::ReadOnly);
@@ -188,6 +200,7 @@ impl Blk {
         for part in parts(range) {
             let bounce = bounce(&mut self.bounce, &part);
             request.readable.read(memory, bounce)?;
+            brake.vouch()?;
             self.layer.write_at(part.start, bounce)?;
         }
         self.counters.written_requests += 1;
@@ -195,9 +208,15 @@ impl Blk {
         Ok(Written)
     }
 
-    fn discard(&mut self, ranges: &mut Buffers, memory: &GuestMemory) -> Result<Written, Refusal> {
+    fn discard(
+        &mut self,
+        ranges: &mut Buffers,
+        memory: &GuestMemory,
+        brake: &Brake,
+    ) -> Result<Written, Refusal> {
         // Section 5.2.6.2: every flag is unsupported here, unmap included.
         let ranges = self.ranges(ranges, memory, 0)?;
+        brake.vouch()?;
         for (range, _) in ranges {
             let len = range.end - range.start;
             self.layer.discard(range)?;
@@ -211,9 +230,11 @@ impl Blk {
         &mut self,
         ranges: &mut Buffers,
         memory: &GuestMemory,
+        brake: &Brake,
     ) -> Result<Written, Refusal> {
         let unmap = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
         let ranges = self.ranges(ranges, memory, unmap)?;
+        brake.vouch()?;
         for (range, flags) in ranges {
             let len = range.end - range.start;
             if flags & unmap != 0 {
@@ -341,6 +362,7 @@ impl VirtioDevice for Blk {
         mut request: Chain,
         features: u64,
         memory: &GuestMemory,
+        brake: &Brake,
     ) -> u32 {
         let Some(status_at) = request.writable.take_last_byte() else {
             tracing::debug!("blk: a request without room for a status is dropped");
@@ -349,10 +371,12 @@ impl VirtioDevice for Blk {
         };
         let done = match request.fault {
             Some(fault) => Err(Refusal::Chain(fault)),
-            None => self.execute(&mut request, features, memory),
+            None => self.execute(&mut request, features, memory, brake),
         };
         let (written, status) = match done {
             Ok(written) => (written, VIRTIO_BLK_S_OK),
+            // Whoever condemned the machine says why it ends.
+            Err(Refusal::Condemned(_)) => return 0,
             Err(refusal) => {
                 self.counters.failed_requests += 1;
                 match &refusal {
@@ -414,6 +438,8 @@ enum Refusal {
     Unsupported(u32),
     #[error("its flags {0:#x} are not supported")]
     Flags(u32),
+    #[error(transparent)]
+    Condemned(#[from] Condemned),
     #[error("the disk failed: {0}")]
     Layer(#[from] io::Error),
 }

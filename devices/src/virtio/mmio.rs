@@ -3,7 +3,7 @@
 //! It holds what every virtio device has: the status register's state machine, feature negotiation,
 //! the split queues and the interrupt. The device behind it is a [`VirtioDevice`]. Requests are
 //! served in the access that announces them, on the vCPU that makes it, until none is left or the
-//! machine's [`Brake`] is pulled.
+//! machine's [`Brake`] is pulled. A condemned machine's device raises no interrupt any more.
 //!
 //! A driver that breaks a rule harms only itself: a register write out of order is ignored, a queue
 //! whose rings cannot be followed sets DEVICE_NEEDS_RESET (section 2.1.2).
@@ -328,9 +328,9 @@ impl<D: VirtioDevice> MmioTransport<D> {
                 return;
             };
             let features = self.registers.driver_features;
-            let (model, memory) = (&mut self.model, &self.memory);
-            let pass = serve_available(queue, memory, &self.brake, |request| {
-                model.serve(index, request, features, memory)
+            let (model, memory, brake) = (&mut self.model, &self.memory, &self.brake);
+            let pass = serve_available(queue, memory, brake, |request| {
+                model.serve(index, request, features, memory, brake)
             });
             let pass = match pass {
                 Ok(pass) => pass,
@@ -340,7 +340,7 @@ impl<D: VirtioDevice> MmioTransport<D> {
                 self.raise(reg::VIRTIO_MMIO_INT_VRING);
             }
             match pass.end {
-                PassEnd::Drained => return,
+                PassEnd::Drained | PassEnd::Condemned => return,
                 PassEnd::Braked if self.brake.leave_over() => return,
                 PassEnd::Bound | PassEnd::Braked => {}
             }
@@ -472,6 +472,9 @@ impl<D: VirtioDevice> Device for MmioTransport<D> {
     }
 
     fn activate(&mut self) -> Result<(), DeviceError> {
+        if self.brake.condemned() {
+            return Ok(());
+        }
         if self.registers.interrupt_status != 0 {
             self.interrupt
                 .pulse()

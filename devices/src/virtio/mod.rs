@@ -17,7 +17,7 @@ pub use rng::Rng;
 
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::GuestMemory;
+use crate::{Brake, GuestMemory};
 
 /// A kind of virtio device, without what is common to all of them.
 pub trait VirtioDevice: Send {
@@ -40,8 +40,18 @@ pub trait VirtioDevice: Send {
 
     /// Serves a request of queue `queue`, where the driver accepted `features`, and returns how
     /// many bytes it wrote into the request's writable buffers. The driver gets the request back
-    /// in any case.
-    fn serve(&mut self, queue: usize, request: Chain, features: u64, memory: &GuestMemory) -> u32;
+    /// in any case, but when the machine is condemned.
+    ///
+    /// Reading guest memory may wait for a page. After that, and before it acts on what it read, a
+    /// device asks `brake` to [vouch](Brake::vouch) for it; in a condemned machine it does nothing.
+    fn serve(
+        &mut self,
+        queue: usize,
+        request: Chain,
+        features: u64,
+        memory: &GuestMemory,
+        brake: &Brake,
+    ) -> u32;
 
     /// The device's own state.
     fn save(&self) -> Self::State;

@@ -26,13 +26,35 @@ pub(super) enum PassEnd {
     Bound,
     /// The brake is pulled, and more may be available.
     Braked,
+    /// The machine is condemned: what the rings said counts no more.
+    Condemned,
 }
 
 /// Serves what is available in `queue` with `serve`, which returns the number of bytes it wrote: at
 /// most as many requests as the queue holds, and none once `brake` is pulled. Writes nothing to
 /// guest memory when nothing is available. An error means that the driver broke the queue, and it
 /// can only be reset.
+///
+/// Each access to guest memory may wait for a page. Where the machine is condemned meanwhile, the
+/// pass ends at once, whatever the rings hold: no request is begun or returned, none is an error.
 pub(super) fn serve_available(
+    queue: &mut Queue,
+    memory: &GuestMemory,
+    brake: &Brake,
+    serve: impl FnMut(Chain) -> u32,
+) -> Result<Pass, Error> {
+    let pass = serve_until_end(queue, memory, brake, serve);
+    // After the last look into the rings: what they said decides on interrupt and error.
+    if brake.condemned() {
+        return Ok(Pass {
+            interrupt: false,
+            end: PassEnd::Condemned,
+        });
+    }
+    pass
+}
+
+fn serve_until_end(
     queue: &mut Queue,
     memory: &GuestMemory,
     brake: &Brake,
@@ -53,7 +75,14 @@ pub(super) fn serve_available(
             if head >= queue.size() {
                 return Err(Error::InvalidDescriptorIndex);
             }
-            let written = serve(Chain::collect(chain, queue.size(), memory));
+            let request = Chain::collect(chain, queue.size(), memory);
+            if brake.condemned() {
+                break PassEnd::Condemned;
+            }
+            let written = serve(request);
+            if brake.condemned() {
+                break PassEnd::Condemned;
+            }
             queue.add_used(memory, head, written)?;
             returned += 1;
             continue;

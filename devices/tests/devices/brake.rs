@@ -46,7 +46,14 @@ impl VirtioDevice for Flooded {
         data.fill(0);
     }
 
-    fn serve(&mut self, _queue: usize, _chain: Chain, _features: u64, ram: &GuestMemory) -> u32 {
+    fn serve(
+        &mut self,
+        _queue: usize,
+        _chain: Chain,
+        _features: u64,
+        ram: &GuestMemory,
+        _brake: &Brake,
+    ) -> u32 {
         self.served += 1;
         if self.served == self.pull_at {
             self.brake.pull();

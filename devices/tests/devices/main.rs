@@ -7,6 +7,7 @@ mod commit;
 mod device_kit;
 mod doorbell;
 mod driver;
+mod missing_pages;
 mod overlay_model;
 mod raw_disks;
 mod serial_and_exit;
