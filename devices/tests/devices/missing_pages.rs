@@ -13,7 +13,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 use crate::driver::{AVAIL, DATA, DESC, Descriptor, Driver, USED, VERSION_1};
 use crate::driver::{readable, reg, status, writable};
 use crate::virtio_blk::{
-    BUFFER, DISCARD, FLUSH, HEADER, OUT, STATUS, WRITE_ZEROES, driver, writable_disk,
+    BUFFER, DISCARD, FLUSH, HEADER, IN, OUT, STATUS, WRITE_ZEROES, driver, writable_disk,
 };
 
 const PAGE: u64 = 4096;
@@ -172,6 +172,21 @@ fn what_was_written_before_the_page_that_never_comes_is_the_guests_own() {
 }
 
 #[test]
+fn a_read_into_a_page_that_can_never_come_ends_there() {
+    let mut driver = disk_of_sevens();
+    driver.put_header(IN, 0);
+    driver.put(BUFFER, &[9; 0x4_0000]);
+    let request = [
+        readable(HEADER, 16),
+        writable(BUFFER, 0x4_0000),
+        writable(STATUS, 1),
+    ];
+    assert!(!request_without(&mut driver, BUFFER, Fate::Never, &request));
+    let second_half = driver.bytes(BUFFER + 0x2_0000, 0x2_0000);
+    assert!(second_half.iter().all(|&byte| byte == 9));
+}
+
+#[test]
 fn ranges_that_can_never_come_discard_and_zero_nothing() {
     for kind in [DISCARD, WRITE_ZEROES] {
         for (fate, on_disk) in [(Fate::Comes, 0), (Fate::Never, 7)] {
@@ -238,6 +253,8 @@ fn a_queue_that_can_never_come_is_neither_followed_nor_broken() {
             0,
             "{page:#x}"
         );
+        let counters = driver.device.model().counters();
+        assert_eq!(counters.failed_requests, 0, "{page:#x}: none was begun");
         // The used ring is only written, after a request that the guest made.
         let on_disk = if page == USED { 9 } else { 7 };
         assert_eq!(first_bytes(&driver, 2), [7, on_disk], "{page:#x}");
