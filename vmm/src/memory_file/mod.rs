@@ -22,6 +22,7 @@ mod write;
 pub use error::{MemoryFault, MemoryFileError};
 pub use read::MemoryFile;
 pub use sparse::MemorySource;
+pub(crate) use sparse::seek;
 pub use write::{Written, write};
 
 /// Format version that is written and read.

@@ -48,7 +48,7 @@ impl MemorySource for File {
 
 /// The next place of the kind `whence` at or after `offset`; `None` when there is none before the
 /// end of the file.
-fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
+pub(crate) fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
     let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
     // SAFETY: lseek touches no memory of this process; the descriptor is open as long as `file`.
     let found = unsafe { libc::lseek(file.as_raw_fd(), offset, whence) };

@@ -46,21 +46,31 @@ struct PageRegion {
     categories: u64,
 }
 
-/// Whether this kernel has the call.
-pub(super) fn is_supported(pagemap: &File) -> bool {
-    scan(pagemap, 0..PAGE, &mut [PageRegion::default()]).is_ok()
+/// Which pages are looked for.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Wanted {
+    /// The mapping's own: present or swapped, neither of the file nor the zero page.
+    Own,
+    /// Those that are mapped just now.
+    Mapped,
 }
 
-/// Adds the own pages of `mapping`, a range of whole pages of this process.
-pub(super) fn own(
+/// Whether this kernel has the call.
+pub(super) fn is_supported(pagemap: &File) -> bool {
+    scan(pagemap, 0..PAGE, Wanted::Own, &mut [PageRegion::default()]).is_ok()
+}
+
+/// Adds the wanted pages of `mapping`, a range of whole pages of this process.
+pub(super) fn pages(
     pagemap: &File,
     mapping: Range<u64>,
+    wanted: Wanted,
     add: &mut dyn FnMut(Range<u64>),
 ) -> Result<(), MemoryError> {
     let mut regions = vec![PageRegion::default(); BATCH];
     let mut at = mapping.start;
     loop {
-        let count = scan(pagemap, at..mapping.end, &mut regions).map_err(|source| {
+        let count = scan(pagemap, at..mapping.end, wanted, &mut regions).map_err(|source| {
             MemoryError::Populated {
                 what: "PAGEMAP_SCAN of guest RAM",
                 source,
@@ -79,18 +89,30 @@ pub(super) fn own(
 }
 
 /// One call: returns how many of `regions` it filled, by rising address.
-fn scan(pagemap: &File, range: Range<u64>, regions: &mut [PageRegion]) -> io::Result<usize> {
+fn scan(
+    pagemap: &File,
+    range: Range<u64>,
+    wanted: Wanted,
+    regions: &mut [PageRegion],
+) -> io::Result<usize> {
+    let (none_of, any_of) = match wanted {
+        Wanted::Own => (
+            PAGE_IS_FILE | PAGE_IS_PFNZERO,
+            PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+        ),
+        Wanted::Mapped => (0, PAGE_IS_PRESENT),
+    };
     let mut arg = ScanArg {
         size: size_of::<ScanArg>() as u64,
         start: range.start,
         end: range.end,
         vec: regions.as_mut_ptr() as u64,
         vec_len: regions.len() as u64,
-        category_inverted: PAGE_IS_FILE | PAGE_IS_PFNZERO,
-        category_mask: PAGE_IS_FILE | PAGE_IS_PFNZERO,
-        category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-        // The same for every page that is found, so that neighbours make one range.
-        return_mask: PAGE_IS_FILE,
+        category_inverted: none_of,
+        category_mask: none_of,
+        category_anyof_mask: any_of,
+        // None is reported, so that neighbours make one range whatever else they are.
+        return_mask: 0,
         ..ScanArg::default()
     };
     // SAFETY: the kernel writes at most `vec_len` regions to `vec`, both those of `regions`, and

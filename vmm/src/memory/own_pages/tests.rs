@@ -2,6 +2,7 @@
 #![allow(unsafe_code)] // madvise and userfaultfd on a mapping of the test.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -65,11 +66,18 @@ fn read(ram: &Ram, page: u64) -> u8 {
     ram.guest().read_obj(guest(ram, page)).unwrap()
 }
 
+fn drop_page(ram: &Ram, page: u64) {
+    let start = host(ram, page).cast();
+    // SAFETY: a page of the mapping, which only the test uses.
+    let done = unsafe { libc::madvise(start, PAGE as usize, libc::MADV_DONTNEED) };
+    assert_eq!(done, 0);
+}
+
 /// By PAGEMAP_SCAN; `None` where the kernel lacks it.
 fn by_scan(ram: &Ram) -> Option<Vec<Range<u64>>> {
     let pagemap = File::open(PAGEMAP).unwrap();
     scan::is_supported(&pagemap).then(|| {
-        ram.own_by(|mapping, add| scan::own(&pagemap, mapping, add))
+        ram.pages_by(|mapping, add| scan::pages(&pagemap, mapping, Wanted::Own, add))
             .unwrap()
     })
 }
@@ -77,7 +85,7 @@ fn by_scan(ram: &Ram) -> Option<Vec<Range<u64>>> {
 fn by_entries(ram: &Ram) -> Vec<Range<u64>> {
     let pagemap = File::open(PAGEMAP).unwrap();
     let zero_page = entries::zero_page(&pagemap);
-    ram.own_by(|mapping, add| entries::own(&pagemap, mapping, zero_page, add))
+    ram.pages_by(|mapping, add| entries::own(&pagemap, mapping, zero_page, add))
         .unwrap()
 }
 
@@ -132,11 +140,7 @@ proptest! {
                     read(&ram, page);
                 },
                 Step::Drop(pages) => for page in pages {
-                    // SAFETY: a page of the mapping, which only this test uses.
-                    let done = unsafe {
-                        libc::madvise(host(&ram, page).cast(), PAGE as usize, libc::MADV_DONTNEED)
-                    };
-                    prop_assert_eq!(done, 0);
+                    drop_page(&ram, page);
                     own.remove(&page);
                 },
             }
@@ -175,10 +179,10 @@ fn all_pages_written_are_one_range() {
 fn a_zero_page_that_a_fault_was_answered_with_is_not_an_own_page() {
     let ram = ram();
     write(&ram, 11);
-    put_zero_page(&ram, 13);
+    Userfault::on(host(&ram, 13), 1).put_zero_page(host(&ram, 13));
     assert_eq!(read(&ram, 13), 0);
     let zero_page = entries::zero_page(&File::open(PAGEMAP).unwrap());
-    let own = ram.own_by(|mapping, add| {
+    let own = ram.pages_by(|mapping, add| {
         entries::own(&File::open(PAGEMAP).unwrap(), mapping, zero_page, add)
     });
     match zero_page {
@@ -191,24 +195,54 @@ fn a_zero_page_that_a_fault_was_answered_with_is_not_an_own_page() {
     }
 }
 
-/// UFFDIO_ZEROPAGE (userfaultfd(2)) over page `page`, which must be a hole of the file.
-fn put_zero_page(ram: &Ram, page: u64) {
-    const API: libc::c_ulong = 0xc018_aa3f;
-    const REGISTER: libc::c_ulong = 0xc020_aa00;
-    const ZEROPAGE: libc::c_ulong = 0xc020_aa04;
-    const USER_MODE_ONLY: libc::c_int = 1;
-    let start = host(ram, page) as u64;
-    let call = |fd: &OwnedFd, request, argument: &mut [u64]| {
-        // SAFETY: the arguments are as long as the request's structure says (its bits 16 to 29).
-        let done = unsafe { libc::ioctl(fd.as_raw_fd(), request, argument.as_mut_ptr()) };
-        assert_eq!(done, 0, "{request:#x}: {}", std::io::Error::last_os_error());
-    };
-    // SAFETY: no memory is passed. An unprivileged process may have one for its user mode.
-    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | USER_MODE_ONLY) };
-    assert!(fd >= 0, "userfaultfd: {}", std::io::Error::last_os_error());
-    // SAFETY: a fresh descriptor that nobody else owns.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
-    call(&fd, API, &mut [0xaa, 0, 0]);
-    call(&fd, REGISTER, &mut [start, PAGE, 1, 0]);
-    call(&fd, ZEROPAGE, &mut [start, PAGE, 0, 0]);
+#[test]
+fn a_protected_page_counts_until_it_is_unprotected_and_dropped() {
+    // A kernel's way: the protection of a page that is dropped stays behind as a marker, and that
+    // looks like a page in swap.
+    let ram = ram();
+    write(&ram, 11);
+    let userfault = Userfault::on(host(&ram, 0), PAGES);
+    userfault.protect(host(&ram, 11), true);
+    assert_own(&ram, &BTreeSet::from([11]));
+    drop_page(&ram, 11);
+    assert_own(&ram, &BTreeSet::from([11]));
+    userfault.protect(host(&ram, 11), false);
+    assert_own(&ram, &BTreeSet::new());
+}
+
+/// A userfaultfd(2) for missing and for protected pages, of faults in user mode: such a one needs no
+/// privilege.
+struct Userfault(OwnedFd);
+
+impl Userfault {
+    fn on(start: *mut u8, pages: u64) -> Userfault {
+        const USER_MODE_ONLY: libc::c_int = 1;
+        // PAGEFAULT_FLAG_WP and WP_HUGETLBFS_SHMEM (Linux 5.19).
+        const FEATURES: u64 = 1 | 1 << 12;
+        const MISSING_AND_WP: u64 = 3;
+        let flags = libc::O_CLOEXEC | USER_MODE_ONLY;
+        // SAFETY: no memory is passed.
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+        assert!(fd >= 0, "userfaultfd: {}", io::Error::last_os_error());
+        // SAFETY: a fresh descriptor that nobody else owns.
+        let new = Userfault(unsafe { OwnedFd::from_raw_fd(fd as i32) });
+        new.call(0xc018_aa3f, &mut [0xaa, FEATURES, 0]); // UFFDIO_API
+        let len = pages * PAGE;
+        new.call(0xc020_aa00, &mut [start as u64, len, MISSING_AND_WP, 0]); // UFFDIO_REGISTER
+        new
+    }
+
+    fn protect(&self, page: *mut u8, on: bool) {
+        self.call(0xc018_aa06, &mut [page as u64, PAGE, u64::from(on)]); // UFFDIO_WRITEPROTECT
+    }
+
+    fn put_zero_page(&self, page: *mut u8) {
+        self.call(0xc020_aa04, &mut [page as u64, PAGE, 0, 0]); // UFFDIO_ZEROPAGE
+    }
+
+    fn call(&self, request: libc::c_ulong, argument: &mut [u64]) {
+        // SAFETY: the arguments are as long as the request says in its bits 16 to 29.
+        let done = unsafe { libc::ioctl(self.0.as_raw_fd(), request, argument.as_mut_ptr()) };
+        assert_eq!(done, 0, "{request:#x}: {}", io::Error::last_os_error());
+    }
 }
