@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use thiserror::Error;
 
+use crate::Brake;
 use crate::device::{Device, Effect};
 
 /// A device that a bus and its machine share.
@@ -15,13 +16,25 @@ pub type SharedDevice = Arc<Mutex<dyn Device>>;
 /// An access that no device decodes, or that crosses the end of a device's range, reads as all ones
 /// and writes nothing, as on a PC. A repeated access to an I/O port (`rep outsb`) is several
 /// accesses of the same width to the same address, and decoded as the first of them.
-#[derive(Clone, Default)]
+///
+/// In a condemned machine no device decodes anything: a vCPU there may run on memory that never
+/// was, until it is stopped.
+#[derive(Clone)]
 pub struct Bus {
     /// Start of a range -> its length and its device.
     ranges: BTreeMap<u64, (u64, SharedDevice)>,
+    brake: Brake,
 }
 
 impl Bus {
+    /// An empty bus of the machine that `brake` belongs to.
+    pub fn new(brake: Brake) -> Bus {
+        Bus {
+            ranges: BTreeMap::new(),
+            brake,
+        }
+    }
+
     /// Puts `device` at `start..start + len`.
     pub fn insert(&mut self, start: u64, len: u64, device: SharedDevice) -> Result<(), BusError> {
         let end = start
@@ -86,6 +99,9 @@ impl Bus {
     }
 
     fn decode(&self, address: u64, len: usize) -> Option<(u64, &SharedDevice)> {
+        if self.brake.condemned() {
+            return None;
+        }
         let (start, (size, device)) = self.ranges.range(..=address).next_back()?;
         let offset = address - start;
         (offset.checked_add(len as u64)? <= *size).then_some((offset, device))

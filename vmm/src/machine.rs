@@ -153,13 +153,14 @@ impl Machine {
             line(SERIAL_GSI),
             peripherals.console,
         )));
+        let devices = Devices::default();
         let mut machine = Machine {
-            pio: Bus::default(),
-            mmio: Bus::default(),
+            pio: Bus::new(devices.brake.clone()),
+            mmio: Bus::new(devices.brake.clone()),
             serial: serial.clone(),
             doorbell: doorbell.clone(),
             disks: Vec::new(),
-            devices: Devices::default(),
+            devices,
         };
         machine.add_port(SERIAL_PORT, SERIAL_PORT_LEN, serial)?;
         machine.add_port(EXIT_PORT, EXIT_PORT_LEN, Arc::new(Mutex::new(ExitDevice)))?;

@@ -1,13 +1,13 @@
 use std::sync::{Arc, Mutex};
 
 use forkvm_devices::bus::BusError;
-use forkvm_devices::{Bus, Effect, ExitDevice, Serial};
+use forkvm_devices::{Brake, Bus, Effect, ExitDevice, Serial};
 
 use crate::driver::Line;
 use crate::serial_and_exit::Screen;
 
 fn bus_with_exit_at(start: u64) -> Bus {
-    let mut bus = Bus::default();
+    let mut bus = Bus::new(Brake::default());
     bus.insert(start, 4, Arc::new(Mutex::new(ExitDevice)))
         .unwrap();
     bus
@@ -36,7 +36,7 @@ fn an_address_without_a_device_reads_as_all_ones_and_swallows_writes() {
 fn a_repeated_port_access_reaches_the_device_as_a_whole() {
     let screen = Screen::default();
     let serial = Serial::new(Arc::new(Line::default()), Box::new(screen.clone()));
-    let mut bus = Bus::default();
+    let mut bus = Bus::new(Brake::default());
     bus.insert(0x3f8, 8, Arc::new(Mutex::new(serial))).unwrap();
     let text = b"longer than the eight ports of a UART";
     assert_eq!(bus.write_repeated(0x3f8, 1, text), Effect::None);
@@ -79,9 +79,24 @@ fn two_devices_cannot_share_an_address() {
 
 #[test]
 fn an_empty_or_wrapping_range_is_refused() {
-    let mut bus = Bus::default();
+    let mut bus = Bus::new(Brake::default());
     for (start, len) in [(5, 0), (u64::MAX, 2)] {
         let refused = bus.insert(start, len, Arc::new(Mutex::new(ExitDevice)));
         assert_eq!(refused, Err(BusError::Range { start, len }));
     }
+}
+
+#[test]
+fn in_a_condemned_machine_no_access_reaches_a_device() {
+    // Its vCPU may be about to write what it has read from a page that never was.
+    let brake = Brake::default();
+    let mut bus = Bus::new(brake.clone());
+    bus.insert(0xf4, 4, Arc::new(Mutex::new(ExitDevice)))
+        .unwrap();
+    assert_eq!(bus.write(0xf4, &3u32.to_le_bytes()), Effect::Exit(3));
+    brake.condemn();
+    assert_eq!(bus.write(0xf4, &3u32.to_le_bytes()), Effect::None);
+    let mut data = [0; 4];
+    bus.read(0xf4, &mut data);
+    assert_eq!(data, [0xff; 4]);
 }
