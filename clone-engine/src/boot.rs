@@ -16,6 +16,7 @@ use crate::identity::Identity;
 use crate::member::{Inbox, Member, Waiting};
 use crate::spawn::SpawnError;
 use crate::timeline::Timeline;
+use crate::vm_memory::VmMemory;
 
 /// A disk of a VM that is to be booted.
 #[derive(Clone)]
@@ -65,12 +66,14 @@ impl Family {
             disks: layers,
         };
         let inbox = Inbox::new(identity.clone());
+        let memory = VmMemory::new(&identity.name, &ram, self.faults(), inbox.lose());
         let shell = Shell::build(self.kvm(), config, ram, peripherals, inbox.event_sink())?;
+        memory.set_brake(shell.brake());
         let vm = shell.boot(&spec.payload, &spec.cmdline)?;
         vm.doorbell()
             .announce(&identity.announcement())
             .map_err(VmError::from)?;
-        Ok(Waiting::new(self, vm, disks, inbox, Timeline::default())?.start()?)
+        Ok(Waiting::new(self, vm, memory, disks, inbox, Timeline::default())?.start()?)
     }
 }
 

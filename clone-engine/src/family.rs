@@ -6,11 +6,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use forkvm_vmm::Kvm;
 use thiserror::Error;
 
+use crate::fault::{FaultConfig, FaultHandler};
 use crate::fork::CloneSpec;
 use crate::identity::Identity;
 use crate::member::Member;
 use crate::phase::{NoObserver, Observer};
 use crate::saved::Saver;
+use crate::source::Sources;
 use crate::spawn::Spawner;
 use crate::spawn::in_process::InProcess;
 
@@ -41,6 +43,10 @@ pub struct FamilyConfig {
     pub spawner: Arc<dyn Spawner>,
     /// How a fork that a guest asks for is done; its count is the guest's.
     pub guest_forks: CloneSpec,
+    /// How page faults of lazy memory are served.
+    pub faults: FaultConfig,
+    /// What stands between images and the sources of their pages; nothing by default.
+    pub sources: Option<Arc<dyn Sources>>,
     /// Where a machine is saved; without it a guest's SAVE is not offered.
     pub saver: Option<Arc<dyn Saver>>,
 }
@@ -52,6 +58,8 @@ impl Default for FamilyConfig {
             observer: Arc::new(NoObserver),
             spawner: Arc::new(InProcess),
             guest_forks: CloneSpec::default(),
+            faults: FaultConfig::default(),
+            sources: None,
             saver: None,
         }
     }
@@ -62,6 +70,7 @@ pub struct Family {
     kvm: Arc<Kvm>,
     config: FamilyConfig,
     running: Mutex<Running>,
+    faults: FaultHandler,
 }
 
 #[derive(Default)]
@@ -75,8 +84,10 @@ struct Running {
 impl Family {
     /// A family without a member.
     pub fn new(kvm: Arc<Kvm>, config: FamilyConfig) -> Arc<Family> {
+        let faults = FaultHandler::new(config.faults, config.sources.clone());
         Arc::new(Family {
             kvm,
+            faults,
             config,
             running: Mutex::default(),
         })
@@ -85,6 +96,11 @@ impl Family {
     /// What its VMs have in common.
     pub fn config(&self) -> &FamilyConfig {
         &self.config
+    }
+
+    /// What serves the page faults of its VMs.
+    pub fn faults(&self) -> &FaultHandler {
+        &self.faults
     }
 
     pub(crate) fn kvm(&self) -> &Arc<Kvm> {

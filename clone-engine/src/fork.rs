@@ -6,30 +6,38 @@
 //! freeze put it. The vCPU that asked is held until all is decided, and then learns the outcome.
 
 use std::io;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
 
+use forkvm_devices::SectionError;
 use forkvm_vmm::{MemoryError, PauseError, Vm, VmError};
 use thiserror::Error;
 
 use crate::disks::{DiskSource, DisksError, FrozenDisks};
 use crate::family::{Ending, Family};
+use crate::first_pages::FirstPages;
 use crate::fork_point::ForkPoint;
-use crate::freeze::{Freeze, FreezeError, FreezeKind};
+use crate::freeze::{Freeze, FreezeError, FreezeKind, ParentMemory};
 use crate::identity::Identity;
-use crate::image::ImageBuilder;
+use crate::image::{MemoryImage, Plan};
 use crate::limits::{self, LimitError};
 use crate::member::Member;
 use crate::phase::{self, Observer, Phase, Vetoed};
+use crate::source::SourceError;
 use crate::spawn::SpawnError;
+use crate::vm_memory::VmMemory;
 
 /// How a clone's memory hangs on the image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum MemoryMode {
-    /// Mapped copy-on-write from a complete image.
+    /// Mapped copy-on-write from a whole image.
     #[default]
     Cow,
+    /// Mapped at once, whatever the image misses: a page is fetched when it is first touched. From
+    /// when the image is whole on, the same as `Cow`.
+    Lazy,
 }
 
 impl MemoryMode {
@@ -37,9 +45,25 @@ impl MemoryMode {
     pub fn as_str(self) -> &'static str {
         match self {
             MemoryMode::Cow => "cow",
+            MemoryMode::Lazy => "lazy",
         }
     }
 }
+
+impl FromStr for MemoryMode {
+    type Err = UnknownMemoryMode;
+
+    fn from_str(word: &str) -> Result<MemoryMode, UnknownMemoryMode> {
+        let modes = [MemoryMode::Cow, MemoryMode::Lazy];
+        let found = modes.into_iter().find(|mode| mode.as_str() == word);
+        found.ok_or_else(|| UnknownMemoryMode(word.to_owned()))
+    }
+}
+
+/// Not a word for a memory mode.
+#[derive(Debug, Error)]
+#[error("{0:?} is no memory mode: cow and lazy are")]
+pub struct UnknownMemoryMode(String);
 
 /// What is asked of a fork.
 #[derive(Clone, Debug)]
@@ -95,6 +119,7 @@ pub struct Ticket {
 pub(crate) struct Parent<'a> {
     pub(crate) family: &'a Arc<Family>,
     pub(crate) vm: &'a mut Vm,
+    pub(crate) memory: &'a Arc<VmMemory>,
     pub(crate) disks: &'a mut Vec<DiskSource>,
     pub(crate) identity: &'a Identity,
     pub(crate) numbers: &'a Arc<AtomicU32>,
@@ -122,12 +147,22 @@ impl Parent<'_> {
     pub(crate) fn freeze(self, request: &Request<'_>) -> Result<Frozen, ForkError> {
         let observer = self.family.config().observer.clone();
         let observer = observer.as_ref();
-        let freeze = request.spec.freeze.choose(self.vm.ram().backing());
+        let faults = self.family.faults();
+        let parent = ParentMemory {
+            memory: self.memory,
+            faults,
+        };
+        let mode = request.spec.memory_mode;
 
         let phase = phase::begin(observer, Phase::Request, None)?;
         self.family.check_open()?;
+        let backing = self.vm.ram().backing();
+        let lazy = || faults.shard().is_ok();
+        let (freeze, why) = request.spec.freeze.choose(backing, mode, lazy)?;
+        tracing::debug!(asked = %request.spec.freeze, chosen = %freeze.kind(), why, "freeze");
         let granted = grant(self.vm, request.spec, freeze)?;
         self.disks.iter().try_for_each(DiskSource::flush)?;
+        let prepared = freeze.prepare(self.vm, &parent)?;
         phase.done();
 
         let stands_since = Instant::now();
@@ -142,20 +177,24 @@ impl Parent<'_> {
         let state = paused.save()?;
         phase.done();
 
-        tracing::debug!(asked = %request.spec.freeze, chosen = %freeze.kind(), "freeze");
         let phase = phase::begin(observer, Phase::Freeze, Some(&paused))?;
         let disks = FrozenDisks::freeze(paused.disks(), self.disks)?;
-        let image = freeze.freeze(&mut paused)?;
-        let populated = image.populated().map_err(ForkError::Populated)?;
+        let image = freeze.freeze(&mut paused, &parent, prepared)?;
+        let doorbell_page = paused.doorbell().page();
         phase.done();
 
         let phase = match phase::begin(observer, Phase::Resume, Some(&paused)) {
             Ok(phase) => phase,
             Err(veto) => {
-                freeze.thaw(&mut paused, image)?;
+                freeze.thaw(&mut paused, &parent, image)?;
                 return Err(veto.into());
             }
         };
+        if paused.is_condemned() {
+            // Some of what was saved is made up.
+            freeze.thaw(&mut paused, &parent, image)?;
+            return Err(ForkError::Ended);
+        }
         let disks = disks.keep();
         let (config, layout) = (paused.config().clone(), paused.ram().layout().clone());
         if freeze.parent_goes_on() {
@@ -166,9 +205,14 @@ impl Parent<'_> {
         }
         phase.done();
 
-        let published = publish(observer, freeze, image);
-        let image = match published {
-            Ok(image) => image,
+        let first_pages = FirstPages {
+            layout: &layout,
+            state: &state,
+            doorbell: doorbell_page,
+        };
+        let published = parent.publish(observer, freeze, &image, mode, granted, &first_pages);
+        let populated = match published {
+            Ok(populated) => populated,
             Err(error) => {
                 if !freeze.parent_goes_on() {
                     self.vm.pause(request.spec.pause_deadline)?.resume();
@@ -185,6 +229,7 @@ impl Parent<'_> {
             image,
             populated,
             freeze: freeze.kind(),
+            memory_mode: mode,
             disks,
             forker: request.forker,
             requested: request.at,
@@ -201,19 +246,44 @@ impl Parent<'_> {
     }
 }
 
-fn publish(
-    observer: &dyn Observer,
-    freeze: &dyn Freeze,
-    image: ImageBuilder,
-) -> Result<Arc<crate::image::MemoryImage>, ForkError> {
-    let phase = phase::begin(observer, Phase::Publish, None)?;
-    let image = image.publish();
-    if freeze.parent_goes_on() {
-        // A stopped parent still maps its memory shared; it is sealed when that is gone.
-        image.seal()?;
+impl ParentMemory<'_> {
+    /// Ends the making of `image`: from here on clones may map it. Returns the bytes of memory that
+    /// are populated.
+    fn publish(
+        &self,
+        observer: &dyn Observer,
+        freeze: &dyn Freeze,
+        image: &Arc<MemoryImage>,
+        mode: MemoryMode,
+        clones: u32,
+        first_pages: &FirstPages<'_>,
+    ) -> Result<u64, ForkError> {
+        let phase = phase::begin(observer, Phase::Publish, None)?;
+        let below = self.memory.mapped();
+        let plan = if image.is_whole() || below.is_empty() {
+            Plan::whole(image.len())
+        } else {
+            let mut changed = image.own_pages()?;
+            changed.extend(self.memory.given_back());
+            changed.sort_unstable_by_key(|range| range.start);
+            Plan::over(&below, &changed, image.len(), clones)
+        };
+        image.publish(plan)?;
+        match mode {
+            MemoryMode::Cow => image.complete()?,
+            MemoryMode::Lazy => {
+                first_pages.bring(image)?;
+                self.faults.fill_in_background(image);
+            }
+        }
+        if image.is_whole() && freeze.parent_goes_on() {
+            // A stopped parent still maps its memory shared; it is sealed when that is gone.
+            image.settle();
+            image.seal()?;
+        }
+        phase.done();
+        Ok(image.populated()?)
     }
-    phase.done();
-    Ok(image)
 }
 
 /// How many clones the host has room for, within what was asked.
@@ -260,9 +330,12 @@ pub enum ForkError {
     /// The image could not be measured or sealed.
     #[error("phase publish")]
     Image(#[from] MemoryError),
-    /// The image could not be asked for its size.
-    #[error("phase freeze: asking how much memory is populated failed")]
-    Populated(#[source] io::Error),
+    /// Memory that the clones need from the start cannot be had.
+    #[error("phase publish")]
+    Source(#[from] SourceError),
+    /// The state names memory in a way that cannot be read.
+    #[error("phase publish: finding the pages that the state names")]
+    FirstPages(#[from] SectionError),
     /// A clone could not be made.
     #[error("phase spawn")]
     Spawn(#[from] SpawnError),

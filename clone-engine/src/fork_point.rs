@@ -9,7 +9,7 @@ use forkvm_vmm::{MemoryLayout, VmConfig};
 
 use crate::disks::DisksAtFork;
 use crate::family::Family;
-use crate::fork::ForkError;
+use crate::fork::{ForkError, MemoryMode};
 use crate::freeze::FreezeKind;
 use crate::identity::Identity;
 use crate::image::MemoryImage;
@@ -31,6 +31,8 @@ pub struct ForkPoint {
     pub(crate) populated: u64,
     /// How it was made.
     pub(crate) freeze: FreezeKind,
+    /// How its clones map the image while it is not whole.
+    pub(crate) memory_mode: MemoryMode,
     pub(crate) disks: DisksAtFork,
     /// Doorbell slot of the guest's call that asked for it; `None` when the host asked.
     pub(crate) forker: Option<u32>,
@@ -102,6 +104,16 @@ impl ForkPoint {
     /// How the parent's memory was kept; never [`FreezeKind::Auto`].
     pub fn freeze(&self) -> FreezeKind {
         self.freeze
+    }
+
+    /// How its clones map the image.
+    pub fn memory_mode(&self) -> MemoryMode {
+        self.memory_mode
+    }
+
+    /// The image of its memory.
+    pub fn image(&self) -> &Arc<MemoryImage> {
+        &self.image
     }
 
     /// Whether the guest asked for it, rather than the host.

@@ -133,6 +133,11 @@ impl Doorbell {
         Ok(())
     }
 
+    /// Guest-physical address of the guest's page, if it has one.
+    pub fn page(&self) -> Option<u64> {
+        self.at(0).map(|address| address.0)
+    }
+
     /// Number of forks between this VM and the boot.
     pub fn fork_count(&self) -> u32 {
         self.identity.fork_count

@@ -1,5 +1,6 @@
 //! `forkvm restore`: lets a saved VM run on.
 
+use forkvm::MemoryMode;
 use std::path::PathBuf;
 
 use anyhow::Context;
@@ -41,7 +42,7 @@ impl Restore {
         let mut bar = Progress::new("loading memory");
         let restored = session
             .family()
-            .restore(machine, self.name.as_deref(), &mut |progress| {
+            .restore(machine, self.name.as_deref(), MemoryMode::Cow, &mut |progress| {
                 bar.update(progress.done, progress.total);
             });
         drop(bar);

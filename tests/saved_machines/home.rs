@@ -1,5 +1,6 @@
 //! A family that saves, and what its oracle guests are asked.
 
+use forkvm::MemoryMode;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -52,7 +53,9 @@ impl Home {
 
     pub(crate) fn restore(&self, dir: &Path) -> Arc<Member> {
         let machine = OpenMachine::open(dir).unwrap();
-        self.family.restore(machine, None, &mut |_| {}).unwrap()
+        self.family
+            .restore(machine, None, MemoryMode::Cow, &mut |_| {})
+            .unwrap()
     }
 
     /// Forks the oracle, which then verifies everything, in itself and in the clone.

@@ -170,6 +170,18 @@ impl Gate {
         }
     }
 
+    /// Tells every thread to end. `kick` is called for each one that runs guest code.
+    pub(crate) fn begin_end(&self, kick: impl Fn(u32)) {
+        let mut state = self.lock();
+        state.ending = true;
+        self.go.notify_all();
+        for (vcpu, place) in state.vcpus.iter().enumerate() {
+            if *place == Place::Running {
+                kick(vcpu as u32);
+            }
+        }
+    }
+
     /// Tells every thread to end and waits until none runs guest code. `kick` is called for each one
     /// that does, again and again: an end has no deadline at which it could fail.
     pub(crate) fn end(&self, kick: impl Fn(u32)) {

@@ -26,6 +26,7 @@ pub use gate::PauseError;
 pub use kvm::{Kvm, KvmError, KvmFlavour};
 pub use machine::{Disk, DiskConfig, MachineError, Peripherals, VmConfig};
 pub use memory::{Backing, MemoryError, MemoryLayout, Ram, RamRegion};
+pub use vcpu::kick;
 pub use vcpu::{RunError, StateError, named_pages};
 pub use vm::{
     EndReason, EventSink, HostError, MachineSummary, PausedVm, ReadyVm, Shell, VcpuSummary, Vm,

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use forkvm_devices::device::GuestCall;
 use forkvm_devices::doorbell::Doorbell;
 use forkvm_devices::section::SectionsReader;
-use forkvm_devices::{DeviceError, Effect, Section, SectionError, Sections};
+use forkvm_devices::{Brake, DeviceError, Effect, Section, SectionError, Sections};
 use kvm_bindings::{KVM_CAP_X86_TRIPLE_FAULT_EVENT, kvm_enable_cap, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, VmFd};
 use thiserror::Error;
@@ -235,6 +235,13 @@ impl Shell {
     }
 }
 
+impl Shell {
+    /// What stops its devices, for whoever decides its end without being able to call it.
+    pub fn brake(&self) -> Brake {
+        self.inner.machine.devices.brake.clone()
+    }
+}
+
 impl ReadyVm {
     /// The fork doorbell: to tell the guest who it is and to answer calls that were pending.
     pub fn doorbell(&self) -> MutexGuard<'_, Doorbell> {
@@ -280,6 +287,13 @@ impl Vm {
     /// Lets the vCPU of an answered call go on. The answer itself goes to [`Vm::doorbell`] first.
     pub fn release(&self, vcpu: u32) {
         self.inner.gate.release(vcpu);
+    }
+
+    /// Its end is decided, and pages that it misses may be made up to let its threads out: its
+    /// devices do nothing any more, and no vCPU comes back to guest code.
+    pub fn condemn(&self) {
+        self.inner.machine.devices.brake.condemn();
+        self.inner.kick_to_end();
     }
 
     /// The fork doorbell.
@@ -338,6 +352,12 @@ impl PausedVm<'_> {
     /// to go on with.
     pub fn has_ended(&self) -> bool {
         self.inner.gate.has_ended()
+    }
+
+    /// Whether its end is decided because pages of its memory cannot be had: what they hold is not to
+    /// be relied on.
+    pub fn is_condemned(&self) -> bool {
+        self.inner.machine.devices.brake.condemned()
     }
 
     /// What the machine is.
@@ -422,6 +442,14 @@ impl Inner {
     }
 }
 
+impl Inner {
+    /// Tells every vCPU thread to end and kicks those that run guest code, once.
+    fn kick_to_end(&self) {
+        self.gate
+            .begin_end(|vcpu| self.threads[vcpu as usize].kick.kick());
+    }
+}
+
 impl Drop for Inner {
     fn drop(&mut self) {
         self.machine.devices.brake.pull();
@@ -432,6 +460,9 @@ impl Drop for Inner {
             if let Some(Err(_panic)) = thread.join.take().map(JoinHandle::join) {
                 tracing::error!("a vCPU thread panicked");
             }
+        }
+        if let Err(error) = self.ram.close() {
+            tracing::error!(%error, "the memory of a VM that has ended stays mapped");
         }
     }
 }

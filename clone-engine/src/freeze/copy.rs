@@ -1,9 +1,11 @@
 //! `Copy`: the eager baseline.
 
-use forkvm_vmm::PausedVm;
+use std::sync::Arc;
 
-use super::{Freeze, FreezeError, FreezeKind};
-use crate::image::ImageBuilder;
+use forkvm_vmm::{PausedVm, Vm, memory};
+
+use super::{Freeze, FreezeError, FreezeKind, ParentMemory};
+use crate::image::{EmptyImage, MemoryImage};
 
 /// See [`FreezeKind::Copy`]. The pause is bought with populated memory.
 pub(super) struct Copy;
@@ -13,19 +15,37 @@ impl Freeze for Copy {
         FreezeKind::Copy
     }
 
-    fn freeze(&self, vm: &mut PausedVm<'_>) -> Result<ImageBuilder, FreezeError> {
-        let image = ImageBuilder::empty(vm.ram().layout().len())?;
-        let bytes = image.fill(vm.ram())?;
-        tracing::debug!(bytes, "copied");
-        Ok(image)
+    fn prepare(
+        &self,
+        _vm: &Vm,
+        parent: &ParentMemory<'_>,
+    ) -> Result<Option<EmptyImage>, FreezeError> {
+        // What it has not touched is copied as well, and would be fetched in the pause.
+        parent.complete_images()?;
+        Ok(None)
     }
 
-    fn thaw(&self, _vm: &mut PausedVm<'_>, image: ImageBuilder) -> Result<(), FreezeError> {
+    fn freeze(
+        &self,
+        vm: &mut PausedVm<'_>,
+        _parent: &ParentMemory<'_>,
+        _prepared: Option<EmptyImage>,
+    ) -> Result<Arc<MemoryImage>, FreezeError> {
+        let len = vm.ram().layout().len();
+        // Nobody maps it yet, so it may be written like any file.
+        let file = memory::memfd(c"forkvm-image", len)?;
+        let bytes = vm.ram().copy_populated(&file)?;
+        tracing::debug!(bytes, "copied");
+        Ok(MemoryImage::whole(Arc::new(file), len))
+    }
+
+    fn thaw(
+        &self,
+        _vm: &mut PausedVm<'_>,
+        _parent: &ParentMemory<'_>,
+        image: Arc<MemoryImage>,
+    ) -> Result<(), FreezeError> {
         drop(image);
         Ok(())
-    }
-
-    fn parent_goes_on(&self) -> bool {
-        true
     }
 }

@@ -1,9 +1,11 @@
 //! `Remap`: the parent's memfd becomes the image, the parent goes on in a private mapping of it.
 
-use forkvm_vmm::{Backing, PausedVm};
+use std::sync::Arc;
 
-use super::{Freeze, FreezeError, FreezeKind};
-use crate::image::ImageBuilder;
+use forkvm_vmm::{Backing, PausedVm, Vm};
+
+use super::{Freeze, FreezeError, FreezeKind, ParentMemory};
+use crate::image::{EmptyImage, MemoryImage};
 
 /// See [`FreezeKind::Remap`]. The pause is bought with the page tables of what is mapped, which the
 /// kernel tears down; nothing is copied.
@@ -14,25 +16,44 @@ impl Freeze for Remap {
         FreezeKind::Remap
     }
 
-    fn freeze(&self, vm: &mut PausedVm<'_>) -> Result<ImageBuilder, FreezeError> {
+    fn prepare(
+        &self,
+        _vm: &Vm,
+        parent: &ParentMemory<'_>,
+    ) -> Result<Option<EmptyImage>, FreezeError> {
+        // Earlier images take their pages from the mapping that goes.
+        parent.memory.complete_feeds();
+        Ok(None)
+    }
+
+    fn freeze(
+        &self,
+        vm: &mut PausedVm<'_>,
+        parent: &ParentMemory<'_>,
+        _prepared: Option<EmptyImage>,
+    ) -> Result<Arc<MemoryImage>, FreezeError> {
         let Backing::Shared(file) = vm.ram().backing().clone() else {
             return Err(FreezeError::AlreadyPrivate);
         };
-        if let Err(error) = vm.ram_mut().remap(Backing::Private(file.clone())) {
+        let private = Backing::Private(Arc::new(file.clone()));
+        if let Err(error) = vm.ram_mut().remap(private) {
             // Some regions may be private by now; nothing was written to them yet.
             vm.ram_mut().remap(Backing::Shared(file))?;
             return Err(error.into());
         }
-        Ok(ImageBuilder::adopt(file))
+        let image = MemoryImage::whole(file, vm.ram().layout().len());
+        parent.memory.now_maps(&image);
+        Ok(image)
     }
 
-    fn thaw(&self, vm: &mut PausedVm<'_>, image: ImageBuilder) -> Result<(), FreezeError> {
-        drop(image);
-        let file = vm.ram().backing().file().clone();
-        Ok(vm.ram_mut().remap(Backing::Shared(file))?)
-    }
-
-    fn parent_goes_on(&self) -> bool {
-        true
+    fn thaw(
+        &self,
+        vm: &mut PausedVm<'_>,
+        parent: &ParentMemory<'_>,
+        image: Arc<MemoryImage>,
+    ) -> Result<(), FreezeError> {
+        vm.ram_mut().remap(Backing::Shared(image.file().clone()))?;
+        parent.memory.maps_its_own();
+        Ok(())
     }
 }

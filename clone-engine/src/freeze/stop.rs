@@ -1,12 +1,15 @@
 //! `Stop`: the parent does not run on.
 
-use forkvm_vmm::{Backing, PausedVm};
+use std::sync::Arc;
 
-use super::{Freeze, FreezeError, FreezeKind, copy::Copy};
-use crate::image::ImageBuilder;
+use forkvm_vmm::{PausedVm, Vm};
+
+use super::{Freeze, FreezeError, FreezeKind, ParentMemory, copy::Copy};
+use crate::image::{EmptyImage, MemoryImage};
 
 /// See [`FreezeKind::Stop`]. Free for a VM that maps its memfd shared: that is the image. The
-/// memory of a private one is spread over base and mapping and has to be brought together.
+/// memory of a private one is taken as by `Delta`, but needs no protection: nobody writes it any
+/// more, and what the image still misses when the VM is torn down is brought then.
 pub(super) struct Stop;
 
 impl Freeze for Stop {
@@ -14,15 +17,48 @@ impl Freeze for Stop {
         FreezeKind::Stop
     }
 
-    fn freeze(&self, vm: &mut PausedVm<'_>) -> Result<ImageBuilder, FreezeError> {
-        match vm.ram().backing() {
-            Backing::Shared(file) => Ok(ImageBuilder::adopt(file.clone())),
-            Backing::Private(_) => Copy.freeze(vm),
+    fn prepare(
+        &self,
+        vm: &Vm,
+        parent: &ParentMemory<'_>,
+    ) -> Result<Option<EmptyImage>, FreezeError> {
+        let private = vm.ram().backing().shared().is_none();
+        if private && parent.faults.shard().is_err() {
+            return Copy.prepare(vm, parent);
         }
+        parent.memory.complete_feeds();
+        let len = vm.ram().layout().len();
+        Ok(if private {
+            Some(parent.faults.empty_image(len)?)
+        } else {
+            None
+        })
     }
 
-    fn thaw(&self, _vm: &mut PausedVm<'_>, image: ImageBuilder) -> Result<(), FreezeError> {
-        drop(image);
+    fn freeze(
+        &self,
+        vm: &mut PausedVm<'_>,
+        parent: &ParentMemory<'_>,
+        prepared: Option<EmptyImage>,
+    ) -> Result<Arc<MemoryImage>, FreezeError> {
+        if let Some(file) = vm.ram().backing().shared() {
+            return Ok(MemoryImage::whole(file.clone(), vm.ram().layout().len()));
+        }
+        if prepared.is_none() {
+            return Copy.freeze(vm, parent, None);
+        }
+        let written = vm.ram().own_pages()?;
+        let table = parent.memory.table()?.ok_or(FreezeError::Shared)?;
+        parent.feed(prepared, table.with_own(&written), None)
+    }
+
+    fn thaw(
+        &self,
+        _vm: &mut PausedVm<'_>,
+        parent: &ParentMemory<'_>,
+        image: Arc<MemoryImage>,
+    ) -> Result<(), FreezeError> {
+        parent.memory.unfeed(&image);
         Ok(())
     }
 

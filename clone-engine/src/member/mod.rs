@@ -26,6 +26,7 @@ use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
 use crate::saved::SaveError;
 use crate::timeline::Timeline;
+use crate::vm_memory::Lose;
 
 use seen::{Seen, Watch};
 pub(crate) use waiting::Waiting;
@@ -63,6 +64,8 @@ enum Message {
         at: Instant,
     },
     Ended(EndReason),
+    /// A page of its memory can never be had.
+    Lost(String),
     Fork(CloneSpec, Instant, Sender<Result<Ticket, ForkError>>),
     ForkPoint(
         CloneSpec,
@@ -110,6 +113,18 @@ impl Inbox {
                 send(Message::Call { vcpu, call, at });
             }
             VmEvent::Ended(reason) => send(Message::Ended(reason)),
+        })
+    }
+}
+
+impl Inbox {
+    /// For the VM's memory.
+    pub(crate) fn lose(&self) -> Lose {
+        let sender = self.sender.clone();
+        Box::new(move |why| {
+            if sender.send(Message::Lost(why.to_string())).is_err() {
+                tracing::trace!("memory of a VM that is being torn down is lost");
+            }
         })
     }
 }

@@ -1,6 +1,7 @@
 //! The thread that serves a VM: what it is asked, by its guest and by its host.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
@@ -10,6 +11,7 @@ use std::time::Instant;
 use forkvm_abi::errno;
 use forkvm_devices::device::{GuestCall, GuestOp};
 use forkvm_devices::doorbell::Answer;
+use forkvm_vmm::memory::PAGE;
 use forkvm_vmm::{Disk, PausedVm, Vm};
 
 use super::{Finished, Member, Message, PAUSE_DEADLINE};
@@ -20,12 +22,14 @@ use crate::fork::{CloneSpec, ForkError, Frozen, Parent, Request, Ticket};
 use crate::fork_point::ForkPoint;
 use crate::limits::{Limit, LimitError};
 use crate::saved::SaveError;
+use crate::vm_memory::VmMemory;
 
 /// The thread that serves a VM.
 pub(super) struct Serving {
     family: Arc<Family>,
     member: Arc<Member>,
     vm: Vm,
+    memory: Arc<VmMemory>,
     disks: Vec<DiskSource>,
     inbox: Receiver<Message>,
     /// Clones so far; shared with the fork points, which go on counting.
@@ -85,6 +89,7 @@ impl Serving {
         family: Arc<Family>,
         member: Arc<Member>,
         vm: Vm,
+        memory: Arc<VmMemory>,
         disks: Vec<DiskSource>,
         inbox: Receiver<Message>,
     ) -> Serving {
@@ -92,6 +97,7 @@ impl Serving {
             family,
             member,
             vm,
+            memory,
             disks,
             inbox,
             numbers: Arc::default(),
@@ -136,15 +142,23 @@ impl Serving {
         let _in_span = span.enter();
         let Serving {
             vm,
+            memory,
             disks,
             inbox,
             stopped_at,
             ..
         } = self;
         let devices = vm.disks().to_vec();
+        // Images that take pages from this memory must have them before it goes.
+        memory.complete_feeds();
+        // No thread of the VM may be held up by a page that does not come.
+        vm.condemn();
+        memory.abandon();
         // The VM goes before anybody hears of its end: who waited may count on its memory. And before
         // its devices are looked at: a guest can keep one of them busy until then.
         drop((vm, inbox));
+        // After the memory was closed: what watches it goes last.
+        drop(memory);
         for disk in &disks {
             // What the guest wrote is there, also when it did not live to flush it, and whether or
             // not anybody drops the disk before the process ends.
@@ -177,6 +191,7 @@ impl Serving {
         match message {
             Message::Call { vcpu, call, at } => return self.call(vcpu, call, at),
             Message::Ended(reason) => return Some(reason.into()),
+            Message::Lost(why) => return Some(End::Failed(why)),
             Message::Fork(spec, at, reply) => {
                 let (forked, end) = self.fork(&spec, None, at);
                 answer(reply, forked);
@@ -260,8 +275,10 @@ impl Serving {
                 }
                 None
             }
-            GuestOp::Discard { .. } => {
-                self.answer_call(vcpu, call.slot, Answer::of(-errno::ENOSYS));
+            GuestOp::Discard { frame, pages } => {
+                let start = u64::from(frame) * PAGE;
+                let answer = self.give_back(start..start + u64::from(pages) * PAGE);
+                self.answer_call(vcpu, call.slot, Answer::of(answer));
                 None
             }
             GuestOp::Save => match self.save() {
@@ -302,6 +319,7 @@ impl Serving {
         let parent = Parent {
             family: &self.family,
             vm: &mut self.vm,
+            memory: &self.memory,
             disks: &mut self.disks,
             identity: &identity,
             numbers: &self.numbers,
@@ -359,6 +377,27 @@ impl Serving {
             tracing::error!(%error, "a parent could not be told that it was forked");
         }
         None
+    }
+
+    /// Takes guest-physical memory back; how many pages that were, or a negative errno.
+    fn give_back(&self, addresses: Range<u64>) -> i64 {
+        let ram = self.vm.ram();
+        let Some(offset) = ram.layout().offset_of(addresses.start) else {
+            return -errno::EINVAL;
+        };
+        let part = offset..offset + (addresses.end - addresses.start);
+        match self.memory.give_back(ram, self.family.faults(), &part) {
+            Ok(pages) => pages as i64,
+            Err(error) => {
+                let error_text = with_causes(&error);
+                tracing::warn!(
+                    vm = self.member.name,
+                    error_text,
+                    "a guest's discard failed"
+                );
+                -errno::EIO
+            }
+        }
     }
 
     fn save(&mut self) -> Result<(), SaveError> {

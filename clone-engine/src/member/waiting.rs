@@ -13,6 +13,7 @@ use crate::disks::DiskSource;
 use crate::family::Family;
 use crate::spawn::SpawnError;
 use crate::timeline::Timeline;
+use crate::vm_memory::VmMemory;
 
 /// A VM that waits for its start, with the thread that will serve it.
 ///
@@ -31,6 +32,7 @@ impl Waiting {
     pub(crate) fn new(
         family: &Arc<Family>,
         vm: ReadyVm,
+        memory: Arc<VmMemory>,
         disks: Vec<DiskSource>,
         inbox: Inbox,
         timeline: Timeline,
@@ -49,7 +51,7 @@ impl Waiting {
             let (family, member) = (family.clone(), member.clone());
             move || {
                 let Ok(vm) = started.recv() else { return };
-                Serving::new(family, member, vm, disks, inbox.receiver).serve();
+                Serving::new(family, member, vm, memory, disks, inbox.receiver).serve();
             }
         };
         let thread = thread::Builder::new()

@@ -59,6 +59,9 @@ pub enum SaveError {
     /// It ended before it was asked to stand still.
     #[error("the guest has just ended the machine: there is nothing left to save")]
     Ended,
+    /// Some of its memory could not be read.
+    #[error("a page of the machine's memory cannot be had, so it ends and cannot be saved")]
+    Lost,
     /// It did not stand still.
     #[error(transparent)]
     Pause(#[from] PauseError),

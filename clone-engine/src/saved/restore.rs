@@ -6,29 +6,40 @@ use std::sync::Arc;
 use forkvm_abi::errno;
 use forkvm_devices::device::GuestOp;
 use forkvm_devices::doorbell::Answer;
-use forkvm_devices::{DeviceError, SectionError};
-use forkvm_vmm::memory_file::{MemoryFileError, Progress};
-use forkvm_vmm::{MemoryError, MemoryLayout, Peripherals, Ram, ReadyVm, Shell, VmError};
+use forkvm_devices::{DeviceError, SectionError, Sections};
+use forkvm_vmm::memory_file::{MemoryFile, MemoryFileError, Progress};
+use forkvm_vmm::{
+    Backing, MemoryError, MemoryLayout, Peripherals, Ram, ReadyVm, Shell, VmError, memory,
+};
 use thiserror::Error;
 
 use super::{IDENTITY, OpenMachine, disk_section};
 use crate::disks::DiskSource;
 use crate::family::Family;
+use crate::first_pages::{FirstPages, FirstPagesError};
+use crate::fork::MemoryMode;
 use crate::identity::Identity;
+use crate::image::{MemoryImage, OwnerTable, Plan, StoreError};
 use crate::member::{Inbox, Member, Waiting};
+use crate::source::SourceError;
+use crate::source::saved_memory::SavedMemory;
 use crate::spawn::SpawnError;
 use crate::timeline::Timeline;
+use crate::userfault::UserfaultError;
+use crate::vm_memory::{ImageBase, VmMemory};
 
 impl Family {
     /// Starts a saved machine as the first VM of this family, under `name` or the name that it had.
     ///
-    /// Its memory is read whole and every chunk of it checked before anything runs; `progress`
-    /// counts its bytes. In the guest, the call that asked for the save answers 1, and every other
+    /// With `MemoryMode::Cow` its memory is read whole and every chunk of it checked before anything
+    /// runs; `progress` counts its bytes. With `MemoryMode::Lazy` it runs at once: a chunk is read
+    /// and checked when it is first touched, and one that is damaged ends the VM then. In the guest, the call that asked for the save answers 1, and every other
     /// call that was under way -EAGAIN: the clones that it may have waited for are not here.
     pub fn restore(
         self: &Arc<Self>,
         machine: OpenMachine,
         name: Option<&str>,
+        memory_mode: MemoryMode,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Arc<Member>, RestoreError> {
         let config = machine.config()?;
@@ -43,8 +54,27 @@ impl Family {
             Identity::root(name.unwrap_or(&saved.name)).map_err(RestoreError::Identity)?;
         identity.fork_count = saved.fork_count;
 
-        let ram = Ram::new(layout)?;
-        machine.memory.load_into(ram.backing().file(), progress)?;
+        let inbox = Inbox::new(identity.clone());
+        let (ram, memory) = match memory_mode {
+            MemoryMode::Cow => {
+                let file = memory::memfd(c"forkvm-ram", layout.len())?;
+                machine.memory.load_into(&file, progress)?;
+                let ram = Ram::map(layout, Backing::Shared(Arc::new(file)))?;
+                let memory = VmMemory::new(&identity.name, &ram, self.faults(), inbox.lose());
+                (ram, memory)
+            }
+            MemoryMode::Lazy => {
+                let image = self.image_of_saved(machine.memory, &layout, &machine.sections)?;
+                let base = ImageBase {
+                    image: image.clone(),
+                };
+                let ram = Ram::map(layout, Backing::Private(Arc::new(base)))?;
+                let (name, lose) = (identity.name.as_str(), inbox.lose());
+                let memory = VmMemory::of_clone(name, &ram, &image, self.faults(), lose)?;
+                self.faults().fill_in_background(&image);
+                (ram, memory)
+            }
+        };
         let console = self
             .config()
             .consoles
@@ -55,13 +85,35 @@ impl Family {
             console,
             disks: layers,
         };
-        let inbox = Inbox::new(identity.clone());
         let shell = Shell::build(self.kvm(), config, ram, peripherals, inbox.event_sink())?;
+        memory.set_brake(shell.brake());
         let vm = shell.restore(&mut sections)?;
         sections.finish()?;
         tell(&vm, &identity)?;
         let disks = machine.disks;
-        Ok(Waiting::new(self, vm, disks, inbox, Timeline::default())?.start()?)
+        let waiting = Waiting::new(self, vm, memory, disks, inbox, Timeline::default())?;
+        Ok(waiting.start()?)
+    }
+
+    /// An image that fills from a memory file.
+    fn image_of_saved(
+        &self,
+        memory: MemoryFile,
+        layout: &MemoryLayout,
+        state: &Sections,
+    ) -> Result<Arc<MemoryImage>, RestoreError> {
+        let source = SavedMemory::new(memory);
+        let table = OwnerTable::own(layout.len(), &source.data());
+        let empty = self.faults().empty_image(layout.len())?;
+        let image = self.faults().image_of(empty, table, Arc::new(source));
+        image.publish(Plan::whole(layout.len()))?;
+        let first_pages = FirstPages {
+            layout,
+            state,
+            doorbell: None,
+        };
+        first_pages.bring(&image)?;
+        Ok(image)
     }
 }
 
@@ -87,6 +139,15 @@ pub enum RestoreError {
     /// No memory for it.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// Memory that it needs from the start cannot be had.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// No image for its memory.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Its page faults cannot be served.
+    #[error(transparent)]
+    Userfault(#[from] UserfaultError),
     /// Its memory is damaged, or of another machine.
     #[error(transparent)]
     MemoryFile(#[from] MemoryFileError),
@@ -105,4 +166,13 @@ pub enum RestoreError {
     /// No console.
     #[error("opening the VM's console failed")]
     Console(#[source] io::Error),
+}
+
+impl From<FirstPagesError> for RestoreError {
+    fn from(error: FirstPagesError) -> RestoreError {
+        match error {
+            FirstPagesError::Section(error) => RestoreError::Section(error),
+            FirstPagesError::Source(error) => RestoreError::Source(error),
+        }
+    }
 }

@@ -77,6 +77,9 @@ impl Saver for SaveTo {
             (self.progress)(progress)
         })?;
         save.write_state(&sections)?;
+        if vm.is_condemned() {
+            return Err(SaveError::Lost);
+        }
         save.commit()?;
         tracing::info!(vm = identity.name, dir = %self.dir_of(identity).display(), "saved");
         Ok(())

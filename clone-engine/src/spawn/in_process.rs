@@ -19,6 +19,7 @@ use crate::identity::Identity;
 use crate::member::{Inbox, Member, Waiting};
 use crate::phase::{self, Observer, Phase};
 use crate::timeline::Timeline;
+use crate::vm_memory::{ImageBase, VmMemory};
 
 /// See the module's text.
 #[derive(Debug)]
@@ -43,12 +44,15 @@ impl Spawner for InProcess {
             ..Timeline::default()
         };
         let phase = phase::begin(observer, Phase::Memory, None)?;
-        let backing = Backing::Private(point.image.file().clone());
+        let image = point.image.clone();
+        let backing = Backing::Private(Arc::new(ImageBase { image }));
         let ram = Ram::map(point.layout.clone(), backing)?;
+        let inbox = Inbox::new(identity.clone());
+        let (name, lose) = (identity.name.as_str(), inbox.lose());
+        let memory = VmMemory::of_clone(name, &ram, &point.image, family.faults(), lose)?;
         phase.done();
 
         let phase = phase::begin(observer, Phase::Spawn, None)?;
-        let inbox = Inbox::new(identity.clone());
         let disks = point.disks.for_clone();
         let console = family.config().consoles.open(&identity);
         let console = console.map_err(|source| SpawnError::Host {
@@ -61,6 +65,7 @@ impl Spawner for InProcess {
         };
         let config = point.config().clone();
         let shell = Shell::build(family.kvm(), config, ram, peripherals, inbox.event_sink())?;
+        memory.set_brake(shell.brake());
         timeline.built = Some(Instant::now());
         phase.done();
 
@@ -75,7 +80,9 @@ impl Spawner for InProcess {
         tell(&vm, &identity, point.forker, granted)?;
         phase.done();
 
-        Ok(Box::new(Waiting::new(family, vm, disks, inbox, timeline)?))
+        Ok(Box::new(Waiting::new(
+            family, vm, memory, disks, inbox, timeline,
+        )?))
     }
 }
 

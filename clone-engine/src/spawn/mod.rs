@@ -18,6 +18,7 @@ use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
 use crate::member::Member;
 use crate::phase::{Observer, Vetoed};
+use crate::userfault::UserfaultError;
 
 /// Makes clones.
 pub trait Spawner: Send + Sync {
@@ -47,6 +48,9 @@ pub enum SpawnError {
     /// Its memory could not be mapped.
     #[error("mapping the clone's memory failed")]
     Memory(#[from] MemoryError),
+    /// Its page faults cannot be served.
+    #[error("watching the clone's memory failed")]
+    Userfault(#[from] UserfaultError),
     /// Its VM could not be built, restored or started.
     #[error("building, restoring or starting the clone's VM failed")]
     Vm(#[from] VmError),

@@ -5,12 +5,15 @@
 //! file, nor why: that is the clone engine's business.
 #![allow(unsafe_code)] // mmap over a live range, memfd_create, seals: calls into the kernel.
 
+mod own_pages;
 mod populated;
 mod source;
 
 use std::ffi::CStr;
+use std::fmt;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
 
@@ -21,6 +24,7 @@ use thiserror::Error;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
+pub use populated::data_extents;
 pub use source::RamSource;
 
 /// Bytes of a page, the unit in which RAM is populated, copied and freed.
@@ -87,26 +91,44 @@ impl MemoryLayout {
         self.regions.iter().map(|region| region.len).sum()
     }
 
+    /// Where the byte at a guest-physical address stands in the file; `None` where there is no RAM.
+    pub fn offset_of(&self, address: u64) -> Option<u64> {
+        let region = self
+            .regions
+            .iter()
+            .find(|region| (region.start..region.start + region.len).contains(&address))?;
+        Some(region.offset + (address - region.start))
+    }
+
     /// Whether there is no RAM at all; never so for a layout made by [`MemoryLayout::new`].
     pub fn is_empty(&self) -> bool {
         self.regions.is_empty()
     }
 }
 
-/// How a machine's RAM hangs on its file.
+/// How a machine's RAM hangs on what backs it.
 #[derive(Clone, Debug)]
 pub enum Backing {
     /// Mapped shared: the machine's writes go to the file, which is its alone.
     Shared(Arc<File>),
-    /// Mapped privately: the machine's writes are copied, the file never changes.
-    Private(Arc<File>),
+    /// Mapped privately: the machine's writes are copied, the files below never change by them.
+    Private(Arc<dyn Base>),
 }
 
 impl Backing {
-    /// The file.
-    pub fn file(&self) -> &Arc<File> {
+    /// The machine's own file, if it maps one shared.
+    pub fn shared(&self) -> Option<&Arc<File>> {
         match self {
-            Backing::Shared(file) | Backing::Private(file) => file,
+            Backing::Shared(file) => Some(file),
+            Backing::Private(_) => None,
+        }
+    }
+
+    /// The files behind it, as [`Base::pieces`].
+    fn pieces(&self, len: u64) -> Vec<Piece> {
+        match self {
+            Backing::Shared(file) => whole(file.clone(), len),
+            Backing::Private(base) => base.pieces(len),
         }
     }
 
@@ -117,6 +139,43 @@ impl Backing {
                 Backing::Shared(_) => libc::MAP_SHARED,
                 Backing::Private(_) => libc::MAP_PRIVATE,
             }
+    }
+}
+
+/// What lies under a private mapping: one file, or several of which each holds a part.
+pub trait Base: fmt::Debug + Send + Sync {
+    /// Which file is mapped where: rising, without a gap, from 0 to `len`, which is the RAM's.
+    fn pieces(&self, len: u64) -> Vec<Piece>;
+
+    /// The pages below the mapping that are not zero, as ranges of file offsets, rising and apart;
+    /// it may count pages that are. Those that are still to come count as well.
+    fn populated(&self) -> Result<Vec<Range<u64>>, MemoryError>;
+}
+
+/// A part of RAM and the file that it is mapped from, at the same offset.
+#[derive(Clone, Debug)]
+pub struct Piece {
+    /// File offsets, multiples of [`PAGE`].
+    pub range: Range<u64>,
+    /// The file, as long as the whole RAM.
+    pub file: Arc<File>,
+}
+
+fn whole(file: Arc<File>, len: u64) -> Vec<Piece> {
+    vec![Piece {
+        range: 0..len,
+        file,
+    }]
+}
+
+/// A file that holds all of it.
+impl Base for Arc<File> {
+    fn pieces(&self, len: u64) -> Vec<Piece> {
+        whole(self.clone(), len)
+    }
+
+    fn populated(&self) -> Result<Vec<Range<u64>>, MemoryError> {
+        data_extents(self)
     }
 }
 
@@ -135,21 +194,25 @@ impl Ram {
         Ram::map(layout, Backing::Shared(file))
     }
 
-    /// Maps the file of `backing`, which must be as long as the layout says.
+    /// Maps the files of `backing`, which must be as long as the layout says.
     pub fn map(layout: MemoryLayout, backing: Backing) -> Result<Ram, MemoryError> {
-        let found = backing.file().metadata().map_err(MemoryError::Stat)?.len();
-        if found != layout.len() {
-            return Err(MemoryError::Length {
-                found,
-                needed: layout.len(),
-            });
+        let pieces = backing.pieces(layout.len());
+        for piece in &pieces {
+            let found = piece.file.metadata().map_err(MemoryError::Stat)?.len();
+            if found != layout.len() {
+                return Err(MemoryError::Length {
+                    found,
+                    needed: layout.len(),
+                });
+            }
         }
         let mut regions = Vec::with_capacity(layout.regions().len());
         for region in layout.regions() {
+            let first = piece_at(&pieces, region.offset);
             let mapping = MmapRegionBuilder::new(region.len as usize)
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
                 .with_mmap_flags(backing.mmap_flags())
-                .with_file_offset(FileOffset::from_arc(backing.file().clone(), region.offset))
+                .with_file_offset(FileOffset::from_arc(first.file.clone(), region.offset))
                 .build()
                 .map_err(|error| MemoryError::Map {
                     len: region.len,
@@ -165,11 +228,30 @@ impl Ram {
         let guest = GuestMemory::from_regions(regions).map_err(|error| MemoryError::Regions {
             what: error.to_string(),
         })?;
-        Ok(Ram {
+        let ram = Ram {
             layout,
             guest,
             backing,
-        })
+        };
+        if pieces.len() > 1 {
+            ram.map_pieces(&pieces, ram.backing.mmap_flags())?;
+        }
+        Ok(ram)
+    }
+
+    /// Maps `pieces` over the live ranges.
+    fn map_pieces(&self, pieces: &[Piece], flags: i32) -> Result<(), MemoryError> {
+        for (region, address) in self.host_ranges() {
+            let end = region.offset + region.len;
+            for piece in pieces {
+                let part = piece.range.start.max(region.offset)..piece.range.end.min(end);
+                if !part.is_empty() {
+                    let at = address.wrapping_add((part.start - region.offset) as usize);
+                    map_over(at, &part, flags, &piece.file)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Where it lies.
@@ -190,35 +272,63 @@ impl Ram {
     /// Maps `backing` over the live ranges, in place: KVM and devices keep their addresses. The
     /// machine must be paused. What was written to a private mapping is gone afterwards.
     ///
-    /// An error leaves some regions mapped in the new way and some in the old one; call it again
-    /// with the former backing to go back. If that fails too, the RAM counts as private: what it
-    /// holds is then looked for in the file and in the mapping.
+    /// An error leaves some of it mapped in the new way and some in the old one; call it again
+    /// with the former backing to go back. If that fails too, what the RAM holds is unknown.
     pub fn remap(&mut self, backing: Backing) -> Result<(), MemoryError> {
-        self.backing = Backing::Private(self.backing.file().clone());
-        for (region, mapped) in self.layout.regions.iter().zip(self.guest.iter()) {
-            let address = host_address(mapped);
+        self.map_pieces(&backing.pieces(self.layout.len()), backing.mmap_flags())?;
+        self.backing = backing;
+        Ok(())
+    }
+
+    /// Takes the content away and leaves the ranges inaccessible: the last act of a machine whose
+    /// threads have ended, before anything that watches the ranges (a userfaultfd) goes. From then on
+    /// a stray access is a crash rather than a page that comes to be in a file that others map.
+    pub(crate) fn close(&self) -> Result<(), MemoryError> {
+        for (region, address) in self.host_ranges() {
             // SAFETY: the range is exactly a mapping that `self.guest` owns, so nothing else is
-            // replaced; all users reach it by volatile access and expect its content to change.
+            // replaced. No thread of the machine is left that could touch it.
             let got = unsafe {
                 libc::mmap(
                     address.cast(),
                     region.len as usize,
-                    libc::PROT_READ | libc::PROT_WRITE,
-                    backing.mmap_flags() | libc::MAP_FIXED,
-                    backing.file().as_raw_fd(),
-                    region.offset as libc::off_t,
+                    libc::PROT_NONE,
+                    libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED,
+                    -1,
+                    0,
                 )
             };
             if got == libc::MAP_FAILED {
-                let what = io::Error::last_os_error().to_string();
-                return Err(MemoryError::Map {
-                    len: region.len,
-                    what,
-                });
+                return Err(map_error(region.len));
             }
         }
-        self.backing = backing;
         Ok(())
+    }
+
+    /// Drops the content of `part`, file offsets within one region. What is read there next is what
+    /// the backing has; of a shared one, which is the machine's alone, the pages go as well, and it
+    /// is zero.
+    pub fn drop_pages(&self, part: &Range<u64>) -> Result<(), MemoryError> {
+        let advice = match self.backing {
+            Backing::Shared(_) => libc::MADV_REMOVE,
+            Backing::Private(_) => libc::MADV_DONTNEED,
+        };
+        let address = self.host_address_of(part.start);
+        // SAFETY: the range lies in a mapping that `self.guest` owns; all users reach it by volatile
+        // access and expect its content to change.
+        let dropped =
+            unsafe { libc::madvise(address.cast(), (part.end - part.start) as usize, advice) };
+        if dropped != 0 {
+            return Err(MemoryError::Drop(io::Error::last_os_error()));
+        }
+        Ok(())
+    }
+
+    /// Where the page at a file offset is mapped.
+    fn host_address_of(&self, offset: u64) -> *mut u8 {
+        self.host_ranges()
+            .find(|(region, _)| (region.offset..region.offset + region.len).contains(&offset))
+            .map(|(region, address)| address.wrapping_add((offset - region.offset) as usize))
+            .expect("an offset within the RAM")
     }
 
     /// Host addresses of the regions, in the order of the layout.
@@ -235,6 +345,94 @@ fn host_address(region: &GuestRegionMmap<()>) -> *mut u8 {
     region
         .get_host_address(vm_memory::MemoryRegionAddress(0))
         .expect("a region is not empty")
+}
+
+fn piece_at(pieces: &[Piece], offset: u64) -> &Piece {
+    let next = pieces.partition_point(|piece| piece.range.end <= offset);
+    &pieces[next]
+}
+
+/// Maps a part of `file` over the live range that begins at `address`.
+fn map_over(
+    address: *mut u8,
+    part: &Range<u64>,
+    flags: i32,
+    file: &File,
+) -> Result<(), MemoryError> {
+    let len = part.end - part.start;
+    // SAFETY: the caller's `Ram` owns the range, so nothing else is replaced; all users reach it by
+    // volatile access and expect its content to change.
+    let got = unsafe {
+        libc::mmap(
+            address.cast(),
+            len as usize,
+            libc::PROT_READ | libc::PROT_WRITE,
+            flags | libc::MAP_FIXED,
+            file.as_raw_fd(),
+            part.start as libc::off_t,
+        )
+    };
+    if got == libc::MAP_FAILED {
+        return Err(map_error(len));
+    }
+    Ok(())
+}
+
+fn map_error(len: u64) -> MemoryError {
+    let what = io::Error::last_os_error().to_string();
+    MemoryError::Map { len, what }
+}
+
+/// A shared mapping of a whole memfd that no access goes through (PROT_NONE): a place for the kernel
+/// to put pages into the file (UFFDIO_COPY).
+#[derive(Debug)]
+pub struct Window {
+    address: *mut u8,
+    len: usize,
+}
+
+// SAFETY: the value is an address range; it hands out no reference to what lies there.
+unsafe impl Send for Window {}
+// SAFETY: as above.
+unsafe impl Sync for Window {}
+
+impl Window {
+    /// Of `file`, which has `len` bytes.
+    pub fn new(file: &File, len: u64) -> Result<Window, MemoryError> {
+        // SAFETY: a fresh range is chosen by the kernel.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len as usize,
+                libc::PROT_NONE,
+                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(map_error(len));
+        }
+        Ok(Window {
+            address: address.cast(),
+            len: len as usize,
+        })
+    }
+
+    /// Where it begins.
+    pub fn address(&self) -> u64 {
+        self.address as u64
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        // SAFETY: the range is the one that `new` mapped, and nobody has a reference into it.
+        if unsafe { libc::munmap(self.address.cast(), self.len) } != 0 {
+            let error = io::Error::last_os_error();
+            tracing::error!(%error, "a window on a memory image could not be unmapped");
+        }
+    }
 }
 
 /// A memfd of `len` zero bytes that can neither shrink nor grow: a mapping of it never faults for
@@ -319,6 +517,9 @@ pub enum MemoryError {
         #[source]
         source: io::Error,
     },
+    /// Pages could not be given back.
+    #[error("dropping pages of guest RAM failed")]
+    Drop(#[source] io::Error),
     /// A copy failed.
     #[error("copying guest RAM failed")]
     Copy(#[source] io::Error),

@@ -8,51 +8,17 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
 
-use super::{Backing, MemoryError, PAGE, Ram};
-use crate::memory_file::MemorySource;
+use super::{Backing, MemoryError, Ram};
+use crate::memory_file::seek;
 
 impl Ram {
     /// The populated pages as ranges of file offsets, rising and apart.
     pub fn populated(&self) -> Result<Vec<Range<u64>>, MemoryError> {
-        let in_file = data_extents(self.backing.file())?;
-        match self.backing {
-            Backing::Shared(_) => Ok(in_file),
-            Backing::Private(_) => Ok(union(in_file, self.own_pages()?)),
+        match &self.backing {
+            Backing::Shared(file) => data_extents_beside(file, &self.mapped_pages()?),
+            Backing::Private(base) => Ok(union(base.populated()?, self.own_pages()?)),
         }
-    }
-
-    /// The pages that a private mapping has copied for itself, as ranges of file offsets. Empty for
-    /// a shared mapping.
-    pub fn own_pages(&self) -> Result<Vec<Range<u64>>, MemoryError> {
-        let mut found = Vec::new();
-        if let Backing::Shared(_) = self.backing {
-            return Ok(found);
-        }
-        let pagemap = File::open("/proc/self/pagemap").map_err(pagemap_error)?;
-        let mut entries = vec![0u8; 8 * PAGEMAP_BATCH];
-        for (region, address) in self.host_ranges() {
-            let pages = region.len / PAGE;
-            let first = address as u64 / PAGE;
-            let mut at = 0;
-            while at < pages {
-                let count = (pages - at).min(PAGEMAP_BATCH as u64);
-                let bytes = &mut entries[..8 * count as usize];
-                pagemap
-                    .read_exact_at(bytes, 8 * (first + at))
-                    .map_err(pagemap_error)?;
-                for (index, entry) in bytes.chunks_exact(8).enumerate() {
-                    let entry = u64::from_ne_bytes(entry.try_into().expect("chunks of 8"));
-                    if is_own(entry) {
-                        let start = region.offset + (at + index as u64) * PAGE;
-                        extend(&mut found, start..start + PAGE);
-                    }
-                }
-                at += count;
-            }
-        }
-        Ok(found)
     }
 
     /// Writes the populated pages to `to`, an empty file as long as the RAM, at their offsets.
@@ -75,38 +41,46 @@ impl Ram {
     }
 }
 
-/// Entries of /proc/self/pagemap read at once.
-const PAGEMAP_BATCH: usize = 16 * 1024;
-
-/// Whether a pagemap entry is a page that the private mapping owns: present (bit 63) or swapped
-/// (bit 62; a page under migration looks like that for a moment), and not of the file (bit 61).
-/// The shared zero page does not occur in a file mapping.
-fn is_own(entry: u64) -> bool {
-    const PRESENT: u64 = 1 << 63;
-    const SWAPPED: u64 = 1 << 62;
-    const FILE: u64 = 1 << 61;
-    entry & (PRESENT | SWAPPED) != 0 && entry & FILE == 0
+/// The extents of `file` that hold data, as ranges of file offsets, rising and apart.
+pub fn data_extents(file: &File) -> Result<Vec<Range<u64>>, MemoryError> {
+    data_extents_beside(file, &[])
 }
 
-fn pagemap_error(source: io::Error) -> MemoryError {
-    MemoryError::Populated {
-        what: "reading /proc/self/pagemap",
-        source,
-    }
-}
-
-/// The extents of `file` that hold data.
-fn data_extents(file: &File) -> Result<Vec<Range<u64>>, MemoryError> {
-    let failed = |source| MemoryError::Populated {
-        what: "looking for data in a memfd",
-        source,
+/// The same, where the ranges `known` (rising and apart) are sure to hold data. The file is asked
+/// for the rest only: the kernel looks at each page of an extent to find its end, which takes
+/// milliseconds of a pause for a machine's RAM.
+fn data_extents_beside(file: &File, known: &[Range<u64>]) -> Result<Vec<Range<u64>>, MemoryError> {
+    let find = |at, whence| {
+        seek(file, at, whence).map_err(|source| MemoryError::Populated {
+            what: "looking for data in a memfd",
+            source,
+        })
     };
-    let mut extents: Vec<Range<u64>> = Vec::new();
-    let end = |extents: &[Range<u64>]| extents.last().map_or(0, |last| last.end);
-    while let Some(extent) = file.next_data(end(&extents)).map_err(failed)? {
-        extents.push(extent);
+    let mut extents = Vec::new();
+    let mut known = known.iter().peekable();
+    let mut at = 0;
+    loop {
+        while known.next_if(|range| range.end <= at).is_some() {}
+        let next = known.peek().map_or(u64::MAX, |range| range.start);
+        if let Some(range) = known.next_if(|range| range.start <= at) {
+            extend(&mut extents, at..range.end);
+            at = range.end;
+            continue;
+        }
+        let Some(start) = find(at, libc::SEEK_DATA)? else {
+            return Ok(extents);
+        };
+        if start >= next {
+            at = next;
+            continue;
+        }
+        // This may end in the midst of known ranges, or behind them; a hole ends every file.
+        let Some(end) = find(start, libc::SEEK_HOLE)? else {
+            return Ok(extents);
+        };
+        extend(&mut extents, start..end);
+        at = end;
     }
-    Ok(extents)
 }
 
 /// Writes guest memory to a file without a buffer in between: the kernel reads it like any other
@@ -141,7 +115,7 @@ fn write_from(
 }
 
 /// Adds a range that begins at or after the end of the last one.
-fn extend(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
+pub(super) fn extend(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
     match ranges.last_mut() {
         Some(last) if last.end >= range.start => last.end = last.end.max(range.end),
         _ => ranges.push(range),
@@ -161,11 +135,13 @@ fn union(a: Vec<Range<u64>>, b: Vec<Range<u64>>) -> Vec<Range<u64>> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
     use std::slice::from_ref;
 
+    use proptest::prelude::*;
     use vm_memory::{Bytes, GuestAddress};
 
-    use super::super::{MemoryLayout, memfd};
+    use super::super::{MemoryLayout, PAGE, memfd};
     use super::*;
     use std::sync::Arc;
 
@@ -185,6 +161,31 @@ mod tests {
         assert_eq!(ram.populated().unwrap(), from_ref(&(0x5000..0x6000)));
     }
 
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn a_page_of_shared_ram_is_populated_whether_or_not_it_is_mapped(
+            through_ram in prop::collection::btree_set(0..600u64, 0..200),
+            through_file in prop::collection::btree_set(0..600u64, 0..200),
+        ) {
+            let ram = ram(16);
+            for page in &through_ram {
+                ram.guest().write_obj(1u8, GuestAddress(page * PAGE)).unwrap();
+            }
+            let file = ram.backing().shared().unwrap();
+            for page in &through_file {
+                file.write_all_at(&[1], page * PAGE).unwrap();
+            }
+            let mut expected = Vec::new();
+            for page in through_ram.union(&through_file) {
+                extend(&mut expected, page * PAGE..(page + 1) * PAGE);
+            }
+            prop_assert_eq!(&ram.populated().unwrap(), &expected);
+            prop_assert_eq!(&data_extents(file).unwrap(), &expected);
+        }
+    }
+
     #[test]
     fn ram_beyond_3_gib_is_found_at_its_file_offset() {
         let ram = ram(4096);
@@ -202,7 +203,7 @@ mod tests {
         let layout = MemoryLayout::new(64).unwrap();
         let file = memfd(c"test", layout.len()).unwrap();
         file.write_all_at(&[7; 8192], 0x10000).unwrap();
-        let ram = Ram::map(layout, Backing::Private(Arc::new(file))).unwrap();
+        let ram = Ram::map(layout, Backing::Private(Arc::new(Arc::new(file)))).unwrap();
         assert_eq!(
             ram.guest().read_obj::<u8>(GuestAddress(0x10000)).unwrap(),
             7
@@ -225,7 +226,7 @@ mod tests {
         let layout = MemoryLayout::new(64).unwrap();
         let file = memfd(c"test", layout.len()).unwrap();
         file.write_all_at(&[7; 8192], 0x10000).unwrap();
-        let ram = Ram::map(layout.clone(), Backing::Private(Arc::new(file))).unwrap();
+        let ram = Ram::map(layout.clone(), Backing::Private(Arc::new(Arc::new(file)))).unwrap();
         ram.guest().write_obj(8u8, GuestAddress(0x11000)).unwrap();
         let copy = memfd(c"copy", layout.len()).unwrap();
         assert_eq!(ram.copy_populated(&copy).unwrap(), 8192);
@@ -238,8 +239,8 @@ mod tests {
     fn a_remap_keeps_the_content_and_takes_later_writes_off_the_file() {
         let mut ram = ram(64);
         ram.guest().write_obj(1u8, GuestAddress(0x5000)).unwrap();
-        let file = ram.backing().file().clone();
-        ram.remap(Backing::Private(file.clone())).unwrap();
+        let file = ram.backing().shared().unwrap().clone();
+        ram.remap(Backing::Private(Arc::new(file.clone()))).unwrap();
         assert_eq!(ram.guest().read_obj::<u8>(GuestAddress(0x5000)).unwrap(), 1);
         ram.guest().write_obj(2u8, GuestAddress(0x5000)).unwrap();
         let mut byte = [0];

@@ -77,7 +77,7 @@ mod tests {
         let fresh = Ram::new(ram.layout().clone()).unwrap();
         MemoryFile::open(file, "test")
             .unwrap()
-            .load_into(fresh.backing().file(), &mut |_| {})
+            .load_into(fresh.backing().shared().unwrap(), &mut |_| {})
             .unwrap();
         fresh
     }
@@ -91,7 +91,7 @@ mod tests {
         let layout = MemoryLayout::new(64).unwrap();
         let image = memfd(c"test", layout.len()).unwrap();
         image.write_all_at(&[7; 8192], 0x10000).unwrap();
-        let ram = Ram::map(layout, Backing::Private(Arc::new(image))).unwrap();
+        let ram = Ram::map(layout, Backing::Private(Arc::new(Arc::new(image)))).unwrap();
         ram.guest().write_obj(8u8, GuestAddress(0x11000)).unwrap();
         ram.guest().write_obj(9u8, GuestAddress(0x20000)).unwrap();
         let loaded = save_and_load(&ram);

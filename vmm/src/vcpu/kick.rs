@@ -1,8 +1,8 @@
-//! Getting a vCPU thread out of KVM_RUN.
+//! Getting a thread out of a system call: a vCPU's out of KVM_RUN, any other out of a read.
 //!
 //! A signal alone is not enough: it may come just before KVM_RUN is entered and be lost. So the
 //! handler, which runs in the vCPU's own thread, sets `immediate_exit` in that thread's `kvm_run`:
-//! from when the thread is [`Kickable`] on, the running or the next KVM_RUN returns with EINTR (KVM
+//! from when the thread is `Kickable` on, the running or the next KVM_RUN returns with EINTR (KVM
 //! API, section 5, `immediate_exit`).
 #![allow(unsafe_code)] // Signal handler, pthread_kill, and a pointer into the mapped kvm_run.
 
@@ -25,7 +25,7 @@ fn number() -> c_int {
 }
 
 /// Installs the handler, once in the process.
-pub(crate) fn prepare_signal() -> io::Result<()> {
+pub fn prepare_signal() -> io::Result<()> {
     static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
     INSTALLED
         .get_or_init(|| {
@@ -36,9 +36,9 @@ pub(crate) fn prepare_signal() -> io::Result<()> {
 
 /// Lets kicks through to the calling thread, whose mask is that of the thread that made it: a
 /// program that waits for its signals in one thread blocks them in all others.
-pub(crate) fn allow_kicks() {
+pub fn allow_kicks() {
     if let Err(error) = signal::unblock_signal(number()) {
-        tracing::error!(%error, "a vCPU thread cannot be kicked");
+        tracing::error!(%error, "a thread cannot be kicked");
     }
 }
 
@@ -71,19 +71,20 @@ impl Drop for Kickable {
     }
 }
 
-/// Handle to kick a vCPU thread.
+/// Handle to kick a thread.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Kick(pthread_t);
+pub struct Kick(pthread_t);
 
 impl Kick {
     /// Of the calling thread.
-    pub(crate) fn of_this_thread() -> Kick {
+    pub fn of_this_thread() -> Kick {
         // SAFETY: always succeeds.
         Kick(unsafe { libc::pthread_self() })
     }
 
-    /// Makes the thread's running or next KVM_RUN return. The thread must not have been joined.
-    pub(crate) fn kick(self) {
+    /// Makes the thread's running or next KVM_RUN return, or interrupts (EINTR) the system call that
+    /// it is in. The thread must not have been joined.
+    pub fn kick(self) {
         // SAFETY: the caller still holds the thread's JoinHandle, so the id is valid.
         let error = unsafe { libc::pthread_kill(self.0, number()) };
         // ESRCH: the thread has ended by itself, so there is nothing to get out of KVM_RUN.

@@ -1,6 +1,6 @@
 //! One vCPU: its KVM object, its thread's loop, and its state.
 
-mod kick;
+pub mod kick;
 mod msrs;
 mod named_pages;
 mod run;

@@ -1,0 +1,151 @@
+//! Fills images in the background, a little at a time.
+//!
+//! It goes last: faults are answered by the fault threads whatever the copier does, and it sleeps as
+//! much as its rate asks. An image is filled a moment after its fork, so that the clones' start has
+//! the host to itself.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use super::counters::Cause;
+use crate::image::{MemoryImage, Which};
+
+/// How long an image is left alone at first.
+const LEAVE_ALONE: Duration = Duration::from_millis(100);
+
+/// Bytes between two rests.
+const STRETCH: u64 = 1 << 20;
+
+/// See the module's text. Dropped, it ends.
+#[derive(Default)]
+pub(super) struct Copier {
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    waiting: VecDeque<(Instant, Weak<MemoryImage>)>,
+    over: bool,
+}
+
+impl Copier {
+    /// Fills `image` when its turn comes, at `mib_per_second` at most.
+    pub(super) fn add(&self, image: &Arc<MemoryImage>, mib_per_second: u32) {
+        let image = (Instant::now() + LEAVE_ALONE, Arc::downgrade(image));
+        self.shared.lock().waiting.push_back(image);
+        self.shared.changed.notify_all();
+        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        if thread.is_none() {
+            let shared = self.shared.clone();
+            let copy = move || shared.copy(mib_per_second);
+            match thread::Builder::new().name("copier".into()).spawn(copy) {
+                Ok(started) => *thread = Some(started),
+                // Clones fetch what they touch all the same.
+                Err(error) => tracing::warn!(%error, "no thread to fill images in the background"),
+            }
+        }
+    }
+}
+
+impl Drop for Copier {
+    fn drop(&mut self) {
+        self.shared.lock().over = true;
+        self.shared.changed.notify_all();
+        let thread = self
+            .thread
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(Err(_panic)) = thread.take().map(JoinHandle::join) {
+            tracing::error!("the copier panicked");
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn copy(&self, mib_per_second: u32) {
+        let rest = Duration::from_secs(1) * (STRETCH >> 20) as u32 / mib_per_second.max(1);
+        while let Some(image) = self.next() {
+            let mut from = 0;
+            while !self.lock().over {
+                // Not held while it rests: an image that nobody needs goes.
+                let Some(image) = image.upgrade() else { break };
+                match stretch(&image, from) {
+                    Ok(Some(end)) => from = end,
+                    Ok(None) => {
+                        image.settle();
+                        break;
+                    }
+                    Err(why) => {
+                        tracing::warn!(%why, "an image is not filled in the background any more");
+                        break;
+                    }
+                }
+                drop(image);
+                if !self.rest_until(Instant::now() + rest) {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// The next image, when its time has come. `None` at the end.
+    fn next(&self) -> Option<Weak<MemoryImage>> {
+        let mut state = self.lock();
+        loop {
+            if state.over {
+                return None;
+            }
+            if let Some((when, image)) = state.waiting.pop_front() {
+                drop(state);
+                return self.rest_until(when).then_some(image);
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Whether that time came before the end.
+    fn rest_until(&self, when: Instant) -> bool {
+        let mut state = self.lock();
+        while !state.over {
+            let left = when.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return true;
+            }
+            let waited = self.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        false
+    }
+}
+
+/// Brings the next megabyte from `from` on; where it ends, or `None` when nothing is missing.
+fn stretch(
+    image: &Arc<MemoryImage>,
+    mut from: u64,
+) -> Result<Option<u64>, crate::source::SourceError> {
+    let mut brought = 0;
+    while brought < STRETCH {
+        let Some(range) = image.fill_next(from, Which::All, Cause::Background)? else {
+            return Ok(None);
+        };
+        brought += range.end - range.start;
+        from = range.end;
+    }
+    Ok(Some(from))
+}

@@ -1,0 +1,285 @@
+//! One userfaultfd, and the errno rules of putting pages into what it watches.
+//!
+//! A [`Userfault`] watches address ranges of this process. [`Userfault::copy`] and
+//! [`Userfault::zero`] are the only places where the engine installs a page; both decide by
+//! [`verdict`] what an error means. Opened for kernel mode, since KVM touches guest memory there.
+#![allow(unsafe_code)] // UFFDIO_COPY and UFFDIO_ZEROPAGE take addresses.
+
+use std::io;
+use std::ops::Range;
+
+use forkvm_vmm::memory::PAGE;
+use thiserror::Error;
+use userfaultfd::{
+    Error, Event, FaultKind, FeatureFlags, IoctlFlags, RegisterMode, Uffd, UffdBuilder,
+};
+
+/// UFFD_FEATURE_WP_HUGETLBFS_SHMEM (5.19): write protection of memory that is a file.
+const WP_SHMEM: u64 = 1 << 12;
+
+/// See the module's text.
+#[derive(Debug)]
+pub(crate) struct Userfault {
+    uffd: Uffd,
+}
+
+/// What a range is watched for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Watch {
+    /// Pages that are not there.
+    Missing,
+    /// Writes to protected pages.
+    Written,
+    /// Both.
+    MissingAndWritten,
+}
+
+/// A fault that waits for an answer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Fault {
+    /// Host address of the page.
+    pub(crate) address: u64,
+    /// A write to a protected page, rather than an access to a missing one.
+    pub(crate) written: bool,
+}
+
+/// What the kernel says of an attempt to install a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    /// Part of it was done, or the mappings are just changing: go on where it stopped.
+    Again,
+    /// Somebody was first: drop yours, and wake whoever waits.
+    Exists,
+    /// Nobody needs it: the range is not watched any more, or its process is gone.
+    Gone,
+    /// The host failed.
+    Failed,
+}
+
+fn verdict(errno: i32) -> Verdict {
+    match errno {
+        libc::EAGAIN => Verdict::Again,
+        libc::EEXIST => Verdict::Exists,
+        libc::ENOENT | libc::ESRCH => Verdict::Gone,
+        _ => Verdict::Failed,
+    }
+}
+
+impl Userfault {
+    /// A userfaultfd that blocks its reader, for faults of user and kernel mode.
+    pub(crate) fn open() -> Result<Userfault, UserfaultError> {
+        let needed = FeatureFlags::MISSING_SHMEM
+            | FeatureFlags::PAGEFAULT_FLAG_WP
+            | FeatureFlags::from_bits_retain(WP_SHMEM);
+        let mut builder = UffdBuilder::new();
+        builder
+            .close_on_exec(true)
+            .non_blocking(false)
+            .user_mode_only(false)
+            .require_features(needed)
+            .require_ioctls(IoctlFlags::REGISTER | IoctlFlags::UNREGISTER);
+        match builder.create() {
+            Ok(uffd) => Ok(Userfault { uffd }),
+            Err(error) => Err(UserfaultError::Unavailable(into_io(error))),
+        }
+    }
+
+    /// Watches `range` of host addresses from now on; what was watched for before stays.
+    pub(crate) fn register(&self, range: &Range<u64>, watch: Watch) -> Result<(), UserfaultError> {
+        let mode = match watch {
+            Watch::Missing => RegisterMode::MISSING,
+            Watch::Written => RegisterMode::WRITE_PROTECT,
+            Watch::MissingAndWritten => RegisterMode::MISSING | RegisterMode::WRITE_PROTECT,
+        };
+        self.uffd
+            .register_with_mode(range.start as *mut _, len(range), mode)
+            .map(|_ioctls| ())
+            .map_err(failed("UFFDIO_REGISTER"))
+    }
+
+    /// Watches `range` no more. Whoever waits in it goes on; what was protected is not any more.
+    pub(crate) fn unregister(&self, range: &Range<u64>) -> Result<(), UserfaultError> {
+        self.uffd
+            .unregister(range.start as *mut _, len(range))
+            .map_err(failed("UFFDIO_UNREGISTER"))
+    }
+
+    /// Has whoever waits in `range` try again.
+    pub(crate) fn wake(&self, range: &Range<u64>) -> Result<(), UserfaultError> {
+        self.uffd
+            .wake(range.start as *mut _, len(range))
+            .map_err(failed("UFFDIO_WAKE"))
+    }
+
+    /// Has writes to `range` wait from now on.
+    pub(crate) fn protect(&self, range: &Range<u64>) -> Result<(), UserfaultError> {
+        loop {
+            match self.uffd.write_protect(range.start as *mut _, len(range)) {
+                Err(error) if errno(&error) == Some(libc::EAGAIN) => {}
+                done => return done.map_err(failed("UFFDIO_WRITEPROTECT")),
+            }
+        }
+    }
+
+    /// Lets writes to `range` through, those that wait included. Done when the range is gone.
+    pub(crate) fn unprotect(&self, range: &Range<u64>) -> Result<(), UserfaultError> {
+        let start = range.start as *mut _;
+        loop {
+            match self.uffd.remove_write_protection(start, len(range), true) {
+                Ok(()) => return Ok(()),
+                Err(error) => match errno(&error).map(verdict) {
+                    Some(Verdict::Again) => {}
+                    Some(Verdict::Gone) => return Ok(()),
+                    _ => return Err(failed("UFFDIO_WRITEPROTECT")(error)),
+                },
+            }
+        }
+    }
+
+    /// Copies the bytes at `from` to the watched range at `to`, page by page, where no page is yet.
+    /// `installed` hears of each piece that was not there, as offsets from `to`. Wakes who waits at
+    /// the pages installed, and no one else.
+    ///
+    /// # Safety
+    /// `from..from + len` must be readable, or stay unmapped by design: the kernel reads it, and an
+    /// address without memory is an error. What is read may change meanwhile.
+    pub(crate) unsafe fn copy(
+        &self,
+        from: *const u8,
+        to: u64,
+        len: u64,
+        mut installed: impl FnMut(Range<u64>),
+    ) -> Result<(), UserfaultError> {
+        let mut done = 0;
+        while done < len {
+            // SAFETY: the caller's promise for the source. The destination is only ever a range
+            // that this userfaultfd watches, where the kernel installs a page if there is none.
+            let copied = unsafe {
+                self.uffd.copy(
+                    from.wrapping_add(done as usize).cast(),
+                    (to + done) as *mut _,
+                    (len - done) as usize,
+                    true,
+                )
+            };
+            let step = match copied {
+                Ok(bytes) => bytes as u64,
+                // The length is nonsense when nothing was copied.
+                Err(Error::PartiallyCopied(bytes)) if bytes as u64 <= len - done => bytes as u64,
+                Err(error) => match errno(&error).map(verdict) {
+                    Some(Verdict::Again) => 0,
+                    Some(Verdict::Exists) => {
+                        done += PAGE;
+                        continue;
+                    }
+                    Some(Verdict::Gone) => return Ok(()),
+                    Some(Verdict::Failed) | None => return Err(failed("UFFDIO_COPY")(error)),
+                },
+            };
+            if step > 0 {
+                installed(done..done + step);
+                done += step;
+            }
+        }
+        Ok(())
+    }
+
+    /// Maps the zero page at the start of the watched `range`, and on as far as no page is yet. Wakes
+    /// who waits there. Whether there was no page at the start.
+    pub(crate) fn zero(&self, range: &Range<u64>) -> Result<bool, UserfaultError> {
+        // SAFETY: the range is one that this userfaultfd watches; the kernel maps a page only where
+        // there is none.
+        let zeroed = unsafe { self.uffd.zeropage(range.start as *mut _, len(range), true) };
+        match zeroed {
+            Ok(_) => Ok(true),
+            Err(error) => match errno(&error).map(verdict) {
+                // Part of it: at least the first page.
+                Some(Verdict::Again) => Ok(true),
+                Some(Verdict::Exists) => {
+                    self.wake(&(range.start..range.start + PAGE))?;
+                    Ok(false)
+                }
+                Some(Verdict::Gone) => Ok(false),
+                Some(Verdict::Failed) | None => Err(failed("UFFDIO_ZEROPAGE")(error)),
+            },
+        }
+    }
+
+    /// Waits for a fault. `None` when a signal came first.
+    pub(crate) fn next_fault(&self) -> Result<Option<Fault>, UserfaultError> {
+        match self.uffd.read_event() {
+            Ok(Some(Event::Pagefault { kind, addr, .. })) => Ok(Some(Fault {
+                address: addr as u64 & !(PAGE - 1),
+                written: kind == FaultKind::WriteProtected,
+            })),
+            // No other event was asked for.
+            Ok(_) => Ok(None),
+            Err(error) if errno(&error) == Some(libc::EINTR) => Ok(None),
+            Err(error) => Err(failed("reading a fault")(error)),
+        }
+    }
+}
+
+fn len(range: &Range<u64>) -> usize {
+    (range.end - range.start) as usize
+}
+
+fn errno(error: &Error) -> Option<i32> {
+    match error {
+        Error::CopyFailed(errno) | Error::ZeropageFailed(errno) | Error::SystemError(errno) => {
+            Some(*errno as i32)
+        }
+        Error::PartiallyCopied(_) => Some(libc::EAGAIN),
+        _ => None,
+    }
+}
+
+fn into_io(error: Error) -> io::Error {
+    match (errno(&error), error) {
+        (Some(errno), _) => io::Error::from_raw_os_error(errno),
+        (None, Error::OpenDevUserfaultfd(error)) => error,
+        (None, error) => io::Error::other(error.to_string()),
+    }
+}
+
+fn failed(call: &'static str) -> impl Fn(Error) -> UserfaultError {
+    move |error| UserfaultError::Call {
+        call,
+        source: into_io(error),
+    }
+}
+
+/// Why faults cannot be served.
+#[derive(Debug, Error)]
+pub enum UserfaultError {
+    /// No userfaultfd for kernel mode.
+    #[error(
+        "no userfaultfd for kernel mode, which lazy memory and the freezes write-protect and delta \
+         need; `forkvm doctor` says what to do, and freezes remap and copy do without"
+    )]
+    Unavailable(#[source] io::Error),
+    /// A call on a userfaultfd failed.
+    #[error("{call} failed")]
+    Call {
+        /// The call.
+        call: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_means_one_thing_wherever_a_page_is_installed() {
+        assert_eq!(verdict(libc::EEXIST), Verdict::Exists);
+        assert_eq!(verdict(libc::EAGAIN), Verdict::Again);
+        assert_eq!(verdict(libc::ENOENT), Verdict::Gone);
+        assert_eq!(verdict(libc::ESRCH), Verdict::Gone);
+        assert_eq!(verdict(libc::ENOMEM), Verdict::Failed);
+        assert_eq!(verdict(libc::EFAULT), Verdict::Failed);
+    }
+}
