@@ -43,6 +43,9 @@ pub struct FamilyConfig {
     pub spawner: Arc<dyn Spawner>,
     /// How a fork that a guest asks for is done; its count is the guest's.
     pub guest_forks: CloneSpec,
+    /// The same for a guest whose VM still maps its memory shared, one that was booted and never
+    /// remapped: freeze `delta` does not go with it. Without it, as `guest_forks` says.
+    pub guest_forks_while_shared: Option<CloneSpec>,
     /// How page faults of lazy memory are served.
     pub faults: FaultConfig,
     /// What stands between images and the sources of their pages; nothing by default.
@@ -58,6 +61,7 @@ impl Default for FamilyConfig {
             observer: Arc::new(NoObserver),
             spawner: Arc::new(InProcess),
             guest_forks: CloneSpec::default(),
+            guest_forks_while_shared: None,
             faults: FaultConfig::default(),
             sources: None,
             saver: None,

@@ -43,4 +43,4 @@ pub use identity::Identity;
 pub use member::{Finished, Member, MemberError};
 pub use phase::{ForkLog, NoObserver, Observer, Phase, Vetoed};
 pub use timeline::Timeline;
-pub use userfault::UserfaultError;
+pub use userfault::{UserfaultError, check_userfaultfd};

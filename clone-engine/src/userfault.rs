@@ -65,6 +65,14 @@ fn verdict(errno: i32) -> Verdict {
     }
 }
 
+/// Whether this process can have what lazy memory and the freezes write-protect and delta need.
+///
+/// # Errors
+/// [`UserfaultError::Unavailable`], with what the kernel said.
+pub fn check_userfaultfd() -> Result<(), UserfaultError> {
+    Userfault::open().map(drop)
+}
+
 impl Userfault {
     /// A userfaultfd that blocks its reader, for faults of user and kernel mode.
     pub(crate) fn open() -> Result<Userfault, UserfaultError> {

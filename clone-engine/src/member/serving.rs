@@ -233,10 +233,14 @@ impl Serving {
     fn call(&mut self, vcpu: u32, call: GuestCall, at: Instant) -> Option<End> {
         match call.op {
             GuestOp::Fork(count) => {
+                let config = self.family.config();
+                let while_shared = config.guest_forks_while_shared.as_ref();
+                let shared = self.vm.ram().backing().shared().is_some();
+                let spec = while_shared.filter(|_| shared);
                 let spec = CloneSpec {
                     count,
                     accept_fewer: true,
-                    ..self.family.config().guest_forks.clone()
+                    ..spec.unwrap_or(&config.guest_forks).clone()
                 };
                 let (forked, end) = self.fork(&spec, Some(call.slot), at);
                 let result = match forked {

@@ -8,9 +8,10 @@
 //! maps everything itself. With `forked_by=host` the host forks, into `clones` clones, after READY,
 //! and the parent ends when it sees that it was forked.
 //!
-//! With `depth=D`, for forks of the guest's, the machine that built the index is not the one that
-//! forks the workers: it forks one clone, joins it and ends with its status, and so on, down to the
-//! machine D - 1 clones below, which forks the workers as above. None of these touches disk 2.
+//! With `depth=D` the machine that built the index is not the one that forks the workers: it forks
+//! one clone, joins it and ends with its status, and so on, down to the machine D - 1 clones below,
+//! which forks the workers as above. With `forked_by=host` each of these is forked by the host, and
+//! ends when it sees that it was. None of them touches disk 2.
 //!
 //! Reports: [`INDEX`] when the index is begun, READY when it is there, ACTION by a clone as soon as
 //! it runs, ANSWER after its first record.
@@ -51,10 +52,9 @@ pub fn run(machine: &Machine, args: Args<'_>) -> u32 {
         println!("map-reads needs disks {REFERENCES}, {READS} and {OUTPUT}");
         return USAGE;
     };
-    let alone = args.number("clones", 0) == 0 || forked_by_host(args);
     let depth = args.number("depth", 1);
-    if depth == 0 || depth > 1 && alone {
-        println!("depth is 1 or more, and above 1 only where the guest forks");
+    if depth == 0 || depth > 1 && args.number("clones", 0) == 0 {
+        println!("depth is 1 or more, and above 1 only with clones");
         return USAGE;
     }
     match map_reads(machine, args, references, reads, output) {
@@ -120,15 +120,18 @@ fn map_reads(
     if clones == 0 {
         return share(0, 1);
     }
+    let depth = args.number("depth", 1) as u32;
     if by_host {
-        doorbell.wait_for_fork(before);
-        doorbell.report_action_of_clone();
-        return match doorbell.clone_id() {
-            0 => Ok(OK),
-            id => share(u64::from(id - 1), u64::from(clones)),
-        };
+        for fork in 0..depth {
+            doorbell.wait_for_fork(before + fork);
+            doorbell.report_action_of_clone();
+            if doorbell.clone_id() == 0 {
+                return Ok(OK);
+            }
+        }
+        return share(u64::from(doorbell.clone_id() - 1), u64::from(clones));
     }
-    for _ in 1..args.number("depth", 1) {
+    for _ in 1..depth {
         let forked = machine.fork(0, 1);
         if forked.id == 0 {
             return Ok(machine.join(0, forked));
