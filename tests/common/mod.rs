@@ -2,6 +2,7 @@
 
 #![allow(dead_code, unreachable_pub, unused_imports)] // Each test binary uses a part of it.
 
+mod obey;
 mod oracle;
 mod setup;
 
@@ -13,9 +14,10 @@ use std::time::Duration;
 use forkvm::engine::{Consoles, ForkLog};
 use forkvm::{BootSpec, FamilyConfig, Identity, Vm, guest};
 
+pub use obey::Obedient;
 pub use oracle::{expect_end, expect_oracle_ok, finish_oracle};
 pub(crate) use setup::need_kvm;
-pub use setup::{Setup, full_scale, has_kvm, scaled};
+pub use setup::{Setup, fork_by, full_scale, has_kvm, scaled};
 
 /// Far beyond what anything here takes on a slow host.
 pub const LONG: Duration = Duration::from_secs(120);

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use forkvm::engine::{Consoles, ForkLog, Member, NoObserver, Observer, Phase, Vetoed};
 use forkvm::vmm::PausedVm;
-use forkvm::{BootSpec, CloneSpec, DiskSource, DiskSpec, FamilyConfig, ForkPoint, Vm, guest};
+use forkvm::{
+    BootSpec, CloneSpec, DiskSource, DiskSpec, FamilyConfig, FaultConfig, ForkPoint, Vm, guest,
+};
 
 use super::{Guest, Kept};
 
@@ -35,6 +37,15 @@ pub fn scaled(full: u32, small: u32) -> u32 {
 /// Whether counts and sizes are what they should be, rather than what a slow host can do.
 pub fn full_scale() -> bool {
     env::var_os("FORKVM_TEST_SCALE").is_none_or(|scale| scale != "small")
+}
+
+/// A fork into `count` clones by this freeze and memory mode.
+pub fn fork_by(freeze: FreezeKind, memory_mode: MemoryMode, count: u32) -> CloneSpec {
+    CloneSpec {
+        freeze,
+        memory_mode,
+        ..CloneSpec::new(count)
+    }
 }
 
 type Hook = dyn Fn(Phase, Option<&PausedVm<'_>>) -> Result<(), Vetoed> + Send + Sync;
@@ -110,6 +121,32 @@ impl Setup {
     /// How forks that the guest asks for are done.
     pub fn guest_forks(mut self, spec: CloneSpec) -> Setup {
         self.config.guest_forks = spec;
+        self
+    }
+
+    /// How page faults of lazy memory are served.
+    pub fn faults(mut self, faults: FaultConfig) -> Setup {
+        self.config.faults = faults;
+        self
+    }
+
+    /// How page faults of lazy memory are served.
+    pub fn faults(mut self, faults: FaultConfig) -> Setup {
+        self.config.faults = faults;
+        self
+    }
+
+    /// Images are filled by nothing but what clones touch and parents write.
+    pub fn no_copier(self) -> Setup {
+        self.faults(FaultConfig {
+            background: None,
+            ..FaultConfig::default()
+        })
+    }
+
+    /// What stands between images and where their pages come from.
+    pub fn sources(mut self, sources: impl Sources + 'static) -> Setup {
+        self.config.sources = Some(Arc::new(sources));
         self
     }
 

@@ -10,6 +10,7 @@
 //! | `d PAGE COUNT` | gives the pages back to the host; a line `! d ANSWER` unless all were taken |
 //! | `f` | nothing |
 //! | `q STATUS` | ends the machine, after its `ok` |
+//! | `t` | ends the machine by a triple fault |
 //!
 //! What is no command is answered by `? LINE`. Each line ends with `ok N`: N counts the lines of this
 //! VM and of those that it was forked of. READY is reported when the first command can come; a
@@ -22,7 +23,7 @@ use crate::args::Args;
 use crate::doorbell::Doorbell;
 use crate::machine::Machine;
 use crate::pages::{self, Page, WORDS};
-use crate::{interrupts, println, serial};
+use crate::{interrupts, println, ring0, serial};
 
 /// Words of a page that are used: the first, a middle one and the last.
 const PLACES: [usize; 3] = [0, WORDS / 2, WORDS - 1];
@@ -116,6 +117,7 @@ fn obey(doorbell: &Doorbell, memory: &[Page], text: &str) -> Option<u32> {
         }
         ("f", &[]) => {}
         ("q", &[status]) => return Some(status as u32),
+        ("t", &[]) => ring0::triple_fault(),
         _ => return unknown(text),
     }
     None
