@@ -35,8 +35,8 @@ mod vm;
 pub use forkvm_abi as abi;
 pub use forkvm_clone_engine as engine;
 pub use forkvm_clone_engine::{
-    BootSpec, CloneSpec, DiskSource, DiskSpec, End, FamilyConfig, Finished, ForkPoint, FreezeKind,
-    Identity, MemoryMode, Timeline,
+    BootSpec, CloneSpec, DiskSource, DiskSpec, End, FamilyConfig, FaultConfig, Finished, ForkPoint,
+    FreezeKind, Identity, MemoryMode, Timeline,
 };
 pub use forkvm_devices as devices;
 pub use forkvm_vmm as vmm;

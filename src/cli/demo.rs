@@ -10,19 +10,18 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Args;
 use comfy_table::{Table, presets::UTF8_FULL_CONDENSED};
-use forkvm::FreezeKind;
 use forkvm::demo::answers::{self, Answers};
 use forkvm::demo::independent::Sample;
 use forkvm::demo::input::{Input, InputSpec};
 use forkvm::demo::report::{Percentiles, Report};
 use forkvm::demo::run::{self, RunSpec};
 use forkvm::demo::simulate::Simulation;
-use forkvm::engine::{MemoryMode, limits::MAX_CLONES};
+use forkvm::engine::limits::MAX_CLONES;
 use forkvm::vmm::memory::{MAX_MIB, MIN_MIB};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::console::Terminal;
-use super::errors::Usage;
+use super::fork_options::ForkOptions;
 use super::host::Host;
 use super::output::{Outcome, Output};
 
@@ -32,10 +31,12 @@ Examples:
   forkvm demo --clones 4 --vcpus 2               each clone maps on two vCPUs
   forkvm demo --freeze copy --memory-mib 6144    the eager baseline; RAM beyond 4 GiB
   forkvm demo --forked-by host --clones 8        the host forks, by Vm::fork
+  forkvm demo --memory-mode lazy                 clones fetch what they touch from the parent
+  forkvm demo --memory-mode lazy --freeze delta  a fork of a fork: from parent and grandparent
 
 The genomes and lambda's reads come from the Debian packages bowtie-examples and bowtie2-examples.
 In DIR: demo.json (the figures), demo.sam (the records), demo/ (disks and consoles).
-Freezes and what they give: auto, remap, copy, stop, all with memory mode cow.";
+With freeze delta the VM that built the index forks one clone, and that clone forks the others.";
 
 /// Options of `demo`.
 #[derive(Debug, Args)]
@@ -53,12 +54,6 @@ pub(crate) struct Demo {
     #[arg(long, value_name = "MIB", default_value_t = 512,
           value_parser = clap::value_parser!(u64).range(MIN_MIB..=MAX_MIB))]
     memory_mib: u64,
-    /// How the parent's memory is kept
-    #[arg(long, value_name = "FREEZE", default_value = "auto")]
-    freeze: String,
-    /// How the clones map it
-    #[arg(long, value_name = "MODE", default_value = "cow")]
-    memory_mode: String,
     /// Who asks for the fork
     #[arg(long, value_name = "WHO", default_value = "guest", value_parser = ["guest", "host"])]
     forked_by: String,
@@ -77,11 +72,13 @@ pub(crate) struct Demo {
     /// Where results go
     #[arg(long, value_name = "DIR", default_value = "target")]
     target: PathBuf,
+    #[command(flatten)]
+    forks: ForkOptions,
 }
 
 impl Demo {
     pub(crate) fn run(self, output: &Output) -> anyhow::Result<Outcome> {
-        let freeze = self.freeze()?;
+        self.forks.check()?;
         let seed = self.seed.unwrap_or_else(seed_of_the_clock);
         let mut text = output.text();
         let folder = self.target.join("demo");
@@ -104,7 +101,7 @@ impl Demo {
             memory_mib: self.memory_mib,
             vcpus: self.vcpus,
             clones: self.clones,
-            freeze,
+            family: self.forks.family(),
             forked_by_host: self.forked_by == "host",
             consoles: Arc::new(Terminal::new(Box::new(log), None)),
         };
@@ -141,20 +138,6 @@ impl Demo {
             report: json,
         })
     }
-
-    /// The freeze that was asked for, if it goes with the memory mode.
-    fn freeze(&self) -> anyhow::Result<FreezeKind> {
-        if self.memory_mode != MemoryMode::Cow.as_str() {
-            let asked = &self.memory_mode;
-            let text =
-                format!("--memory-mode {asked} does not exist here: cow does, with any freeze");
-            return Err(Usage(text).into());
-        }
-        Ok(self
-            .freeze
-            .parse()
-            .map_err(|error| Usage(format!("--freeze: {error}")))?)
-    }
 }
 
 fn seed_of_the_clock() -> u64 {
@@ -178,6 +161,7 @@ fn table(report: &Report<Host>) -> Table {
         memory_mib,
         freeze,
         memory_mode,
+        depth,
         forked_by,
         answers,
         ..
@@ -194,7 +178,9 @@ fn table(report: &Report<Host>) -> Table {
     );
     row(
         "fork",
-        format!("{clones} clones by the {forked_by}, freeze {freeze}, memory {memory_mode}"),
+        format!(
+            "{clones} clones by the {forked_by}, freeze {freeze}, memory {memory_mode}, depth {depth}"
+        ),
     );
     row(
         "each VM",
@@ -224,6 +210,17 @@ fn table(report: &Report<Host>) -> Table {
     row(
         "first answer, p50 / p99",
         p50_p99(&report.end_points_us.first_answer),
+    );
+    row(
+        "pages fetched by the clones",
+        format!("{}", report.pages_fetched),
+    );
+    row(
+        "serving a fetch, p50 / p99",
+        report.fetch_us.as_ref().map_or_else(
+            || "-".to_owned(),
+            |took| format!("{:.0} µs / {:.0} µs", took.p50, took.p99),
+        ),
     );
     row(
         "private per clone, at most",

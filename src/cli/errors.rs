@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use forkvm::engine::UserfaultError;
 use forkvm::vmm::KvmError;
 use serde_json::{Value, json};
 use thiserror::Error;
@@ -47,6 +48,10 @@ fn lines(error: &anyhow::Error) -> Vec<String> {
 fn host_lacks(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         cause.is::<KvmError>()
+            || matches!(
+                cause.downcast_ref::<UserfaultError>(),
+                Some(UserfaultError::Unavailable(_))
+            )
             || matches!(
                 cause.downcast_ref::<forkvm::Error>(),
                 Some(forkvm::Error::Kvm(_))

@@ -10,6 +10,7 @@ mod disk;
 mod disk_option;
 mod doctor;
 mod errors;
+mod fork_options;
 mod host;
 mod log;
 mod output;
@@ -35,6 +36,7 @@ Examples:
   forkvm run --kernel bzImage --initrd initrd --cmdline 'console=ttyS0' --disk root.img,overlay
   forkvm run --guest 'touch mib=64' --save DIR   Ctrl-C saves the machine to DIR ...
   forkvm restore DIR                             ... and this lets it run on
+  forkvm restore DIR --memory-mode lazy          At once, with its memory read as it is touched
   forkvm state show DIR                          What is in a saved machine
   forkvm disk commit disk.img                    Merge what a forked VM wrote into its disk
 

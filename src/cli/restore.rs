@@ -1,6 +1,5 @@
 //! `forkvm restore`: lets a saved VM run on.
 
-use forkvm::MemoryMode;
 use std::path::PathBuf;
 
 use anyhow::Context;
@@ -16,10 +15,15 @@ const EXAMPLES: &str = "\
 Examples:
   forkvm restore DIR
   forkvm restore DIR --name second --save DIR2
+  forkvm restore DIR --memory-mode lazy --background off
 
 DIR is not changed: it can be restored any number of times. Its disks have to be where and what they
 were at the save; a disk that was written through to its file can go on only once, since the machine
-that goes on changes it. The guest's clocks go on from the instant of the save.";
+that goes on changes it. The guest's clocks go on from the instant of the save.
+
+With memory mode cow all memory is read and checked before the machine runs. With lazy it runs at
+once: each 64 KiB are read, and held against their checksum, when they are first touched. What is
+damaged ends the VM then, by name, and only if it is needed; DIR must not be changed meanwhile.";
 
 /// Options of `restore`.
 #[derive(Debug, Args)]
@@ -37,14 +41,17 @@ pub(crate) struct Restore {
 impl Restore {
     pub(crate) fn run(self, output: &Output) -> anyhow::Result<Outcome> {
         let what = || format!("restoring {}", self.dir.display());
+        let mode = self.session.forks.memory_mode;
+        self.session.forks.check()?;
         let machine = OpenMachine::open(&self.dir).with_context(what)?;
         let session = Session::new(self.session, output)?;
         let mut bar = Progress::new("loading memory");
-        let restored = session
-            .family()
-            .restore(machine, self.name.as_deref(), MemoryMode::Cow, &mut |progress| {
-                bar.update(progress.done, progress.total);
-            });
+        let restored =
+            session
+                .family()
+                .restore(machine, self.name.as_deref(), mode, &mut |progress| {
+                    bar.update(progress.done, progress.total);
+                });
         drop(bar);
         session.serve(restored.with_context(what)?)
     }

@@ -23,6 +23,7 @@ Examples:
   forkvm run --guest fork --cmdline 'n=3 mib=4' --memory 64 --vcpus 2
   forkvm run --kernel bzImage --initrd initrd --cmdline 'console=ttyS0 root=/dev/vda' \\
              --memory 1024 --disk root.img,overlay --disk data.img,name=data
+  forkvm run --guest 'tree depth=3' --memory-mode lazy
   forkvm run --guest 'touch mib=64' --save DIR     # Ctrl-C saves; `forkvm restore DIR` goes on
 
 Disks:
@@ -85,6 +86,7 @@ impl Run {
         if self.guest.as_deref() == Some("help") {
             return list_jobs(output);
         }
+        self.session.forks.check()?;
         let (payload, cmdline) = match (self.guest, self.kernel) {
             (Some(job), _) => (guest::bare(), job_line(&job, &self.cmdline)?),
             (None, Some(kernel)) => (

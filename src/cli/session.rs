@@ -19,12 +19,13 @@ use clap::Args;
 use forkvm::engine::saved::{SaveError, SaveTo, Saver};
 use forkvm::engine::{Family, ForkPoint, Member, MemberError, Observer, Phase, Vetoed};
 use forkvm::vmm::{Kvm, PausedVm};
-use forkvm::{CloneSpec, End, FamilyConfig, FreezeKind};
+use forkvm::{End, FamilyConfig};
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::console::{Terminal, pass_input};
+use super::fork_options::ForkOptions;
 use super::host::Host;
 use super::output::{Outcome, Output};
 use super::progress::Progress;
@@ -42,9 +43,8 @@ pub(crate) struct SessionOptions {
     /// Write the clones' consoles to DIR/NAME.log rather than to standard output
     #[arg(long, value_name = "DIR")]
     console_dir: Option<PathBuf>,
-    /// How a fork keeps the parent's memory: auto, remap, copy or stop
-    #[arg(long, value_name = "FREEZE", default_value = "auto")]
-    freeze: FreezeKind,
+    #[command(flatten)]
+    pub(crate) forks: ForkOptions,
 }
 
 /// A family that has no VM yet.
@@ -66,12 +66,12 @@ struct Control {
 }
 
 impl Session {
-    /// Opens KVM and the consoles, and begins to hear signals.
+    /// Opens KVM and the consoles, and begins to hear signals. The options have been checked.
     pub(crate) fn new(options: SessionOptions, output: &Output) -> anyhow::Result<Session> {
         let SessionOptions {
             save,
             console_dir,
-            freeze,
+            forks,
         } = options;
         if let Some(dir) = &console_dir {
             std::fs::create_dir_all(dir)
@@ -89,14 +89,10 @@ impl Session {
         let config = FamilyConfig {
             consoles: Arc::new(Terminal::new(output.text(), console_dir)),
             observer: Arc::new(Births(Mutex::new(sender))),
-            guest_forks: CloneSpec {
-                freeze,
-                ..CloneSpec::default()
-            },
             saver: save
                 .clone()
                 .map(|dir| Arc::new(saver(dir)) as Arc<dyn Saver>),
-            ..FamilyConfig::default()
+            ..forks.family()
         };
         let family = Family::new(Arc::new(Kvm::open()?), config);
         let control = Arc::new(Control {

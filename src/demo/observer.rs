@@ -1,11 +1,12 @@
-//! Watches the demo's fork: the engine's trace, and the memory that clones take.
+//! Watches the demo's forks: the engine's trace, and the memory that clones take.
 
+use std::collections::HashMap;
 use std::fs;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::thread::{self, ThreadId};
 use std::time::Duration;
 
-use forkvm_clone_engine::{ForkLog, ForkPoint, Member, Observer, Phase, Vetoed};
+use forkvm_clone_engine::{ForkPoint, Member, Observer, Phase, Vetoed};
 use forkvm_vmm::PausedVm;
 
 /// How often memory is read while clones run.
@@ -21,45 +22,64 @@ pub struct Growth {
     pub kernel_kib: u64,
 }
 
-/// A fork point and the clones that came of it.
-pub type Fork = (Arc<ForkPoint>, Vec<Arc<Member>>);
+/// A fork that succeeded.
+pub struct Fork {
+    /// Where the clones came from.
+    pub point: Arc<ForkPoint>,
+    /// They.
+    pub clones: Vec<Arc<Member>>,
+    /// Phases of it, as they ended.
+    pub phases: Vec<(Phase, Duration)>,
+    /// How long the parent stood still; `None` when it did not go on.
+    pub parent_pause: Option<Duration>,
+}
+
+/// What was seen so far of a fork that is under way.
+#[derive(Default)]
+struct UnderWay {
+    phases: Vec<(Phase, Duration)>,
+    parent_pause: Option<Duration>,
+}
 
 /// See the module's text.
 pub struct DemoObserver {
     before: Option<Usage>,
-    log: ForkLog,
-    fork: Mutex<Option<Fork>>,
+    depth: u32,
+    /// A clone may fork before its parent's fork has told its end; but a thread does one at a time.
+    under_way: Mutex<HashMap<ThreadId, UnderWay>>,
+    forks: Mutex<Vec<Fork>>,
     growth: Arc<Mutex<Growth>>,
 }
 
 impl DemoObserver {
-    /// Remembers what is used now, before the parent is booted.
-    pub fn before_boot() -> DemoObserver {
+    /// Remembers what is used now, before the parent is booted. The clones that work will be `depth`
+    /// forks below it.
+    pub fn before_boot(depth: u32) -> DemoObserver {
         DemoObserver {
             before: Usage::now(),
-            log: ForkLog::default(),
-            fork: Mutex::default(),
+            depth,
+            under_way: Mutex::default(),
+            forks: Mutex::default(),
             growth: Arc::default(),
         }
     }
 
-    /// Hands out the fork and its clones; `None` before it. They are not kept: they hold their family,
+    /// Hands out the forks so far, the deepest one last. They are not kept: they hold their family,
     /// and that its observer.
-    pub fn take_fork(&self) -> Option<Fork> {
-        self.fork
+    pub fn take_forks(&self) -> Vec<Fork> {
+        let mut forks =
+            std::mem::take(&mut *self.forks.lock().unwrap_or_else(PoisonError::into_inner));
+        forks.sort_by_key(|fork| fork.point.depth());
+        forks
+    }
+
+    /// What the calling thread has under way.
+    fn with_own<T>(&self, act: impl FnOnce(&mut UnderWay) -> T) -> T {
+        let mut under_way = self
+            .under_way
             .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
-    }
-
-    /// Phases so far.
-    pub fn phases(&self) -> Vec<(Phase, Duration)> {
-        self.log.phases()
-    }
-
-    /// How long the parent stood still; `None` when it did not go on.
-    pub fn parent_pause(&self) -> Option<Duration> {
-        self.log.pauses().first().copied()
+            .unwrap_or_else(PoisonError::into_inner);
+        act(under_way.entry(thread::current().id()).or_default())
     }
 
     /// Memory that the clones took, at most.
@@ -92,22 +112,40 @@ impl DemoObserver {
 }
 
 impl Observer for DemoObserver {
-    fn enter(&self, _phase: Phase, _paused: Option<&PausedVm<'_>>) -> Result<(), Vetoed> {
+    fn enter(&self, phase: Phase, _paused: Option<&PausedVm<'_>>) -> Result<(), Vetoed> {
+        if phase == Phase::Request {
+            // What an earlier fork of this VM left, that failed.
+            self.with_own(|own| *own = UnderWay::default());
+        }
         Ok(())
     }
 
     fn leave(&self, phase: Phase, took: Duration) {
-        self.log.leave(phase, took);
+        self.with_own(|own| own.phases.push((phase, took)));
     }
 
     fn parent_paused(&self, took: Duration) {
-        self.log.parent_paused(took);
+        self.with_own(|own| own.parent_pause = Some(took));
     }
 
     fn forked(&self, point: &Arc<ForkPoint>, clones: &[Arc<Member>]) {
-        let fork = Some((point.clone(), clones.to_vec()));
-        *self.fork.lock().unwrap_or_else(PoisonError::into_inner) = fork;
-        self.start_sampling();
+        let UnderWay {
+            phases,
+            parent_pause,
+        } = self.with_own(std::mem::take);
+        let fork = Fork {
+            point: point.clone(),
+            clones: clones.to_vec(),
+            phases,
+            parent_pause,
+        };
+        self.forks
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(fork);
+        if point.depth() == self.depth {
+            self.start_sampling();
+        }
     }
 }
 

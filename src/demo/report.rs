@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use forkvm_clone_engine::{MemoryMode, Timeline};
+use forkvm_clone_engine::Timeline;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
@@ -35,6 +35,11 @@ impl Percentiles {
         for time in times {
             histogram.saturating_record((time.as_nanos() as u64).max(1));
         }
+        Percentiles::of_nanoseconds(&histogram)
+    }
+
+    /// Of nanoseconds, in microseconds; `None` for none.
+    pub fn of_nanoseconds(histogram: &Histogram<u64>) -> Option<Percentiles> {
         let us = |nanoseconds: u64| nanoseconds as f64 / 1000.0;
         let at = |quantile| us(histogram.value_at_quantile(quantile));
         (!histogram.is_empty()).then(|| Percentiles {
@@ -113,9 +118,10 @@ pub struct Report<Host> {
     pub kernel_kib_per_clone: u64,
     /// Read from disk by each clone, on average.
     pub blk_read_kib_per_clone: u64,
-    /// Pages that were fetched: none, since a copy-on-write clone has all.
+    /// Pages that came because a clone touched them, or one beside them, or was about to. None where
+    /// clones get a whole image.
     pub pages_fetched: u64,
-    /// Time of each fetch; `null` without one.
+    /// Time to serve a fault that brought pages; `null` without one.
     pub fetch_us: Option<Percentiles>,
     /// State of one clone, without memory.
     pub state_bytes: usize,
@@ -152,7 +158,7 @@ impl<Host> Report<Host> {
             vcpus: config.vcpus,
             clones: run.clones.len(),
             depth: run.point.depth(),
-            memory_mode: MemoryMode::Cow.as_str(),
+            memory_mode: run.point.memory_mode().as_str(),
             freeze: run.point.freeze().as_str(),
             spawner: "in-process",
             input: InputReport {
@@ -179,8 +185,8 @@ impl<Host> Report<Host> {
             blk_read_kib_per_clone: run.finished.iter().map(bytes_read).sum::<u64>()
                 / 1024
                 / clones,
-            pages_fetched: 0,
-            fetch_us: None,
+            pages_fetched: run.fetched.pages_by_fault + run.fetched.pages_by_prefetch,
+            fetch_us: Percentiles::of_nanoseconds(&run.fetched.fetch_ns),
             state_bytes: run.point.state_bytes(),
         }
     }

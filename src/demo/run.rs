@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 use forkvm_abi::doorbell::report;
 use forkvm_abi::records;
 use forkvm_clone_engine::{
-    BootSpec, CloneSpec, DiskSource, DiskSpec, End, FamilyConfig, Finished, ForkPoint, FreezeKind,
-    Member, Phase,
+    BootSpec, CloneSpec, DiskSource, DiskSpec, End, FamilyConfig, FaultFigures, Finished,
+    ForkPoint, Member, Phase,
 };
 use forkvm_devices::block::{Access, RawFile, RawFileError, SECTOR};
 
 use super::input::Input;
-use super::observer::{DemoObserver, Growth};
+use super::observer::{DemoObserver, Fork, Growth};
 use crate::{Error, Vm, guest};
 
 /// The guest's report that the index is begun.
@@ -35,8 +35,9 @@ pub struct RunSpec {
     pub vcpus: u32,
     /// Clones.
     pub clones: u32,
-    /// How the parent's memory is kept.
-    pub freeze: FreezeKind,
+    /// How forks are done, by whomever; consoles and observer are put in. With
+    /// `guest_forks_while_shared` the parent forks one clone like that, and that clone the others.
+    pub family: FamilyConfig,
     /// Whether the host forks, rather than the guest.
     pub forked_by_host: bool,
     /// Where the consoles go.
@@ -61,21 +62,24 @@ pub struct Run {
     pub index_build: Option<Duration>,
     /// Memory that the clones took, at most.
     pub growth: Growth,
+    /// What was fetched, by all clones of all forks.
+    pub fetched: FaultFigures,
     /// What is wrong with how the clones worked, for people; empty if nothing is.
     pub failures: Vec<String>,
 }
 
 /// Runs the job on `input`.
 pub fn run(input: &Input, spec: &RunSpec) -> Result<Run, RunError> {
-    let observer = Arc::new(DemoObserver::before_boot());
+    let depth = if spec.family.guest_forks_while_shared.is_some() {
+        2
+    } else {
+        1
+    };
+    let observer = Arc::new(DemoObserver::before_boot(depth));
     let config = FamilyConfig {
         consoles: spec.consoles.clone(),
         observer: observer.clone(),
-        guest_forks: CloneSpec {
-            freeze: spec.freeze,
-            ..CloneSpec::default()
-        },
-        ..FamilyConfig::default()
+        ..spec.family.clone()
     };
     let by = if spec.forked_by_host { "host" } else { "guest" };
     let vm = Vm::boot_with(
@@ -85,7 +89,10 @@ pub fn run(input: &Input, spec: &RunSpec) -> Result<Run, RunError> {
             vcpus: spec.vcpus,
             disks: disks(input)?,
             payload: guest::bare(),
-            cmdline: format!("job=map-reads clones={} forked_by={by}", spec.clones),
+            cmdline: format!(
+                "job=map-reads clones={} forked_by={by} depth={depth}",
+                spec.clones
+            ),
         },
         config,
     )?;
@@ -93,22 +100,24 @@ pub fn run(input: &Input, spec: &RunSpec) -> Result<Run, RunError> {
     vm.family().end();
     let parent = ended?;
     let growth = observer.growth();
-    let Some((point, clones)) = observer.take_fork() else {
+    let mut forks = observer.take_forks();
+    let Some(fork) = forks.pop().filter(|fork| fork.point.depth() == depth) else {
         return Err(RunError::NotForked { end: parent.end });
     };
-    let finished: Vec<Finished> = clones.iter().map(|clone| clone.wait()).collect();
+    let finished: Vec<Finished> = fork.clones.iter().map(|clone| clone.wait()).collect();
     let mut shares = Vec::new();
-    for (clone, finished) in clones.iter().zip(&finished) {
+    for (clone, finished) in fork.clones.iter().zip(&finished) {
         shares.push(read_records(clone, finished)?);
     }
     Ok(Run {
-        failures: failures(spec, &parent, &clones, &finished),
+        failures: failures(spec, &parent, &forks, &fork.clones, &finished),
         index_build: index_build(vm.member()),
-        parent_pause: observer.parent_pause(),
-        phases: observer.phases(),
+        fetched: vm.family().faults().figures(),
+        parent_pause: fork.parent_pause,
+        phases: fork.phases,
         growth,
-        point,
-        clones,
+        point: fork.point,
+        clones: fork.clones,
         finished,
         shares,
     })
@@ -135,9 +144,15 @@ fn disks(input: &Input) -> Result<Vec<DiskSpec>, RunError> {
 fn work(vm: &Vm, spec: &RunSpec) -> Result<Finished, RunError> {
     if spec.forked_by_host {
         vm.wait_ready(READY_DEADLINE)?;
-        let clones = vm.fork(CloneSpec {
-            freeze: spec.freeze,
-            ..CloneSpec::new(spec.clones)
+        let forks = &spec.family;
+        let between = match &forks.guest_forks_while_shared {
+            Some(first) => vm.fork(first.clone())?.pop(),
+            None => None,
+        };
+        let forker = between.as_deref().unwrap_or(vm);
+        let clones = forker.fork(CloneSpec {
+            count: spec.clones,
+            ..forks.guest_forks.clone()
         })?;
         clones.iter().for_each(|clone| drop(clone.join()));
     }
@@ -153,12 +168,22 @@ fn work(vm: &Vm, spec: &RunSpec) -> Result<Finished, RunError> {
 fn failures(
     spec: &RunSpec,
     parent: &Finished,
+    earlier: &[Fork],
     clones: &[Arc<Member>],
     finished: &[Finished],
 ) -> Vec<String> {
     let mut failures = Vec::new();
     if !matches!(parent.end, End::Exited(0) | End::Stopped) {
         failures.push(format!("the parent {}", parent.end));
+    }
+    for clone in earlier.iter().flat_map(|fork| &fork.clones) {
+        let end = clone.wait().end;
+        if !matches!(end, End::Exited(0) | End::Stopped) {
+            failures.push(format!(
+                "clone {}, which forks the others, {end}",
+                clone.name()
+            ));
+        }
     }
     if clones.len() != spec.clones as usize {
         failures.push(format!(
