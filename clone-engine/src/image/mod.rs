@@ -271,6 +271,10 @@ impl MemoryImage {
         cause: Cause,
         waiter: &Arc<dyn Waiter>,
     ) -> Result<bool, SourceError> {
+        if filling.present.missing(range.clone()).next().is_none() {
+            // A far source has brought them since they were asked for.
+            return Ok(true);
+        }
         let source = filling
             .source
             .read()
