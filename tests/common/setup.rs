@@ -5,10 +5,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use forkvm::engine::source::Sources;
 use forkvm::engine::{Consoles, ForkLog, Member, NoObserver, Observer, Phase, Vetoed};
 use forkvm::vmm::PausedVm;
 use forkvm::{
-    BootSpec, CloneSpec, DiskSource, DiskSpec, FamilyConfig, FaultConfig, ForkPoint, Vm, guest,
+    BootSpec, CloneSpec, DiskSource, DiskSpec, FamilyConfig, FaultConfig, ForkPoint, FreezeKind,
+    MemoryMode, Vm, guest,
 };
 
 use super::{Guest, Kept};
