@@ -132,12 +132,6 @@ impl Setup {
         self
     }
 
-    /// How page faults of lazy memory are served.
-    pub fn faults(mut self, faults: FaultConfig) -> Setup {
-        self.config.faults = faults;
-        self
-    }
-
     /// Images are filled by nothing but what clones touch and parents write.
     pub fn no_copier(self) -> Setup {
         self.faults(FaultConfig {
