@@ -39,8 +39,8 @@ impl Plan {
         }
     }
 
-    /// `below` but for what has `changed` (rising and apart), unless that makes more mappings than
-    /// `clones` of this process can have.
+    /// `below` but for what has `changed` (by rising start; ranges may overlap), unless that makes
+    /// more mappings than `clones` of this process can have.
     pub(crate) fn over(
         below: &[(Range<u64>, Arc<MemoryImage>)],
         changed: &[Range<u64>],
@@ -51,7 +51,8 @@ impl Plan {
         let mut own: Vec<Range<u64>> = Vec::new();
         for range in changed {
             match own.last_mut() {
-                Some(last) if range.start - last.end < GAP => last.end = range.end,
+                // A page that was given back and written again is in two of them.
+                Some(last) if range.start < last.end + GAP => last.end = last.end.max(range.end),
                 _ => own.push(range.clone()),
             }
             if 2 * own.len() + below.len() > most {
