@@ -1,7 +1,7 @@
 //! The figures that forkvm is about, measured on the embedded guest and printed. Nothing is
 //! asserted: what a time is worth is for whoever knows the host.
 //!
-//!     cargo bench --bench fork
+//!     cargo bench --bench fork [-- instantiate | remap | fanout | memory | pause | first-action | page]
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use forkvm::abi::doorbell::report;
 use forkvm::engine::{Member, Phase};
 use forkvm::vmm::Kvm;
-use forkvm::{CloneSpec, End, ForkPoint, FreezeKind};
+use forkvm::{CloneSpec, End, FaultConfig, ForkPoint, FreezeKind, MemoryMode};
 
 use common::{Guest, LONG, Setup, expect_end, need_kvm, scaled};
 
@@ -42,6 +42,20 @@ fn print_times(name: &str, mut times: Vec<Duration>) {
     let (kvm, n) = (Kvm::open().unwrap().flavour(), times.len());
     println!(
         "{name}: p50 {} us, p90 {} us, min {} us, max {} us (n={n}, KVM flavour {kvm})",
+        at(50),
+        at(90),
+        at(0),
+        at(100),
+    );
+}
+
+/// As [`print_times`], in nanoseconds.
+fn print_times_ns(name: &str, mut times: Vec<Duration>) {
+    times.sort_unstable();
+    let at = |percent: usize| times[(times.len() - 1) * percent / 100].as_nanos();
+    let (kvm, n) = (Kvm::open().unwrap().flavour(), times.len());
+    println!(
+        "{name}: p50 {} ns, p90 {} ns, min {} ns, max {} ns (n={n}, KVM flavour {kvm})",
         at(50),
         at(90),
         at(0),
@@ -143,10 +157,156 @@ fn private_memory_of_an_idle_clone_at_its_first_action() {
     println!("private memory of an idle clone at its first action: {each} KiB");
 }
 
+/// A clone's time to read `pages` pages in order, each checked, divided by them.
+fn page_time(clone: &Member, pages: u32) -> Duration {
+    clone.wait_report(report::ANSWER, 1, LONG).unwrap();
+    let times = clone.timeline();
+    (times.first_answer.unwrap() - times.first_action.unwrap()) / pages
+}
+
+/// A parent of 512 MiB whose clones fetch what they touch, and nothing else comes into the image.
+fn reach(cmdline: &str) -> Setup {
+    let mut faults = FaultConfig::default();
+    faults.background = None;
+    Setup::new(format!("job=reach mib=64 {cmdline}"))
+        .memory_mib(512)
+        .faults(faults)
+}
+
+fn a_page_of_a_cold_lazy_clone_and_of_a_sibling_after_it() {
+    let pages = scaled(8192, 256);
+    for order in ["linear", "scattered"] {
+        let (mut cold, mut sibling, mut cow) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..scaled(10, 1) {
+            let vm = reach(&format!("touch={pages} order={order}")).boot();
+            vm.wait_ready(LONG).unwrap();
+            let spec = |memory_mode| CloneSpec {
+                memory_mode,
+                ..CloneSpec::new(1)
+            };
+            let point = vm.fork_point(spec(MemoryMode::Lazy)).unwrap();
+            cold.push(page_time(&point.spawn(1).unwrap()[0], pages));
+            sibling.push(page_time(&point.spawn(1).unwrap()[0], pages));
+            let point = vm.fork_point(spec(MemoryMode::Cow)).unwrap();
+            cow.push(page_time(&point.spawn(1).unwrap()[0], pages));
+        }
+        print_times_ns(&format!("{order} page of a cold lazy clone"), cold);
+        print_times_ns(&format!("{order} page of its sibling afterwards"), sibling);
+        print_times_ns(&format!("{order} page of a clone of a whole image"), cow);
+    }
+}
+
+fn first_action_of_a_cold_lazy_clone() {
+    let vm = reach("touch=1").boot();
+    vm.wait_ready(LONG).unwrap();
+    for (name, memory_mode) in [("lazy", MemoryMode::Lazy), ("cow", MemoryMode::Cow)] {
+        let mut times = Vec::new();
+        for _ in 0..scaled(30, 3) {
+            let spec = CloneSpec {
+                memory_mode,
+                ..CloneSpec::new(1)
+            };
+            let point = vm.fork_point(spec).unwrap();
+            let clone = point.spawn(1).unwrap().remove(0);
+            let action = wait_for_action(&clone);
+            times.push(action - clone.timeline().spawn_requested.unwrap());
+            clone.kill();
+            expect_end(&vm, &clone, End::Killed);
+        }
+        print_times(
+            &format!("instantiate, unpooled, first guest action, {name}"),
+            times,
+        );
+    }
+}
+
+/// The pauses of a VM that is forked by `freeze`, `warm_up` first.
+fn pauses(
+    job: &str,
+    memory_mib: u64,
+    warm_up: Option<FreezeKind>,
+    freeze: FreezeKind,
+) -> Vec<Duration> {
+    let mut pauses = Vec::new();
+    for _ in 0..scaled(10, 1) {
+        let mut faults = FaultConfig::default();
+        faults.background = None;
+        let vm = Setup::new(job).memory_mib(memory_mib).faults(faults).boot();
+        vm.wait_ready(LONG).unwrap();
+        let spec = |freeze: FreezeKind| CloneSpec {
+            freeze,
+            memory_mode: freeze.serves()[freeze.serves().len() - 1],
+            ..CloneSpec::new(1)
+        };
+        let mut points = Vec::new();
+        if let Some(freeze) = warm_up {
+            points.push(vm.fork_point(spec(freeze)).unwrap());
+            // The guest rewrites its working set on each fork.
+            vm.member().wait_report(report::READY, 2, LONG).unwrap();
+        }
+        let before = vm.log.pauses().len();
+        points.push(vm.fork_point(spec(freeze)).unwrap());
+        pauses.push(vm.log.pauses()[before]);
+    }
+    pauses
+}
+
+fn pause_by_freeze() {
+    let job = "job=touch mib=256 idle=1";
+    for freeze in [
+        FreezeKind::WriteProtect,
+        FreezeKind::Remap,
+        FreezeKind::Copy,
+    ] {
+        let name = format!("parent pause by {freeze}, 256 MiB populated of 512");
+        print_times(&name, pauses(job, 512, None, freeze));
+    }
+    let name = "parent pause by write-protect, 64 MiB populated of 8192";
+    let times = pauses(
+        "job=touch mib=64 idle=1",
+        8192,
+        None,
+        FreezeKind::WriteProtect,
+    );
+    print_times(name, times);
+    let name = "parent pause by delta, 8 MiB dirty of 512 (64 populated)";
+    let times = pauses(
+        "job=touch mib=64 idle=1 redirty=8",
+        512,
+        Some(FreezeKind::Remap),
+        FreezeKind::Delta,
+    );
+    print_times(name, times);
+}
+
+/// One group of figures, by a word to choose it with.
+type Group = (&'static str, fn());
+
+const GROUPS: [Group; 7] = [
+    ("instantiate", instantiate_one_clone_to_its_first_action),
+    ("remap", pause_of_a_parent_by_remap_with_100_mib_populated),
+    ("fanout", thirty_two_clones_run_after_the_fork_point_exists),
+    (
+        "memory",
+        private_memory_of_an_idle_clone_at_its_first_action,
+    ),
+    ("pause", pause_by_freeze),
+    ("first-action", first_action_of_a_cold_lazy_clone),
+    (
+        "page",
+        a_page_of_a_cold_lazy_clone_and_of_a_sibling_after_it,
+    ),
+];
+
 fn main() {
     need_kvm!();
-    instantiate_one_clone_to_its_first_action();
-    pause_of_a_parent_by_remap_with_100_mib_populated();
-    thirty_two_clones_run_after_the_fork_point_exists();
-    private_memory_of_an_idle_clone_at_its_first_action();
+    let chosen: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|arg| !arg.starts_with('-'))
+        .collect();
+    for (name, measure) in GROUPS {
+        if chosen.is_empty() || chosen.iter().any(|word| word == name) {
+            measure();
+        }
+    }
 }

@@ -109,7 +109,9 @@ impl Userfault {
     pub(crate) fn unregister(&self, range: &Range<u64>) -> Result<(), UserfaultError> {
         self.uffd
             .unregister(range.start as *mut _, len(range))
-            .map_err(failed("UFFDIO_UNREGISTER"))
+            .map_err(failed("UFFDIO_UNREGISTER"))?;
+        // The kernel wakes those that miss a page, not those that wait to write.
+        self.wake(range)
     }
 
     /// Has whoever waits in `range` try again.
@@ -137,7 +139,8 @@ impl Userfault {
                 Ok(()) => return Ok(()),
                 Err(error) => match errno(&error).map(verdict) {
                     Some(Verdict::Again) => {}
-                    Some(Verdict::Gone) => return Ok(()),
+                    // Not watched any more, so not protected; but somebody waits.
+                    Some(Verdict::Gone) => return self.wake(range),
                     _ => return Err(failed("UFFDIO_WRITEPROTECT")(error)),
                 },
             }
@@ -203,11 +206,10 @@ impl Userfault {
             Err(error) => match errno(&error).map(verdict) {
                 // Part of it: at least the first page.
                 Some(Verdict::Again) => Ok(true),
-                Some(Verdict::Exists) => {
+                Some(Verdict::Exists | Verdict::Gone) => {
                     self.wake(&(range.start..range.start + PAGE))?;
                     Ok(false)
                 }
-                Some(Verdict::Gone) => Ok(false),
                 Some(Verdict::Failed) | None => Err(failed("UFFDIO_ZEROPAGE")(error)),
             },
         }

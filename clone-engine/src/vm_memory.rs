@@ -141,18 +141,28 @@ impl VmMemory {
         &self.name
     }
 
-    /// The mapping below has become that of `image`, alone or with those of its line.
-    pub(crate) fn now_maps(&self, image: &Arc<MemoryImage>) {
+    /// The VM, which stands still and feeds nothing, was mapped anew in place: it maps `image`, alone
+    /// or with those of its line, or its own memory shared.
+    pub(crate) fn remapped(&self, image: Option<&Arc<MemoryImage>>) {
+        // Nothing watches a new mapping.
+        self.feeds
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .watch = None;
+        match image {
+            Some(image) => self.now_maps(image),
+            None => {
+                *self.under.write().unwrap_or_else(PoisonError::into_inner) = Under::default();
+            }
+        }
+    }
+
+    fn now_maps(&self, image: &Arc<MemoryImage>) {
         *self.under.write().unwrap_or_else(PoisonError::into_inner) = Under {
             image: Some(image.clone()),
             mapped: image.mapped(),
             given_back: RoaringBitmap::new(),
         };
-    }
-
-    /// The VM maps its own memory shared (again).
-    pub(crate) fn maps_its_own(&self) {
-        *self.under.write().unwrap_or_else(PoisonError::into_inner) = Under::default();
     }
 
     fn under(&self) -> std::sync::RwLockReadGuard<'_, Under> {

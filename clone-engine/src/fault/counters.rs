@@ -1,5 +1,6 @@
 //! What the fault handler of a family has done.
 
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -29,7 +30,7 @@ pub(crate) struct FaultCounters {
 }
 
 /// What came into the images of a family after their publication, and how long that took.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct FaultFigures {
     /// Pages that clones fetched by touching them or one next to them.
     pub pages_by_fault: u64,
@@ -64,8 +65,9 @@ impl FaultCounters {
 
     pub(crate) fn took(&self, took: Duration) {
         let mut fetch = self.fetch.lock().unwrap_or_else(PoisonError::into_inner);
-        // It grows as needed: any 64-bit number has its place.
-        fetch.saturating_record(took.as_nanos() as u64);
+        if let Err(error) = fetch.record(took.as_nanos() as u64) {
+            tracing::debug!(%error, "a fault took longer than can be recorded");
+        }
     }
 
     pub(crate) fn figures(&self) -> FaultFigures {
@@ -82,5 +84,18 @@ impl FaultCounters {
                 .unwrap_or_else(PoisonError::into_inner)
                 .clone(),
         }
+    }
+}
+
+impl fmt::Debug for FaultFigures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FaultFigures")
+            .field("pages_by_fault", &self.pages_by_fault)
+            .field("pages_by_prefetch", &self.pages_by_prefetch)
+            .field("pages_by_background", &self.pages_by_background)
+            .field("pages_by_parent_write", &self.pages_by_parent_write)
+            .field("zero_faults", &self.zero_faults)
+            .field("fetches", &self.fetch_ns.len())
+            .finish()
     }
 }

@@ -8,6 +8,8 @@ mod copy;
 mod delta;
 mod remap;
 mod stop;
+#[cfg(test)]
+mod tests;
 mod write_protect;
 
 use std::fmt;

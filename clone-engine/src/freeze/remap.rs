@@ -42,7 +42,7 @@ impl Freeze for Remap {
             return Err(error.into());
         }
         let image = MemoryImage::whole(file, vm.ram().layout().len());
-        parent.memory.now_maps(&image);
+        parent.memory.remapped(Some(&image));
         Ok(image)
     }
 
@@ -53,7 +53,7 @@ impl Freeze for Remap {
         image: Arc<MemoryImage>,
     ) -> Result<(), FreezeError> {
         vm.ram_mut().remap(Backing::Shared(image.file().clone()))?;
-        parent.memory.maps_its_own();
+        parent.memory.remapped(None);
         Ok(())
     }
 }

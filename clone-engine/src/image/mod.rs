@@ -14,10 +14,14 @@
 //! Freed with its last user: fork points, clones that map it, later images of its line.
 #![allow(unsafe_code)] // The source of a page is given by address.
 
+#[cfg(test)]
+mod model_tests;
 mod owner_table;
 mod page_bitmap;
 mod plan;
 mod store;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::fs::File;

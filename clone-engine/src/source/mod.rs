@@ -7,6 +7,8 @@
 
 pub(crate) mod live_parent;
 pub(crate) mod saved_memory;
+#[cfg(test)]
+mod tests;
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -1,8 +1,9 @@
-//! `touch mib=16 pattern=seq|stride|random seed=1 idle=0`: memory for a host's fork to carry over.
+//! `touch mib=16 pattern=seq|stride|random seed=1 idle=0 redirty=0`: memory for a host's fork to carry over.
 //!
 //! Writes `mib` MiB, reports READY and halts. When the fork count changes, in the parent as in the
 //! clones, it checks every word; with `idle=1` only when it changes once more. `seq` writes consecutive pages; `stride` every other page of a
-//! range twice as long; `random` one of every two neighbours, by the seed.
+//! range twice as long; `random` one of every two neighbours, by the seed. With `redirty=N` the first
+//! N MiB are written once more after the first fork, and READY reported again.
 
 use forkvm_abi::doorbell::report;
 
@@ -30,6 +31,11 @@ pub fn run(machine: &Machine, args: Args<'_>) -> u32 {
     doorbell.report(report::READY);
     doorbell.wait_for_fork(before);
     doorbell.report_action_of_clone();
+    let again = args.number("redirty", 0) as usize * pages::PER_MIB;
+    if again > 0 {
+        (0..again.min(count)).for_each(|number| page(number).fill(seed, number as u64));
+        doorbell.report(report::READY);
+    }
     if args.flag("idle") {
         doorbell.wait_for_fork(doorbell.fork_count());
     }

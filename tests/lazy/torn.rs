@@ -1,0 +1,323 @@
+//! The search for torn images.
+//!
+//! Every vCPU of the parent sweeps over its pages without pause and never stops; only the vCPU's own
+//! registers know what each page must hold. The parent is forked in bursts: the third fork of a burst
+//! first completes the image of the first one, while the parent still writes the pages that this
+//! image wants, and clones ask for the same pages. Clones are forked again, warm and cold. Parent,
+//! clones, siblings, grandchildren, and clones that come late of an old fork point, all verify every
+//! page. A wrong one is a line on the console and the end of its VM.
+
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use forkvm::abi::doorbell::report;
+use forkvm::engine::Member;
+use forkvm::{End, FaultConfig, ForkPoint, FreezeKind, MemoryMode};
+
+use crate::common::{Guest, LONG, Setup, expect_end, fork_by, need_kvm, scaled};
+
+/// Forks of a parent in a row, with no wait between them: as many as make a VM feed one image more
+/// than it may.
+const BURST: u32 = 3;
+
+/// How often a long test repeats its cell.
+const REPEATED: u32 = 100;
+
+/// A way to search.
+#[derive(Clone, Copy)]
+struct Search {
+    /// The parent's first fork, and all that follow.
+    first: FreezeKind,
+    then: FreezeKind,
+    mode: MemoryMode,
+    vcpus: u32,
+    /// Pages of each vCPU.
+    pages: u32,
+    forks: u32,
+    /// Whether images are filled in the background as well.
+    copier: bool,
+}
+
+/// The parent keeps its memory shared; its clones have private memory.
+const WRITE_PROTECT: Search = Search {
+    first: FreezeKind::WriteProtect,
+    then: FreezeKind::WriteProtect,
+    mode: MemoryMode::Lazy,
+    vcpus: 1,
+    pages: 2048,
+    forks: 51,
+    copier: false,
+};
+
+const DELTA: Search = Search {
+    first: FreezeKind::Remap,
+    then: FreezeKind::Delta,
+    ..WRITE_PROTECT
+};
+
+/// Clones of whole images: what they are filled from is frozen all the same.
+const REMAP: Search = Search {
+    mode: MemoryMode::Cow,
+    forks: 21,
+    ..DELTA
+};
+
+const ON_4_VCPUS: u32 = 512;
+
+/// So many that the parent still writes what an image wants when the copier begins with it.
+const FOR_THE_COPIER: u32 = 16_384;
+
+impl Search {
+    const fn on_4_vcpus(self) -> Search {
+        Search {
+            vcpus: 4,
+            pages: ON_4_VCPUS,
+            ..self
+        }
+    }
+
+    const fn with_copier(self) -> Search {
+        Search {
+            pages: FOR_THE_COPIER / self.vcpus,
+            forks: 6,
+            copier: true,
+            ..self
+        }
+    }
+
+    fn run(self) {
+        need_kvm!();
+        let start = Instant::now();
+        let pages = scaled(self.pages, 64);
+        let memory_mib = 64 + u64::from(pages * self.vcpus) / 256;
+        let background = self.copier.then_some(100_000);
+        let vm = Setup::new(format!("job=sweep pages={pages} still=64"))
+            .vcpus(self.vcpus)
+            .memory_mib(memory_mib)
+            .faults(FaultConfig {
+                background,
+                ..FaultConfig::default()
+            })
+            .boot();
+        vm.wait_ready(LONG).unwrap();
+        let mut forks = 0;
+        if self.first != self.then {
+            let remapped = vm
+                .fork_point(fork_by(self.first, MemoryMode::Cow, 1))
+                .unwrap();
+            spawn_and_verify(&vm, &remapped, self.vcpus);
+            forks += 1;
+        }
+        let mut old = None;
+        for round in 0.. {
+            if forks >= scaled(self.forks, BURST) {
+                break;
+            }
+            old = Some(self.burst(&vm, round, old));
+            forks += BURST;
+        }
+        let figures = vm.family().faults().figures();
+        println!("{forks} forks in {:?}: {figures:?}", start.elapsed());
+        assert_eq!(vm.consoles.text(), "");
+        let lazy = self.mode == MemoryMode::Lazy;
+        assert_eq!(figures.pages_by_fault > 0, lazy, "{figures:?}");
+        assert!(figures.pages_by_parent_write > 0, "{figures:?}");
+        assert!(figures.pages_by_background > 0, "{figures:?}");
+    }
+
+    /// Forks three times, and each of the clones once more. Returns a fork point for the next round,
+    /// which has clones of `old`.
+    fn burst(self, vm: &Guest, round: u32, old: Option<Arc<ForkPoint>>) -> Arc<ForkPoint> {
+        let spec = fork_by(self.then, self.mode, 2);
+        let before = checks(vm.member(), self.vcpus);
+        let mut points = Vec::new();
+        for _ in 1..BURST {
+            points.push(vm.fork_point(spec.clone()).unwrap());
+        }
+        let ticket = vm.member().fork(spec).unwrap();
+        points.push(ticket.point);
+        let mut clones = ticket.clones;
+        for point in &points[..2] {
+            clones.extend(point.spawn(1).unwrap());
+        }
+        if self.copier {
+            // It leaves an image alone at first; what the clones have not fetched by then is its own.
+            thread::sleep(Duration::from_millis(150));
+        }
+        let again = fork_by(FreezeKind::Delta, self.mode, 2);
+        let forked_cold = clones[round as usize % clones.len()].clone();
+        let grandchildren = forked_cold.fork(again.clone()).unwrap().clones;
+        for clone in clones.iter().chain(&grandchildren) {
+            expect_checked(vm, clone, self.vcpus, &vec![0; self.vcpus as usize]);
+        }
+        let forked_warm = &clones[(round as usize + 1) % clones.len()];
+        let once = checks(forked_warm, self.vcpus);
+        let late = forked_warm.fork(again).unwrap().clones;
+        late.iter()
+            .for_each(|clone| expect_checked(vm, clone, self.vcpus, &vec![0; self.vcpus as usize]));
+        expect_checked(vm, forked_warm, self.vcpus, &once);
+        expect_checked(vm, vm.member(), self.vcpus, &before);
+        if let Some(old) = old {
+            spawn_and_verify(vm, &old, self.vcpus);
+        }
+        for clone in clones.iter().chain(&grandchildren).chain(&late) {
+            clone.kill();
+            expect_end(vm, clone, End::Killed);
+        }
+        points.remove(round as usize % points.len())
+    }
+
+    fn repeat(self) {
+        for round in 1..=REPEATED {
+            println!("round {round} of {REPEATED}");
+            self.run();
+        }
+    }
+}
+
+/// How often each vCPU of `member` has verified its pages.
+fn checks(member: &Member, vcpus: u32) -> Vec<usize> {
+    let reports = member.reports();
+    let of = |vcpu| {
+        let value = report::USER + vcpu;
+        reports.iter().filter(|(said, _)| *said == value).count()
+    };
+    (0..vcpus).map(of).collect()
+}
+
+/// Each vCPU of `member` has verified its pages once more than `before`.
+fn expect_checked(vm: &Guest, member: &Member, vcpus: u32, before: &[usize]) {
+    for (vcpu, before) in (0..vcpus).zip(before) {
+        if let Err(error) = member.wait_report(report::USER + vcpu, before + 1, LONG) {
+            panic!("{error}\n{}", vm.consoles.text());
+        }
+    }
+}
+
+fn spawn_and_verify(vm: &Guest, point: &Arc<ForkPoint>, vcpus: u32) {
+    let clone = point.spawn(1).unwrap().remove(0);
+    expect_checked(vm, &clone, vcpus, &vec![0; vcpus as usize]);
+    clone.kill();
+    expect_end(vm, &clone, End::Killed);
+}
+
+/// Has the kernel move memory about as long as it lives: a page that is being moved looks like one
+/// that was swapped out.
+struct Compaction {
+    over: Arc<AtomicBool>,
+    times: Arc<AtomicU32>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Compaction {
+    /// `None`, said aloud, where this process may not ask for it.
+    fn start() -> Option<Compaction> {
+        let path = "/proc/sys/vm/compact_memory";
+        let mut file = match OpenOptions::new().write(true).open(path) {
+            Ok(file) => file,
+            Err(error) => {
+                println!("without compaction: {path}: {error}");
+                return None;
+            }
+        };
+        let (over, times) = (Arc::new(AtomicBool::new(false)), Arc::default());
+        let (seen, counted): (_, Arc<AtomicU32>) = (over.clone(), Arc::clone(&times));
+        let thread = thread::spawn(move || {
+            while !seen.load(Ordering::Relaxed) {
+                file.write_all(b"1").unwrap();
+                counted.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        Some(Compaction {
+            over,
+            times,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Compaction {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        if let Some(Err(panic)) = self.thread.take().map(thread::JoinHandle::join) {
+            println!("the compaction ended early: {panic:?}");
+        }
+        println!("{} compactions", self.times.load(Ordering::Relaxed));
+    }
+}
+
+/// One at a time: the compaction is that of the whole host.
+fn under_compaction(search: Search) {
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock();
+    let _compaction = Compaction::start();
+    search.run();
+}
+
+macro_rules! searches {
+    ($($name:ident $long:ident: $search:expr;)*) => {$(
+        #[test]
+        fn $name() {
+            $search.run();
+        }
+
+        #[test]
+        #[ignore = "long"]
+        fn $long() {
+            $search.repeat();
+        }
+    )*};
+}
+
+searches! {
+    write_protect_1vcpu write_protect_1vcpu_long: WRITE_PROTECT;
+    write_protect_4vcpu write_protect_4vcpu_long: WRITE_PROTECT.on_4_vcpus();
+    write_protect_1vcpu_copier write_protect_1vcpu_copier_long: WRITE_PROTECT.with_copier();
+    write_protect_4vcpu_copier write_protect_4vcpu_copier_long:
+        WRITE_PROTECT.on_4_vcpus().with_copier();
+    delta_1vcpu delta_1vcpu_long: DELTA;
+    delta_4vcpu delta_4vcpu_long: DELTA.on_4_vcpus();
+    delta_1vcpu_copier delta_1vcpu_copier_long: DELTA.with_copier();
+    delta_4vcpu_copier delta_4vcpu_copier_long: DELTA.on_4_vcpus().with_copier();
+    remap_1vcpu remap_1vcpu_long: REMAP;
+    remap_4vcpu remap_4vcpu_long: REMAP.on_4_vcpus();
+}
+
+#[test]
+fn write_protect_4vcpu_under_compaction() {
+    under_compaction(WRITE_PROTECT.on_4_vcpus());
+}
+
+#[test]
+fn delta_4vcpu_under_compaction() {
+    under_compaction(DELTA.on_4_vcpus());
+}
+
+/// A remap takes the memory away that the images before it still want.
+#[test]
+fn a_remap_after_write_protect_tears_no_earlier_image() {
+    need_kvm!();
+    let pages = scaled(2048, 64);
+    for _ in 0..scaled(5, 1) {
+        let vm = Setup::new(format!("job=sweep pages={pages}"))
+            .no_copier()
+            .boot();
+        vm.wait_ready(LONG).unwrap();
+        let write_protect = fork_by(FreezeKind::WriteProtect, MemoryMode::Lazy, 1);
+        let mut points: Vec<_> = (0..2)
+            .map(|_| vm.fork_point(write_protect.clone()).unwrap())
+            .collect();
+        let remap = fork_by(FreezeKind::Remap, MemoryMode::Cow, 1);
+        points.push(vm.fork_point(remap).unwrap());
+        let delta = fork_by(FreezeKind::Delta, MemoryMode::Lazy, 1);
+        points.push(vm.fork_point(delta).unwrap());
+        for point in &points {
+            spawn_and_verify(&vm, point, 1);
+        }
+        assert_eq!(vm.consoles.text(), "");
+    }
+}
