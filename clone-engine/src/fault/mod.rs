@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use forkvm_vmm::kick::{self, Kick};
 
@@ -238,6 +238,7 @@ impl Supervisor {
                 self.threads.push(thread);
             }
         }
+        let mut looked_at = Instant::now();
         loop {
             let notice = if self.filling.is_empty() {
                 notices.recv().map_err(|_| RecvTimeoutError::Disconnected)
@@ -250,9 +251,12 @@ impl Supervisor {
                 Ok(Notice::Fed(vm)) => vm.relax(),
                 Ok(Notice::HandlerEnded(index)) => self.replace(index),
                 Ok(Notice::End) | Err(RecvTimeoutError::Disconnected) => break,
-                Err(RecvTimeoutError::Timeout) => {
-                    self.each_filling(|image| image.check_deadline());
-                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            // Not only when it is quiet: a busy family's notices may follow each other for ever.
+            if looked_at.elapsed() >= DEADLINE_TICK {
+                looked_at = Instant::now();
+                self.each_filling(|image| image.check_deadline());
             }
         }
         for shard in &self.shards {
