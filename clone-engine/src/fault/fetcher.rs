@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use super::counters::Cause;
 use crate::image::{ImageSink, MemoryImage};
-use crate::source::{PageSource, SourceError};
+use crate::source::{PageSink, PageSource, SourceError};
 
 /// Most ranges of one call of a source.
 const BATCH: usize = 16;
@@ -116,6 +116,13 @@ impl Fetcher {
         self.shared.lock().since.map(|since| since.elapsed())
     }
 
+    /// All own pages are in the image: lets the source go, with its thread.
+    pub(crate) fn finish(&self) {
+        for want in self.shared.end() {
+            want.waiter.arrived(&want.range);
+        }
+    }
+
     /// Nothing comes any more: tells everybody why.
     pub(crate) fn give_up(&self, why: &SourceError) {
         for want in self.shared.end() {
@@ -152,7 +159,7 @@ impl Shared {
     fn serve(&self, image: &Weak<MemoryImage>, source: &dyn PageSource) {
         while let Some((ranges, cause)) = self.take() {
             let Some(image) = image.upgrade() else { return };
-            let result = fetch(&image, source, &ranges, cause);
+            let result = self.fetch(&image, source, &ranges, cause);
             let mut state = self.lock();
             state.since = None;
             let done = std::mem::take(&mut state.in_hand);
@@ -185,6 +192,47 @@ impl Shared {
         }
     }
 
+    /// One call of the source, for what has not come meanwhile.
+    fn fetch(
+        &self,
+        image: &MemoryImage,
+        source: &dyn PageSource,
+        ranges: &[Range<u64>],
+        cause: Cause,
+    ) -> Result<(), SourceError> {
+        let missing: Vec<Range<u64>> = ranges
+            .iter()
+            .filter(|range| !image.has(range))
+            .cloned()
+            .collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let name = source.name();
+        let mut sink = Heard {
+            sink: ImageSink {
+                image,
+                source: &name,
+                cause,
+            },
+            shared: self,
+        };
+        let fetched = catch_unwind(AssertUnwindSafe(|| source.fetch(&missing, &mut sink)));
+        fetched.unwrap_or_else(|_panic| {
+            Err(SourceError::Gone {
+                name,
+                why: "it panicked".into(),
+            })
+        })
+    }
+
+    /// The source has just delivered something that it was asked for, or more.
+    fn heard(&self) {
+        if let Some(since) = &mut self.lock().since {
+            *since = Instant::now();
+        }
+    }
+
     /// Waits for something to be wanted and takes it in hand. `None` at the end.
     fn take(&self) -> Option<(Vec<Range<u64>>, Cause)> {
         let mut state = self.lock();
@@ -210,34 +258,35 @@ impl Shared {
     }
 }
 
-/// One call of the source, for what has not come meanwhile.
-fn fetch(
-    image: &MemoryImage,
-    source: &dyn PageSource,
-    ranges: &[Range<u64>],
-    cause: Cause,
-) -> Result<(), SourceError> {
-    let missing: Vec<Range<u64>> = ranges
-        .iter()
-        .filter(|range| !image.has(range))
-        .cloned()
-        .collect();
-    if missing.is_empty() {
-        return Ok(());
+/// Passes on what a source delivers, and notes that it was not silent.
+struct Heard<'a> {
+    sink: ImageSink<'a>,
+    shared: &'a Shared,
+}
+
+impl Heard<'_> {
+    /// Only what was still missing counts: a source could repeat itself for ever.
+    fn hear(
+        &mut self,
+        deliver: impl FnOnce(&mut ImageSink<'_>) -> Result<(), SourceError>,
+    ) -> Result<(), SourceError> {
+        let left = self.sink.image.own_left();
+        let delivered = deliver(&mut self.sink);
+        if self.sink.image.own_left() < left {
+            self.shared.heard();
+        }
+        delivered
     }
-    let name = source.name();
-    let mut sink = ImageSink {
-        image,
-        source: &name,
-        cause,
-    };
-    let fetched = catch_unwind(AssertUnwindSafe(|| source.fetch(&missing, &mut sink)));
-    fetched.unwrap_or_else(|_panic| {
-        Err(SourceError::Gone {
-            name,
-            why: "it panicked".into(),
-        })
-    })
+}
+
+impl PageSink for Heard<'_> {
+    fn pages(&mut self, offset: u64, content: &[u8]) -> Result<(), SourceError> {
+        self.hear(|sink| sink.pages(offset, content))
+    }
+
+    fn zero(&mut self, range: Range<u64>) -> Result<(), SourceError> {
+        self.hear(|sink| sink.zero(range))
+    }
 }
 
 /// A thread that waits itself.

@@ -215,10 +215,13 @@ impl MemoryImage {
 
     /// Whether its own pages are all here: it needs its source no more.
     pub(crate) fn is_fed(&self) -> bool {
+        self.own_left() == 0
+    }
+
+    /// Own pages that are missing.
+    pub(crate) fn own_left(&self) -> u64 {
         let left = |filling: &Filling| filling.own_left.load(Ordering::Acquire);
-        self.filling
-            .as_ref()
-            .is_none_or(|filling| left(filling) == 0)
+        self.filling.as_ref().map_or(0, left)
     }
 
     /// Pages that have come so far; what an image was whole with does not count.
@@ -524,6 +527,9 @@ impl MemoryImage {
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
+        if let Some(fetcher) = filling.fetcher.get() {
+            fetcher.finish();
+        }
         // A live parent lifts its protections here.
         drop(source);
         if !self.is_whole() {
