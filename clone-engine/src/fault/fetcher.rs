@@ -18,6 +18,9 @@ use crate::source::{PageSink, PageSource, SourceError};
 /// Most ranges of one call of a source.
 const BATCH: usize = 16;
 
+/// How far a source is told to look ahead of a fault.
+const AHEAD: u64 = 512 << 10;
+
 /// Waits for pages that a fetcher brings.
 pub(crate) trait Waiter: Send + Sync {
     /// They are in the image.
@@ -159,6 +162,14 @@ impl Shared {
     fn serve(&self, image: &Weak<MemoryImage>, source: &dyn PageSource) {
         while let Some((ranges, cause)) = self.take() {
             let Some(image) = image.upgrade() else { return };
+            if cause == Cause::Fault {
+                source.hint(
+                    &ranges
+                        .iter()
+                        .map(|range| after(range, image.len()))
+                        .collect::<Vec<_>>(),
+                );
+            }
             let result = self.fetch(&image, source, &ranges, cause);
             let mut state = self.lock();
             state.since = None;
@@ -256,6 +267,11 @@ impl Shared {
                 .unwrap_or_else(PoisonError::into_inner);
         }
     }
+}
+
+/// What a clone that touches `range` of an image of `len` bytes may touch next.
+fn after(range: &Range<u64>, len: u64) -> Range<u64> {
+    range.end..(range.end + AHEAD).min(len)
 }
 
 /// Passes on what a source delivers, and notes that it was not silent.

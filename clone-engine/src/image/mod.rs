@@ -39,6 +39,7 @@ use vm_memory::VolatileSlice;
 use crate::fault::counters::{Cause, FaultCounters};
 use crate::fault::fetcher::{Arrival, Fetcher, Waiter};
 use crate::fault::{FaultConfig, Notice};
+use crate::source::local_image::LocalImage;
 use crate::source::{PageSink, PageSource, SourceError};
 use crate::vm_memory::VmMemory;
 
@@ -313,14 +314,18 @@ impl MemoryImage {
         if !base.bring(range, cause, waiter)? {
             return Ok(false);
         }
-        let mut content = vec![0; (range.end - range.start) as usize];
-        let failed = |error: io::Error| insert_error(range.start, &error);
-        base.store.read(range.start, &mut content).map_err(failed)?;
-        self.insert(filling, range, Content::from(&content[..]), |new| {
-            filling.counters.count(cause, new);
-            filling.base_left.fetch_sub(new, Ordering::AcqRel) == new
-        })?;
+        let mut sink = LineSink {
+            image: self,
+            filling,
+            cause,
+        };
+        LocalImage(base).fetch(std::slice::from_ref(range), &mut sink)?;
         Ok(true)
+    }
+
+    /// Reads pages that are there.
+    pub(crate) fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.store.read(offset, into)
     }
 
     /// Brings own pages of this image for one of a later image. `false` when they are far.
@@ -506,7 +511,7 @@ impl MemoryImage {
     pub(crate) fn read_word(self: &Arc<Self>, offset: u64) -> Result<u64, SourceError> {
         let mut word = [0; 8];
         if let Some(image) = self.fill_at(offset & !(PAGE - 1))? {
-            let read = image.store.read(offset, &mut word);
+            let read = image.read(offset, &mut word);
             read.map_err(|error| insert_error(offset, &error))?;
         }
         Ok(u64::from_le_bytes(word))
@@ -661,6 +666,29 @@ impl PageSink for ImageSink<'_> {
         }
         let zeros = vec![0; len];
         self.pages(range.start, &zeros)
+    }
+}
+
+/// Takes what an earlier image of the line holds.
+struct LineSink<'a> {
+    image: &'a MemoryImage,
+    filling: &'a Filling,
+    cause: Cause,
+}
+
+impl PageSink for LineSink<'_> {
+    fn pages(&mut self, offset: u64, content: &[u8]) -> Result<(), SourceError> {
+        let (range, filling) = (offset..offset + content.len() as u64, self.filling);
+        self.image
+            .insert(filling, &range, Content::from(content), |new| {
+                filling.counters.count(self.cause, new);
+                filling.base_left.fetch_sub(new, Ordering::AcqRel) == new
+            })
+    }
+
+    /// An image holds no zero page that somebody would look for.
+    fn zero(&mut self, _range: Range<u64>) -> Result<(), SourceError> {
+        Ok(())
     }
 }
 

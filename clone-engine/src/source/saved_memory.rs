@@ -59,4 +59,8 @@ impl PageSource for SavedMemory {
         }
         Ok(())
     }
+
+    fn hint(&self, ranges: &[Range<u64>]) {
+        ranges.iter().for_each(|range| self.file.will_need(range));
+    }
 }

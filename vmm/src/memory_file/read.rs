@@ -1,8 +1,10 @@
 //! A memory file, opened: checked, read by the chunk, or loaded whole.
+#![allow(unsafe_code)] // posix_fadvise.
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use super::chunks::{self, DataChunks, Entry};
@@ -141,6 +143,23 @@ impl MemoryFile {
             Ok(())
         } else {
             Err(self.damaged(chunk))
+        }
+    }
+
+    /// Has the kernel read `range` of memory ahead. A hint: whether it does changes nothing but time.
+    pub fn will_need(&self, range: &Range<u64>) {
+        let offset = self.data_start() + range.start;
+        // SAFETY: the descriptor is open; the call touches no memory.
+        let refused = unsafe {
+            libc::posix_fadvise(
+                self.file.as_raw_fd(),
+                offset as libc::off_t,
+                (range.end - range.start) as libc::off_t,
+                libc::POSIX_FADV_WILLNEED,
+            )
+        };
+        if refused != 0 {
+            tracing::trace!(refused, "no reading ahead here");
         }
     }
 
