@@ -276,9 +276,9 @@ impl ParentMemory<'_> {
                 self.faults.fill_in_background(image);
             }
         }
+        image.settle();
         if image.is_whole() && freeze.parent_goes_on() {
-            // A stopped parent still maps its memory shared; it is sealed when that is gone.
-            image.settle();
+            // A stopped parent may still map its memory shared; it is sealed when that is gone.
             image.seal()?;
         }
         phase.done();

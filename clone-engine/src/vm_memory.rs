@@ -29,7 +29,9 @@ use crate::fault::counters::Cause;
 use crate::fault::fetcher::Waiter;
 use crate::fault::shard::Shard;
 use crate::fault::{FaultHandler, Notice};
-use crate::image::{Content, EmptyImage, MemoryImage, OwnerTable, Provided, Which};
+use crate::image::{
+    Content, EmptyImage, MemoryImage, OwnerTable, Provided, Which, complete, distinct,
+};
 use crate::source::SourceError;
 use crate::userfault::{UserfaultError, Watch};
 
@@ -91,6 +93,8 @@ struct Feeds {
     /// The oldest first.
     images: Vec<Weak<MemoryImage>>,
     watch: Option<Watch>,
+    /// The VM is being torn down.
+    closed: bool,
 }
 
 impl VmMemory {
@@ -128,9 +132,8 @@ impl VmMemory {
         let memory = VmMemory::new(name, ram, faults, lose);
         memory.now_maps(image);
         // Before the look at what is missing: who completes meanwhile finds it in the list.
-        for (_, image) in &memory.under().mapped {
-            image.map_by(&memory);
-        }
+        let mapped = memory.mapped();
+        distinct(&mapped).for_each(|image| image.map_by(&memory));
         if !memory.is_whole() {
             memory.watch(faults, Watch::Missing)?;
         }
@@ -202,11 +205,7 @@ impl VmMemory {
 
     /// Brings all that the images under it miss, waiting for it.
     pub(crate) fn complete(&self) -> Result<(), SourceError> {
-        for (_, image) in self.mapped() {
-            image.fill_all(Which::All)?;
-            image.settle();
-        }
-        Ok(())
+        complete(&self.mapped())
     }
 
     // Feeding.
@@ -279,7 +278,7 @@ impl VmMemory {
     fn fed_images(&self) -> Vec<Arc<MemoryImage>> {
         let feeds = self.feeds.read().unwrap_or_else(PoisonError::into_inner);
         let images = feeds.images.iter().filter_map(Weak::upgrade);
-        images.filter(|image| !image.is_fed()).collect()
+        images.filter(|image| image.is_fed_by_somebody()).collect()
     }
 
     /// An image of this instant whose own pages are `pages` of this VM, which stands still. With
@@ -296,9 +295,12 @@ impl VmMemory {
         let mut feeds = self.feeds.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(protect) = protect {
             self.watch_also(&mut feeds, faults, Watch::Written)?;
+            let mappings = self.mappings();
             // After an error what is protected already is unprotected by its first write.
             for pages in protect {
-                self.each_host_range(pages, |shard, range| shard.userfault.protect(range))?;
+                self.in_mappings(&mappings, pages, |shard, part| {
+                    shard.userfault.protect(part)
+                })?;
             }
         }
         feeds.images.push(Arc::downgrade(&image));
@@ -315,8 +317,20 @@ impl VmMemory {
 
     /// Shows pages that an image takes from this VM; they are not dropped meanwhile.
     pub(crate) fn show(&self, range: &Range<u64>, show: &mut dyn FnMut(VolatileSlice<'_>)) {
-        let _feeds = self.feeds.read().unwrap_or_else(PoisonError::into_inner);
-        show(self.slice(range));
+        let feeds = self.feeds.read().unwrap_or_else(PoisonError::into_inner);
+        if !feeds.closed {
+            show(self.slice(range));
+        }
+    }
+
+    /// Nothing is taken from this memory any more: every image that it fed has what it needs, and
+    /// whoever is late finds it there.
+    pub(crate) fn close(&self) {
+        self.complete_feeds();
+        self.feeds
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .closed = true;
     }
 
     /// An image needs nothing more of this VM.
@@ -334,7 +348,9 @@ impl VmMemory {
         let mut feeds = self.feeds.write().unwrap_or_else(PoisonError::into_inner);
         feeds.images.retain(|image| {
             let image = image.upgrade();
-            let needed = image.as_ref().is_some_and(|image| !image.is_fed());
+            let needed = image
+                .as_ref()
+                .is_some_and(|image| image.is_fed_by_somebody());
             dropped_late.extend(image);
             needed
         });
@@ -342,11 +358,15 @@ impl VmMemory {
             && let (Some(watch), Some(shard)) = (feeds.watch, self.shard.get())
         {
             let whole = self.is_whole();
+            let mappings = self.mappings();
             let relaxed = self.ranges.iter().try_for_each(|range| match watch {
                 _ if whole => shard.userfault.unregister(&range.host()),
                 Watch::Missing => Ok(()),
                 Watch::Written | Watch::MissingAndWritten => {
-                    shard.userfault.unprotect(&range.host())
+                    let region = range.offset..range.end();
+                    self.in_mappings(&mappings, &region, |shard, part| {
+                        shard.userfault.unprotect(part)
+                    })
                 }
             });
             match relaxed {
@@ -383,7 +403,7 @@ impl VmMemory {
             return shard.userfault.zero(&page).map(|_zeroed| ());
         }
         let since = Instant::now();
-        let Some(image) = self.image_at(offset) else {
+        let Some((mapping, image)) = self.image_at(offset) else {
             return shard.userfault.wake(&self.host(&(offset..offset + PAGE)));
         };
         let waiter: Arc<dyn Waiter> = self.clone();
@@ -395,7 +415,8 @@ impl VmMemory {
             Ok(Provided::Zero(range)) => {
                 shard.counters.count_zero();
                 let block = (offset / ZERO_BLOCK + 1) * ZERO_BLOCK;
-                let part = offset..range.end.min(block).min(self.range_of(offset).end());
+                let end = range.end.min(block).min(mapping.end);
+                let part = offset..end.min(self.range_of(offset).end());
                 shard.userfault.zero(&self.host(&part)).map(|_zeroed| ())
             }
             Ok(Provided::Coming) => Ok(()),
@@ -406,12 +427,13 @@ impl VmMemory {
         }
     }
 
-    fn image_at(&self, offset: u64) -> Option<Arc<MemoryImage>> {
+    /// The image that is mapped at `offset`, and how far.
+    fn image_at(&self, offset: u64) -> Option<(Range<u64>, Arc<MemoryImage>)> {
         let under = self.under();
         let next = under
             .mapped
             .partition_point(|(range, _)| range.end <= offset);
-        under.mapped.get(next).map(|(_, image)| image.clone())
+        under.mapped.get(next).cloned()
     }
 
     /// The VM is about to write a protected page.
@@ -421,16 +443,22 @@ impl VmMemory {
         let chunk = start..(start + WRITE_CHUNK).min(range.end());
         let feeds = self.feeds.read().unwrap_or_else(PoisonError::into_inner);
         let images: Vec<Arc<MemoryImage>> = feeds.images.iter().filter_map(Weak::upgrade).collect();
-        for image in &images {
+        let mut spoiled = Vec::new();
+        for image in images.iter().filter(|image| !image.is_lost()) {
             let content = Content::from(self.slice(&chunk));
             if let Err(why) = image.take(&chunk, content, Cause::ParentWrite) {
                 // The VM runs on; those that would see its write in place of the old page do not.
-                let (name, why) = (format!("VM {}", self.name), why.to_string());
-                image.give_up(SourceError::Gone { name, why });
+                image.mark_spoiled(&why);
+                spoiled.push((image, why));
             }
         }
-        let unprotected = shard.userfault.unprotect(&self.host(&chunk));
+        let unprotected = self.in_mappings(&self.mappings(), &chunk, |_, part| {
+            shard.userfault.unprotect(part)
+        });
         drop(feeds);
+        for (image, why) in spoiled {
+            image.spoil(&why);
+        }
         unprotected
     }
 
@@ -455,7 +483,7 @@ impl VmMemory {
     }
 
     /// A page can never be had: the VM ends.
-    fn lost(&self, why: &SourceError) {
+    pub(crate) fn lost(&self, why: &SourceError) {
         if self.lost.swap(true, Ordering::AcqRel) {
             return;
         }
@@ -466,6 +494,12 @@ impl VmMemory {
         }
         (self.lose)(why);
         self.abandon();
+    }
+
+    /// The VM's memory is no longer what it was: the VM ends.
+    pub(crate) fn lose_all(&self, why: &dyn std::error::Error) {
+        let (name, why) = (format!("the memory of VM {}", self.name), why.to_string());
+        self.lost(&SourceError::Gone { name, why });
     }
 
     /// What stops the devices of this VM.
@@ -484,13 +518,28 @@ impl VmMemory {
 
     // Giving pages back.
 
-    /// Gives the pages of `part` back to the host; they read as zero from then on. They lie in one
+    /// Gives the pages of `range` back to the host; they read as zero from then on. They lie in one
     /// region. Returns how many pages were given back: one that is touched meanwhile stays.
     pub(crate) fn give_back(
         self: &Arc<Self>,
         ram: &Ram,
         faults: &FaultHandler,
-        part: &Range<u64>,
+        range: &Range<u64>,
+    ) -> Result<u64, GiveBackError> {
+        let mut given_back = 0;
+        // By the piece, so that faults are answered in between.
+        for start in range.clone().step_by(ZERO_BLOCK as usize) {
+            let piece = start..(start + ZERO_BLOCK).min(range.end);
+            given_back += self.give_back_piece(ram, faults, &piece)?;
+        }
+        Ok(given_back)
+    }
+
+    fn give_back_piece(
+        self: &Arc<Self>,
+        ram: &Ram,
+        faults: &FaultHandler,
+        piece: &Range<u64>,
     ) -> Result<u64, GiveBackError> {
         let private = ram.backing().shared().is_none();
         let mut feeds = self.feeds.write().unwrap_or_else(PoisonError::into_inner);
@@ -498,32 +547,41 @@ impl VmMemory {
             self.watch_also(&mut feeds, faults, Watch::Missing)?;
         }
         let images: Vec<Arc<MemoryImage>> = feeds.images.iter().filter_map(Weak::upgrade).collect();
-        for image in &images {
+        for image in images.iter().filter(|image| !image.is_lost()) {
             // First into every image that needs them: nothing tells of a page that was dropped.
-            image.take(part, Content::from(self.slice(part)), Cause::ParentWrite)?;
+            image.take(piece, Content::from(self.slice(piece)), Cause::ParentWrite)?;
         }
-        if let (Some(Watch::Written | Watch::MissingAndWritten), Some(shard)) =
-            (feeds.watch, self.shard.get())
-        {
+        if let Some(Watch::Written | Watch::MissingAndWritten) = feeds.watch {
             // Dropped while protected, a page would leave a mark that looks like a page of its own.
-            shard.userfault.unprotect(&self.host(part))?;
+            self.in_mappings(&self.mappings(), piece, |shard, part| {
+                shard.userfault.unprotect(part)
+            })?;
         }
-        ram.drop_pages(part)?;
-        let mut given_back = (part.end - part.start) / PAGE;
+        ram.drop_pages(piece)?;
+        let mut given_back = (piece.end - piece.start) / PAGE;
         if let (true, Some(shard)) = (private, self.shard.get()) {
-            // What lies below must not show: a zero page each, unless the guest was faster.
-            let mut under = self.under.write().unwrap_or_else(PoisonError::into_inner);
-            given_back = 0;
-            for page in (part.start..part.end).step_by(PAGE as usize) {
-                if shard.userfault.zero(&self.host(&(page..page + PAGE)))? {
-                    under.given_back.insert((page / PAGE) as u32);
-                    given_back += 1;
-                }
-            }
+            given_back = self.zero_dropped(shard, piece).inspect_err(|error| {
+                // What lies below shows now, and the guest has been told nothing.
+                self.lose_all(error);
+            })?;
         }
         drop(feeds);
         drop(images);
         Ok(given_back)
+    }
+
+    /// Maps a zero page for each page of `piece`, unless the guest was faster: what lies below must
+    /// not show.
+    fn zero_dropped(&self, shard: &Shard, piece: &Range<u64>) -> Result<u64, UserfaultError> {
+        let mut under = self.under.write().unwrap_or_else(PoisonError::into_inner);
+        let mut zeroed = 0;
+        for page in piece.clone().step_by(PAGE as usize) {
+            if shard.userfault.zero(&self.host(&(page..page + PAGE)))? {
+                under.given_back.insert((page / PAGE) as u32);
+                zeroed += 1;
+            }
+        }
+        Ok(zeroed)
     }
 
     // Addresses.
@@ -540,20 +598,42 @@ impl VmMemory {
         start..start + (range.end - range.start)
     }
 
-    /// Calls `each` for the host addresses of `range`, which may lie in several regions.
-    fn each_host_range(
+    /// The kernel's mappings of this memory, as file offsets: a call of a userfaultfd that installs,
+    /// protects or unprotects may not cross a border between two.
+    fn mappings(&self) -> Vec<Range<u64>> {
+        let under = self.under();
+        let whole = 0..self.ranges.last().map_or(0, HostRange::end);
+        let parts: Vec<Range<u64>> = match under.mapped.as_slice() {
+            [] => vec![whole],
+            mapped => mapped.iter().map(|(range, _)| range.clone()).collect(),
+        };
+        let cut = |part: &Range<u64>| {
+            let part = part.clone();
+            self.ranges.iter().filter_map(move |range| {
+                let both = part.start.max(range.offset)..part.end.min(range.end());
+                (!both.is_empty()).then_some(both)
+            })
+        };
+        parts.iter().flat_map(cut).collect()
+    }
+
+    /// Calls `each` for the host addresses of `range`, cut to `mappings`.
+    fn in_mappings(
         &self,
+        mappings: &[Range<u64>],
         range: &Range<u64>,
         each: impl Fn(&Shard, &Range<u64>) -> Result<(), UserfaultError>,
     ) -> Result<(), UserfaultError> {
         let Some(shard) = self.shard.get() else {
             return Ok(());
         };
-        for within in &self.ranges {
-            let part = range.start.max(within.offset)..range.end.min(within.end());
-            if !part.is_empty() {
-                each(shard, &self.host(&part))?;
-            }
+        let first = mappings.partition_point(|mapping| mapping.end <= range.start);
+        let met = mappings[first..]
+            .iter()
+            .take_while(|mapping| mapping.start < range.end);
+        for mapping in met {
+            let part = range.start.max(mapping.start)..range.end.min(mapping.end);
+            each(shard, &self.host(&part))?;
         }
         Ok(())
     }
@@ -569,8 +649,9 @@ impl VmMemory {
 
 impl Waiter for VmMemory {
     fn arrived(&self, range: &Range<u64>) {
-        let woken = self.each_host_range(range, |shard, range| shard.userfault.wake(range));
-        if let Err(error) = woken {
+        if let Some(shard) = self.shard.get()
+            && let Err(error) = shard.userfault.wake(&self.host(range))
+        {
             tracing::error!(%error, vm = self.name, "its vCPUs could not be woken");
         }
     }

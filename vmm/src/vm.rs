@@ -1,6 +1,7 @@
 //! A VM and its life: shell, ready, running, paused.
 #![allow(unsafe_code)] // KVM_SET_USER_MEMORY_REGION takes host addresses.
 
+use std::ffi::c_ulong;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,8 +14,11 @@ use forkvm_devices::device::GuestCall;
 use forkvm_devices::doorbell::Doorbell;
 use forkvm_devices::section::SectionsReader;
 use forkvm_devices::{Brake, DeviceError, Effect, Section, SectionError, Sections};
-use kvm_bindings::{KVM_CAP_X86_TRIPLE_FAULT_EVENT, kvm_enable_cap, kvm_userspace_memory_region};
-use kvm_ioctls::{Cap, VmFd};
+use kvm_bindings::{
+    KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_X86_TRIPLE_FAULT_EVENT, kvm_enable_cap,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use thiserror::Error;
 
 use crate::boot::{self, BootError, Payload};
@@ -179,6 +183,7 @@ impl Shell {
             let fd = vm
                 .create_vcpu(u64::from(index))
                 .map_err(call("KVM_CREATE_VCPU"))?;
+            enforce_pv_features(&vm, &fd)?;
             let (pio, mmio) = (machine.pio.clone(), machine.mmio.clone());
             let vcpu = Vcpu::new(fd, index, kvm.clone(), abilities, pio, mmio);
             vcpus.push(Arc::new(Mutex::new(vcpu)));
@@ -577,6 +582,22 @@ impl Runner {
 struct Told {
     ended: Option<EndReason>,
     held: bool,
+}
+
+/// Has KVM refuse what its CPUID leaves do not offer (KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM API 7.23):
+/// a guest that turned asynchronous page faults on would be faulting from threads that no pause
+/// stops.
+fn enforce_pv_features(vm: &VmFd, vcpu: &VcpuFd) -> Result<(), VmError> {
+    if vm.check_extension_raw(c_ulong::from(KVM_CAP_ENFORCE_PV_FEATURE_CPUID)) == 0 {
+        return Ok(());
+    }
+    let enforce = kvm_enable_cap {
+        cap: KVM_CAP_ENFORCE_PV_FEATURE_CPUID,
+        args: [1, 0, 0, 0],
+        ..Default::default()
+    };
+    vcpu.enable_cap(&enforce)
+        .map_err(call("KVM_ENABLE_CAP of KVM_CAP_ENFORCE_PV_FEATURE_CPUID"))
 }
 
 fn create_vm(kvm: &Kvm) -> Result<VmFd, VmError> {

@@ -18,7 +18,7 @@ const LEAVE_ALONE: Duration = Duration::from_millis(100);
 /// Bytes between two rests.
 const STRETCH: u64 = 1 << 20;
 
-/// See the module's text. Dropped, it ends.
+/// See the module's text.
 #[derive(Default)]
 pub(super) struct Copier {
     shared: Arc<Shared>,
@@ -56,14 +56,12 @@ impl Copier {
     }
 }
 
-impl Drop for Copier {
-    fn drop(&mut self) {
+impl Copier {
+    /// Ends it, for good.
+    pub(super) fn end(&self) {
         self.shared.lock().over = true;
         self.shared.changed.notify_all();
-        let thread = self
-            .thread
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(Err(_panic)) = thread.take().map(JoinHandle::join) {
             tracing::error!("the copier panicked");
         }

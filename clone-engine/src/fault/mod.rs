@@ -204,6 +204,8 @@ impl FaultHandler {
 
 impl Drop for FaultHandler {
     fn drop(&mut self) {
+        // First: it may wait for a source, and it is the supervisor that looks at deadlines.
+        self.copier.end();
         let running = self
             .running
             .get_mut()
@@ -224,23 +226,25 @@ const DEADLINE_TICK: Duration = Duration::from_millis(100);
 /// How long a fault thread may take to end before it is kicked again.
 const KICK_AGAIN: Duration = Duration::from_millis(5);
 
+type HandlerThread = (JoinHandle<()>, Option<Kick>);
+
 struct Supervisor {
     shards: Vec<Arc<Shard>>,
-    threads: Vec<(JoinHandle<()>, Option<Kick>)>,
+    /// One a shard; `None` where none could be had yet.
+    threads: Vec<Option<HandlerThread>>,
     notices: Sender<Notice>,
     filling: Vec<Weak<MemoryImage>>,
 }
 
 impl Supervisor {
     fn run(mut self, notices: &Receiver<Notice>) {
-        for index in 0..self.shards.len() {
-            if let Some(thread) = self.start(index) {
-                self.threads.push(thread);
-            }
-        }
+        self.threads = (0..self.shards.len())
+            .map(|index| self.start(index))
+            .collect();
         let mut looked_at = Instant::now();
         loop {
-            let notice = if self.filling.is_empty() {
+            let at_rest = self.filling.is_empty() && self.threads.iter().all(Option::is_some);
+            let notice = if at_rest {
                 notices.recv().map_err(|_| RecvTimeoutError::Disconnected)
             } else {
                 notices.recv_timeout(DEADLINE_TICK)
@@ -257,12 +261,13 @@ impl Supervisor {
             if looked_at.elapsed() >= DEADLINE_TICK {
                 looked_at = Instant::now();
                 self.each_filling(|image| image.check_deadline());
+                self.start_missing();
             }
         }
         for shard in &self.shards {
             shard.end();
         }
-        for (thread, kick) in self.threads {
+        for (thread, kick) in self.threads.into_iter().flatten() {
             while !thread.is_finished() {
                 if let Some(kick) = &kick {
                     kick.kick();
@@ -280,12 +285,26 @@ impl Supervisor {
         self.filling.retain(|image| {
             image.upgrade().is_some_and(|image| {
                 each(&image);
-                !image.is_whole()
+                let whole = image.is_whole();
+                if whole {
+                    image.settle();
+                }
+                !whole
             })
         });
     }
 
-    fn start(&self, index: usize) -> Option<(JoinHandle<()>, Option<Kick>)> {
+    /// A host that is short of threads may have one later.
+    fn start_missing(&mut self) {
+        for index in 0..self.threads.len() {
+            if self.threads[index].is_none() {
+                self.threads[index] = self.start(index);
+                self.shards[index].wake_all();
+            }
+        }
+    }
+
+    fn start(&self, index: usize) -> Option<HandlerThread> {
         let (shard, notices) = (self.shards[index].clone(), self.notices.clone());
         let (tell, told) = channel();
         let serve = move || {
@@ -312,13 +331,10 @@ impl Supervisor {
 
     /// A fault thread has ended before its time.
     fn replace(&mut self, index: usize) {
-        if let Some(thread) = self.start(index)
-            && let Some(old) = self.threads.get_mut(index)
-        {
-            let (ended, _kick) = std::mem::replace(old, thread);
-            if ended.join().is_err() {
-                tracing::error!("a fault thread panicked outside of its service");
-            }
+        let next = self.start(index);
+        let ended = std::mem::replace(&mut self.threads[index], next);
+        if let Some(Err(_panic)) = ended.map(|(thread, _kick)| thread.join()) {
+            tracing::error!("a fault thread panicked outside of its service");
         }
         self.shards[index].died();
         self.shards[index].wake_all();

@@ -95,6 +95,7 @@ impl Shard {
             Some((vm, offset)) => {
                 *self.in_hand.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&vm);
                 vm.answer(self, offset, fault.written);
+                *self.in_hand.lock().unwrap_or_else(PoisonError::into_inner) = Weak::new();
             }
             // Its VM has just gone, with all that waited.
             None => tracing::trace!(address = fault.address, "a fault of no VM"),

@@ -38,7 +38,9 @@ impl Freeze for Remap {
         let private = Backing::Private(Arc::new(file.clone()));
         if let Err(error) = vm.ram_mut().remap(private) {
             // Some regions may be private by now; nothing was written to them yet.
-            vm.ram_mut().remap(Backing::Shared(file))?;
+            if let Err(worse) = vm.ram_mut().remap(Backing::Shared(file)) {
+                parent.memory.lose_all(&worse);
+            }
             return Err(error.into());
         }
         let image = MemoryImage::whole(file, vm.ram().layout().len());
@@ -52,7 +54,11 @@ impl Freeze for Remap {
         parent: &ParentMemory<'_>,
         image: Arc<MemoryImage>,
     ) -> Result<(), FreezeError> {
-        vm.ram_mut().remap(Backing::Shared(image.file().clone()))?;
+        let shared = Backing::Shared(image.file().clone());
+        if let Err(error) = vm.ram_mut().remap(shared) {
+            parent.memory.lose_all(&error);
+            return Err(error.into());
+        }
         parent.memory.remapped(None);
         Ok(())
     }

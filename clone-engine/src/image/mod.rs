@@ -23,6 +23,7 @@ mod store;
 #[cfg(test)]
 mod tests;
 
+use std::collections::HashSet;
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -76,6 +77,8 @@ struct Filling {
     fetcher: OnceLock<Fetcher>,
     /// Why pages that are missing will never come.
     lost: OnceLock<SourceError>,
+    /// Why those that are there cannot be relied on either.
+    spoiled: OnceLock<SourceError>,
     config: FaultConfig,
     counters: Arc<FaultCounters>,
     notices: Sender<Notice>,
@@ -153,6 +156,7 @@ impl MemoryImage {
                 source: RwLock::new(Some(source)),
                 fetcher: OnceLock::new(),
                 lost: OnceLock::new(),
+                spoiled: OnceLock::new(),
                 config,
                 counters,
                 notices,
@@ -219,6 +223,11 @@ impl MemoryImage {
         self.own_left() == 0
     }
 
+    /// Whether it still takes own pages from somebody.
+    pub(crate) fn is_fed_by_somebody(&self) -> bool {
+        !self.is_fed() && !self.is_lost()
+    }
+
     /// Own pages that are missing.
     pub(crate) fn own_left(&self) -> u64 {
         let left = |filling: &Filling| filling.own_left.load(Ordering::Acquire);
@@ -252,8 +261,14 @@ impl MemoryImage {
         waiter: &Arc<dyn Waiter>,
     ) -> Result<Provided, SourceError> {
         let Some(filling) = &self.filling else {
-            return Ok(Provided::Here(offset..offset + PAGE));
+            // What a whole file misses is a hole, and no page of a hole is made for one clone's sake.
+            let run = match self.table.get().map(|table| table.at(offset)) {
+                Some((Owner::Zero, run)) => offset..run.end,
+                _ => offset..offset + PAGE,
+            };
+            return Ok(Provided::Zero(run));
         };
+        filling.check_sound()?;
         if filling.present.has(offset) {
             return Ok(Provided::Here(offset..offset + PAGE));
         }
@@ -338,6 +353,7 @@ impl MemoryImage {
         let Some(filling) = &self.filling else {
             return Ok(true);
         };
+        filling.check_sound()?;
         if filling.present.missing(range.clone()).next().is_none() {
             return Ok(true);
         }
@@ -370,6 +386,9 @@ impl MemoryImage {
         content: Content<'_>,
         cause: Cause,
     ) -> Result<(), SourceError> {
+        if let Some(why) = filling.lost.get() {
+            return Err(why.clone());
+        }
         self.insert(filling, range, content, |new| {
             filling.counters.count(cause, new);
             filling.own_left.fetch_sub(new, Ordering::AcqRel) == new
@@ -471,11 +490,7 @@ impl MemoryImage {
 
     /// Brings everything that a clone could miss, here and in the images that are mapped with it.
     pub(crate) fn complete(self: &Arc<Self>) -> Result<(), SourceError> {
-        for (_, image) in self.mapped() {
-            image.fill_all(Which::All)?;
-            image.settle();
-        }
-        Ok(())
+        complete(&self.mapped())
     }
 
     /// Its own pages, as ranges that rise and are apart.
@@ -543,13 +558,7 @@ impl MemoryImage {
         if let Err(error) = self.seal() {
             tracing::error!(%error, "a whole image could not be sealed");
         }
-        let mapped_by = std::mem::take(
-            &mut *self
-                .mapped_by
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner),
-        );
-        for vm in mapped_by.iter().filter_map(Weak::upgrade) {
+        for vm in self.mapped_by() {
             vm.relax();
         }
     }
@@ -572,6 +581,40 @@ impl MemoryImage {
         if let Some(fetcher) = filling.fetcher.get() {
             fetcher.give_up(&why);
         }
+    }
+
+    /// A page of this instant could not be kept and is about to be written: what comes in from now on
+    /// may be of a later instant. Takes no lock; [`spoil`](Self::spoil) does what follows from it.
+    pub(crate) fn mark_spoiled(&self, why: &SourceError) {
+        if let Some(filling) = &self.filling {
+            filling.spoiled.get_or_init(|| why.clone());
+        }
+    }
+
+    /// Ends every VM that maps an image that is marked as spoiled.
+    pub(crate) fn spoil(&self, why: &SourceError) {
+        self.mark_spoiled(why);
+        self.give_up(why.clone());
+        for vm in self.mapped_by() {
+            vm.lost(why);
+        }
+    }
+
+    /// Whether pages that are missing will never come.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.filling
+            .as_ref()
+            .is_some_and(|filling| filling.lost.get().is_some())
+    }
+
+    /// The VMs that map it and would have been told when it is whole.
+    fn mapped_by(&self) -> Vec<Arc<VmMemory>> {
+        let mut mapped_by = self
+            .mapped_by
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let taken = std::mem::take(&mut *mapped_by);
+        taken.iter().filter_map(Weak::upgrade).collect()
     }
 
     /// Gives up a source that is silent for longer than it may be.
@@ -626,11 +669,36 @@ impl MemoryImage {
 }
 
 impl Filling {
+    /// An error once what the image holds cannot be relied on.
+    fn check_sound(&self) -> Result<(), SourceError> {
+        self.spoiled.get().map_or(Ok(()), |why| Err(why.clone()))
+    }
+
     /// The chunk around `offset`, cut to `run`.
     fn chunk_of(&self, offset: u64, run: &Range<u64>) -> Range<u64> {
         let start = offset - offset % self.config.chunk;
         start.max(run.start)..(start + self.config.chunk).min(run.end)
     }
+}
+
+/// Brings everything that is missing in images that are mapped together.
+pub(crate) fn complete(mapped: &[(Range<u64>, Arc<MemoryImage>)]) -> Result<(), SourceError> {
+    distinct(mapped).try_for_each(|image| {
+        image.fill_all(Which::All)?;
+        image.settle();
+        Ok(())
+    })
+}
+
+/// Each image of a mapping once.
+pub(crate) fn distinct(
+    mapped: &[(Range<u64>, Arc<MemoryImage>)],
+) -> impl Iterator<Item = &Arc<MemoryImage>> {
+    let mut seen = HashSet::new();
+    mapped
+        .iter()
+        .map(|(_, image)| image)
+        .filter(move |image| seen.insert(Arc::as_ptr(image)))
 }
 
 /// Takes what a far source delivers for its image.
@@ -656,16 +724,20 @@ impl PageSink for ImageSink<'_> {
     }
 
     fn zero(&mut self, range: Range<u64>) -> Result<(), SourceError> {
-        let len = usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(usize::MAX);
+        let len = range.end.saturating_sub(range.start);
         if range.end > self.image.len {
             return Err(SourceError::Rubbish {
                 name: self.source.to_owned(),
                 offset: range.start,
-                len: len as u64,
+                len,
             });
         }
-        let zeros = vec![0; len];
-        self.pages(range.start, &zeros)
+        let zeros = [0; 16 * PAGE as usize];
+        for start in range.clone().step_by(zeros.len()) {
+            let len = (range.end - start).min(zeros.len() as u64);
+            self.pages(start, &zeros[..len as usize])?;
+        }
+        Ok(())
     }
 }
 

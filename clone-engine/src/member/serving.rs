@@ -150,7 +150,7 @@ impl Serving {
         } = self;
         let devices = vm.disks().to_vec();
         // Images that take pages from this memory must have them before it goes.
-        memory.complete_feeds();
+        memory.close();
         // No thread of the VM may be held up by a page that does not come.
         vm.condemn();
         memory.abandon();

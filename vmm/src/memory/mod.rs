@@ -236,6 +236,11 @@ impl Ram {
         if pieces.len() > 1 {
             ram.map_pieces(&pieces, ram.backing.mmap_flags())?;
         }
+        if let Backing::Private(_) = ram.backing {
+            for (region, address) in ram.host_ranges() {
+                no_huge_pages(address, region.len);
+            }
+        }
         Ok(ram)
     }
 
@@ -383,6 +388,19 @@ fn map_error(len: u64) -> MemoryError {
     MemoryError::Map { len, what }
 }
 
+/// Keeps khugepaged away from a file that is still filling: it would make huge pages of it, and holes
+/// between its pages would be zero pages from then on.
+fn no_huge_pages(address: *mut u8, len: u64) {
+    // SAFETY: the advice changes no content, and concerns a mapping of the caller's.
+    let refused =
+        unsafe { libc::madvise(address.cast(), len as usize, libc::MADV_NOHUGEPAGE) } != 0;
+    if refused {
+        // A kernel without huge pages.
+        let error = io::Error::last_os_error();
+        tracing::trace!(%error, "no advice on huge pages");
+    }
+}
+
 /// A shared mapping of a whole memfd that no access goes through (PROT_NONE): a place for the kernel
 /// to put pages into the file (UFFDIO_COPY).
 #[derive(Debug)]
@@ -413,6 +431,7 @@ impl Window {
         if address == libc::MAP_FAILED {
             return Err(map_error(len));
         }
+        no_huge_pages(address.cast(), len);
         Ok(Window {
             address: address.cast(),
             len: len as usize,
