@@ -316,11 +316,13 @@ impl VmMemory {
     }
 
     /// Shows pages that an image takes from this VM; they are not dropped meanwhile.
-    pub(crate) fn show(&self, range: &Range<u64>, show: &mut dyn FnMut(VolatileSlice<'_>)) {
+    /// Whether they are there to be shown.
+    pub(crate) fn show(&self, range: &Range<u64>, show: &mut dyn FnMut(VolatileSlice<'_>)) -> bool {
         let feeds = self.feeds.read().unwrap_or_else(PoisonError::into_inner);
         if !feeds.closed {
             show(self.slice(range));
         }
+        !feeds.closed
     }
 
     /// Nothing is taken from this memory any more: every image that it fed has what it needs, and

@@ -12,26 +12,26 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::common::{Guest, LONG, Obedient, Setup, fork_by, scaled};
 use crate::switch::{Manner, Switch};
 
-pub const PAGE: u64 = 4096;
+pub(crate) const PAGE: u64 = 4096;
 
 /// What page 0 holds at first; page i holds that and i.
-pub const FIRST: u64 = 0x5eed_0000_0000;
+pub(crate) const FIRST: u64 = 0x5eed_0000_0000;
 
 /// How long past its deadline an answer may take to have its consequence.
-pub const SOON: Duration = Duration::from_secs(1);
+pub(crate) const SOON: Duration = Duration::from_secs(1);
 
 /// Pages of the guests' memory that are looked at.
-pub fn pages() -> u64 {
+pub(crate) fn pages() -> u64 {
     u64::from(scaled(128, 24))
 }
 
 /// Freezes that give clones whose memory comes from a parent that runs.
-pub const LIVE: [FreezeKind; 2] = [FreezeKind::WriteProtect, FreezeKind::Delta];
+pub(crate) const LIVE: [FreezeKind; 2] = [FreezeKind::WriteProtect, FreezeKind::Delta];
 
 /// The origin, and what its images take their pages from.
-pub struct Origin {
-    pub vm: Guest,
-    pub switch: Switch,
+pub(crate) struct Origin {
+    pub(crate) vm: Guest,
+    pub(crate) switch: Switch,
     /// File offset in RAM of the first page that is looked at.
     area: u64,
 }
@@ -39,7 +39,7 @@ pub struct Origin {
 impl Origin {
     /// Whose sources may be silent for `deadline`. Pages are fetched one by one, and by nothing but
     /// their first touch. Forks by `freeze` find all pages in the parent, none in an earlier image.
-    pub fn new(freeze: FreezeKind, deadline: Duration) -> Origin {
+    pub(crate) fn new(freeze: FreezeKind, deadline: Duration) -> Origin {
         let switch = Switch::new();
         let faults = FaultConfig {
             chunk: PAGE,
@@ -67,16 +67,16 @@ impl Origin {
     }
 
     /// Where page `number` stands in the file of the RAM.
-    pub fn page(&self, number: u64) -> Range<u64> {
+    pub(crate) fn page(&self, number: u64) -> Range<u64> {
         let offset = self.area + number * PAGE;
         offset..offset + PAGE
     }
 
-    pub fn parent(&self) -> Obedient<'_> {
+    pub(crate) fn parent(&self) -> Obedient<'_> {
         Obedient::new(&self.vm, self.vm.member())
     }
 
-    pub fn clone_of(&self, ticket: &Ticket, number: usize) -> Obedient<'_> {
+    pub(crate) fn clone_of(&self, ticket: &Ticket, number: usize) -> Obedient<'_> {
         let mut clone = Obedient::new(&self.vm, &ticket.clones[number]);
         // The code that it obeys with is there from now on.
         clone.write(0, FIRST, 1);
@@ -85,14 +85,14 @@ impl Origin {
     }
 
     /// Forks `member` lazily.
-    pub fn fork(&self, member: &Member, freeze: FreezeKind, count: u32) -> Ticket {
+    pub(crate) fn fork(&self, member: &Member, freeze: FreezeKind, count: u32) -> Ticket {
         member
             .fork(fork_by(freeze, MemoryMode::Lazy, count))
             .unwrap()
     }
 
     /// The parent goes on, and its next clones have all that it holds.
-    pub fn expect_unharmed(&self, freeze: FreezeKind, value: u64) {
+    pub(crate) fn expect_unharmed(&self, freeze: FreezeKind, value: u64) {
         self.switch.set_all(Manner::Near);
         let mut parent = self.parent();
         parent.expect(0, value, pages());
@@ -117,7 +117,7 @@ fn find(paused: &mut PausedVm<'_>, value: u64) -> u64 {
 }
 
 /// `member` ends by `until` with a reason that has `why` in it.
-pub fn expect_lost(member: &Member, until: Instant, why: &str) {
+pub(crate) fn expect_lost(member: &Member, until: Instant, why: &str) {
     let finished = member.wait_for(until.saturating_duration_since(Instant::now()));
     let Some(finished) = finished else {
         panic!("{} runs on without its page", member.name());
@@ -129,7 +129,7 @@ pub fn expect_lost(member: &Member, until: Instant, why: &str) {
 }
 
 /// A spec with a pause that is not waited for long.
-pub fn impatient(freeze: FreezeKind, pause_deadline: Duration) -> CloneSpec {
+pub(crate) fn impatient(freeze: FreezeKind, pause_deadline: Duration) -> CloneSpec {
     CloneSpec {
         pause_deadline,
         ..fork_by(freeze, MemoryMode::Lazy, 1)
@@ -137,6 +137,6 @@ pub fn impatient(freeze: FreezeKind, pause_deadline: Duration) -> CloneSpec {
 }
 
 /// All that a fork made.
-pub fn members(ticket: &Ticket) -> &[Arc<Member>] {
+pub(crate) fn members(ticket: &Ticket) -> &[Arc<Member>] {
     &ticket.clones
 }

@@ -11,7 +11,7 @@ use crate::common::LONG;
 
 /// How a source answers for some pages.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Manner {
+pub(crate) enum Manner {
     /// As the source that it stands before.
     Near,
     /// The same, but by way of a thread of its own.
@@ -32,7 +32,7 @@ pub enum Manner {
 
 /// What all sources of a family answer; `Near` at first.
 #[derive(Clone)]
-pub struct Switch(Arc<Shared>);
+pub(crate) struct Switch(Arc<Shared>);
 
 struct Shared {
     state: Mutex<State>,
@@ -49,7 +49,7 @@ struct State {
 }
 
 impl Switch {
-    pub fn new() -> Switch {
+    pub(crate) fn new() -> Switch {
         Switch(Arc::new(Shared {
             state: Mutex::new(State {
                 pages: 0..0,
@@ -62,7 +62,7 @@ impl Switch {
     }
 
     /// From now on `pages`, file offsets of RAM, are answered by `manner`, all others as they are.
-    pub fn set(&self, pages: Range<u64>, manner: Manner) {
+    pub(crate) fn set(&self, pages: Range<u64>, manner: Manner) {
         let mut state = self.0.lock();
         (state.pages, state.manner) = (pages, manner);
         drop(state);
@@ -70,13 +70,13 @@ impl Switch {
     }
 
     /// All pages are answered by `manner`.
-    pub fn set_all(&self, manner: Manner) {
+    pub(crate) fn set_all(&self, manner: Manner) {
         self.0.lock().elsewhere = manner;
         self.set(0..0, Manner::Near);
     }
 
     /// Waits until a call stalls.
-    pub fn wait_stalled(&self) {
+    pub(crate) fn wait_stalled(&self) {
         let stalled = |state: &mut State| state.stalled == 0;
         let waited = self
             .0
@@ -86,7 +86,7 @@ impl Switch {
     }
 
     /// Whether all panics have happened.
-    pub fn panics_left(&self) -> u32 {
+    pub(crate) fn panics_left(&self) -> u32 {
         match self.0.lock().manner {
             Manner::Panic(left) => left,
             _ => 0,

@@ -32,17 +32,20 @@ impl PageSource for LiveParent {
     fn fetch(&self, ranges: &[Range<u64>], sink: &mut dyn PageSink) -> Result<(), SourceError> {
         for range in ranges {
             let mut content = vec![0; (range.end - range.start) as usize];
-            self.memory.show(range, &mut |pages| {
+            let shown = self.memory.show(range, &mut |pages| {
                 pages.copy_to(&mut content[..]);
             });
+            if !shown {
+                let (name, why) = (self.name(), "it has ended".to_owned());
+                return Err(SourceError::Gone { name, why });
+            }
             sink.pages(range.start, &content)?;
         }
         Ok(())
     }
 
     fn local(&self, range: &Range<u64>, show: &mut dyn FnMut(VolatileSlice<'_>)) -> bool {
-        self.memory.show(range, show);
-        true
+        self.memory.show(range, show)
     }
 }
 

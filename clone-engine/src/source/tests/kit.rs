@@ -10,19 +10,23 @@ use super::super::{PageSink, PageSource, SourceError};
 use super::content;
 
 /// Keeps what comes, and refuses everything after some pages.
-struct Kept {
+pub(super) struct Kept {
     pages: BTreeMap<u64, Vec<u8>>,
     len: u64,
     refuse_after: usize,
 }
 
 impl Kept {
-    fn new(len: u64) -> Kept {
+    pub(super) fn new(len: u64) -> Kept {
         Kept {
             pages: BTreeMap::new(),
             len,
             refuse_after: usize::MAX,
         }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.pages.is_empty()
     }
 }
 

@@ -182,6 +182,21 @@ fn pages_that_the_parent_gives_back_reach_the_image_first() {
     }
 }
 
+#[test]
+fn a_parent_whose_memory_is_gone_says_so_and_delivers_no_zeros() {
+    let parent = Parent::new();
+    let source = parent.live();
+    parent.memory.close();
+    let mut kept = super::kit::Kept::new(LEN);
+    let error = source.fetch(&bytes(), &mut kept).unwrap_err();
+    assert!(
+        matches!(error, super::super::SourceError::Gone { .. }),
+        "{error}"
+    );
+    assert!(kept.is_empty());
+    assert!(!source.local(&bytes()[0], &mut |_| panic!("it was shown")));
+}
+
 /// Passes on, by way of a thread of its own, what another source has.
 struct Far<S> {
     of: S,
