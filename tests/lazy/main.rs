@@ -8,6 +8,7 @@ mod choice;
 mod depth;
 mod feeders;
 mod fetched;
+mod holes;
 mod mid_fault;
 mod pause;
 mod populating;
