@@ -1,10 +1,13 @@
 //! Forks in a row, as a service does them for days: nothing accumulates.
 
-use forkvm::{CloneSpec, End};
+use std::thread;
+use std::time::Duration;
+
+use forkvm::{CloneSpec, End, FreezeKind, MemoryMode};
 
 use crate::alone;
 use crate::census::{Census, expect_again, mapping_count, status_kib};
-use crate::common::{LONG, Setup, expect_end, expect_oracle_ok, need_kvm, scaled};
+use crate::common::{LONG, Setup, expect_end, expect_oracle_ok, fork_by, need_kvm, scaled};
 
 /// Forks until the allocator, the stacks of threads and the parent's own pages are where they stay.
 const WARM_UP: u32 = 20;
@@ -43,4 +46,88 @@ fn a_thousand_forks_in_a_row_leak_nothing() {
     assert!(more_mappings <= 8, "{more_mappings} more mappings");
     // The test itself keeps two lines of console and a report of each fork.
     assert!(more_rss <= 1024, "{more_rss} KiB more are resident");
+}
+
+/// Each clone is killed: before its first instruction, while it fetches what it verifies, or after
+/// its end.
+fn lazy_forks(freeze: FreezeKind, times: u32) {
+    need_kvm!();
+    let _turn = alone();
+    let folder = tempfile::tempdir().unwrap();
+    let vm = Setup::new("job=oracle mib=1")
+        .memory_mib(32)
+        .no_copier()
+        .unlogged()
+        .boot();
+    vm.wait_ready(LONG).unwrap();
+    let mut forks = 0;
+    if freeze == FreezeKind::Delta {
+        forks += 1;
+        let remap = fork_by(FreezeKind::Remap, MemoryMode::Cow, 1);
+        drop(vm.fork_point(remap).unwrap());
+        expect_oracle_ok(&vm, vm.member(), forks);
+    }
+    let take = || Census::take(folder.path());
+    let mut fork = |times: u32| {
+        for round in 0..times {
+            forks += 1;
+            let clones = vm.fork(fork_by(freeze, MemoryMode::Lazy, 2)).unwrap();
+            thread::sleep(Duration::from_micros(u64::from(round % 20) * 100));
+            for clone in &clones {
+                clone.kill();
+                let end = clone.join().end;
+                // It may have been faster.
+                assert!(matches!(end, End::Killed | End::Exited(0)), "{end:?}");
+            }
+            expect_oracle_ok(&vm, vm.member(), forks);
+        }
+    };
+    fork(WARM_UP);
+    let census = settled_census(take);
+    let (mappings, rss) = (mapping_count(), status_kib("VmRSS"));
+    fork(times);
+
+    expect_again(&census, take, &format!("after {times} forks"));
+    let (more_mappings, more_rss) = (
+        mapping_count().saturating_sub(mappings),
+        status_kib("VmRSS").saturating_sub(rss),
+    );
+    println!("{times} forks: {more_mappings} mappings more, {more_rss} KiB resident more");
+    assert!(more_mappings <= 8, "{more_mappings} more mappings");
+    // The test itself keeps lines of console and a report of each fork.
+    let kept = 1024 + u64::from(times) / 2;
+    assert!(more_rss <= kept, "{more_rss} KiB more are resident");
+}
+
+/// What there is once what a fork leaves to other threads is done.
+fn settled_census(take: impl Fn() -> Census) -> Census {
+    loop {
+        let census = take();
+        thread::sleep(Duration::from_millis(200));
+        if take() == census {
+            return census;
+        }
+    }
+}
+
+#[test]
+fn two_hundred_lazy_forks_by_write_protect_leak_nothing() {
+    lazy_forks(FreezeKind::WriteProtect, scaled(200, 10));
+}
+
+#[test]
+fn two_hundred_lazy_forks_by_delta_leak_nothing() {
+    lazy_forks(FreezeKind::Delta, scaled(200, 10));
+}
+
+#[test]
+#[ignore = "long"]
+fn ten_thousand_lazy_forks_by_write_protect_leak_nothing() {
+    lazy_forks(FreezeKind::WriteProtect, 10_000);
+}
+
+#[test]
+#[ignore = "long"]
+fn ten_thousand_lazy_forks_by_delta_leak_nothing() {
+    lazy_forks(FreezeKind::Delta, 10_000);
 }

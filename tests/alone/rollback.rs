@@ -6,7 +6,8 @@
 //!
 //! Before the parent has resumed, all is put back, its disks included. After that the parent stays
 //! where the freeze has put it, in a private mapping and on an overlay beside its disk, with a mark
-//! that says so: it has run on, and what it wrote there counts.
+//! that says so: it has run on, and what it wrote there counts. A parent that its images only watch
+//! stays in the mapping that it had, and is not watched any more.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -19,11 +20,13 @@ use forkvm::abi::errno;
 use forkvm::devices::block::{Access, RawFile};
 use forkvm::engine::{ForkError, MemberError, Phase, Vetoed};
 use forkvm::vmm::PausedVm;
-use forkvm::{CloneSpec, DiskSource, End, Error, FreezeKind};
+use forkvm::{CloneSpec, DiskSource, End, Error, FreezeKind, MemoryMode};
 
 use crate::alone;
 use crate::census::{Census, expect_again, settled};
-use crate::common::{Guest, LONG, Setup, expect_end, expect_oracle_ok, finish_oracle, need_kvm};
+use crate::common::{
+    Guest, LONG, Setup, expect_end, expect_oracle_ok, finish_oracle, fork_by, need_kvm,
+};
 
 /// Where a fork fails: at the `time`th beginning of `phase`.
 #[derive(Clone, Copy, Debug)]
@@ -102,23 +105,19 @@ fn census(failure: Failure, disk: &RawDisk) -> Census {
     }
 }
 
-fn expect_disk_files(failure: Failure, folder: &Path) {
+/// `forks` have succeeded before.
+fn expect_disk_files(failure: Failure, forks: u32, folder: &Path) {
+    let forks = forks + u32::from(failure.is_after_resume());
     let census = Census::take(folder);
-    let names: BTreeSet<_> = census.files().collect();
-    assert_eq!(
-        names.contains("disk.raw.forkvm-base"),
-        failure.is_after_resume(),
-        "{names:?}"
-    );
-    assert_eq!(
-        names.contains("disk.raw.overlay-1"),
-        failure.is_after_resume(),
-        "{names:?}"
-    );
-    assert!(
-        names.iter().all(|name| !name.contains("overlay-2")),
-        "{names:?}"
-    );
+    let mut due = BTreeSet::from(["disk.raw".to_owned()]);
+    if forks > 0 {
+        due.insert("disk.raw.forkvm-base".to_owned());
+        due.insert(format!("disk.raw.overlay-{forks}"));
+    }
+    let names: BTreeSet<_> = census.files().map(str::to_owned).collect();
+    assert!(due.is_subset(&names), "{names:?}");
+    let next = format!("overlay-{}", forks + 1);
+    assert!(!names.iter().any(|name| name.contains(&next)), "{names:?}");
 }
 
 /// An oracle with a raw disk, halted, so that what it holds changes by forks only.
@@ -133,14 +132,33 @@ fn idle_oracle(disk: &RawDisk, saboteur: &Saboteur) -> Guest {
     vm
 }
 
-fn host_fork_fails(freeze: FreezeKind, failure: Failure) {
+/// A kind of fork of a VM that may have been forked before, which brings it where that kind can be
+/// had, and the process where it has the threads and descriptors of its fault handler.
+#[derive(Clone, Copy, Debug)]
+struct Way {
+    before: Option<(FreezeKind, MemoryMode)>,
+    freeze: FreezeKind,
+    mode: MemoryMode,
+}
+
+fn host_fork_fails(way: Way, failure: Failure) {
     let (disk, saboteur) = (RawDisk::new(), Saboteur::default());
     let vm = idle_oracle(&disk, &saboteur);
-    let spec = CloneSpec {
-        freeze,
-        ..CloneSpec::new(2)
-    };
-    let what = format!("{freeze} {failure:?}");
+    let what = format!("{way:?} {failure:?}");
+    let mut forks = 0;
+    if let Some((freeze, mode)) = way.before {
+        forks += 1;
+        drop(vm.fork_point(fork_by(freeze, mode, 1)).unwrap());
+        expect_oracle_ok(&vm, vm.member(), forks);
+        if mode == MemoryMode::Cow {
+            // Whoever fails below has a fault handler that is already there.
+            forks += 1;
+            let delta = fork_by(FreezeKind::Delta, MemoryMode::Lazy, 1);
+            drop(vm.fork_point(delta).unwrap());
+            expect_oracle_ok(&vm, vm.member(), forks);
+        }
+    }
+    let spec = fork_by(way.freeze, way.mode, 2);
 
     let before = census(failure, &disk);
     saboteur.arm(failure);
@@ -156,10 +174,11 @@ fn host_fork_fails(freeze: FreezeKind, failure: Failure) {
         "{error:?}"
     );
     expect_again(&before, || census(failure, &disk), &what);
-    expect_disk_files(failure, disk.folder.path());
+    expect_disk_files(failure, forks, disk.folder.path());
     assert!(vm.log.clones().is_empty());
 
-    let clones = vm.fork(CloneSpec::new(2)).unwrap();
+    let again = fork_by(FreezeKind::Auto, way.mode, 2);
+    let clones = vm.fork(again).unwrap();
     for clone in &clones {
         expect_end(&vm, clone.member(), End::Exited(0));
     }
@@ -216,12 +235,30 @@ fn guest_fork_fails(failure: Failure) {
     assert_eq!(*before.lock().unwrap(), *after.lock().unwrap(), "{what}");
 }
 
-fn every_failure_of_a_hosts_fork(freeze: FreezeKind) {
+fn every_failure(way: Way) {
     need_kvm!();
     let _turn = alone();
     failures()
         .into_iter()
-        .for_each(|failure| host_fork_fails(freeze, failure));
+        .for_each(|failure| host_fork_fails(way, failure));
+}
+
+/// Of a VM that was never forked before, by a freeze that gives whole images.
+fn every_failure_of_a_hosts_fork(freeze: FreezeKind) {
+    every_failure(Way {
+        before: None,
+        freeze,
+        mode: MemoryMode::Cow,
+    });
+}
+
+/// Of a VM that was remapped before.
+fn every_failure_of_a_delta(mode: MemoryMode) {
+    every_failure(Way {
+        before: Some((FreezeKind::Remap, MemoryMode::Cow)),
+        freeze: FreezeKind::Delta,
+        mode,
+    });
 }
 
 #[test]
@@ -237,6 +274,27 @@ fn a_fork_by_copy_that_fails_at_any_phase_leaves_nothing_and_the_parent_runs_on(
 #[test]
 fn a_stop_that_fails_at_any_phase_leaves_nothing_and_the_parent_runs_on() {
     every_failure_of_a_hosts_fork(FreezeKind::Stop);
+}
+
+#[test]
+fn a_fork_by_write_protect_that_fails_at_any_phase_leaves_nothing_and_the_parent_runs_on() {
+    every_failure(Way {
+        before: Some((FreezeKind::WriteProtect, MemoryMode::Lazy)),
+        freeze: FreezeKind::WriteProtect,
+        mode: MemoryMode::Lazy,
+    });
+}
+
+#[test]
+fn a_fork_by_delta_into_lazy_clones_that_fails_at_any_phase_leaves_nothing_and_the_parent_runs_on()
+{
+    every_failure_of_a_delta(MemoryMode::Lazy);
+}
+
+#[test]
+fn a_fork_by_delta_into_whole_clones_that_fails_at_any_phase_leaves_nothing_and_the_parent_runs_on()
+{
+    every_failure_of_a_delta(MemoryMode::Cow);
 }
 
 #[test]

@@ -29,7 +29,17 @@ pub struct Kept(Arc<Mutex<String>>);
 impl Kept {
     /// All that was printed, each line behind the name of its VM.
     pub fn text(&self) -> String {
-        self.0.lock().unwrap().clone()
+        self.text_from(0)
+    }
+
+    /// The same without its first `from` bytes.
+    pub fn text_from(&self, from: usize) -> String {
+        self.0.lock().unwrap()[from..].to_owned()
+    }
+
+    /// Bytes that were printed.
+    pub fn len(&self) -> usize {
+        self.0.lock().unwrap().len()
     }
 }
 

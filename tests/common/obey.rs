@@ -23,7 +23,7 @@ impl<'a> Obedient<'a> {
         Obedient {
             vm,
             member: member.clone(),
-            read: vm.consoles.text().len(),
+            read: vm.consoles.len(),
         }
     }
 
@@ -35,7 +35,7 @@ impl<'a> Obedient<'a> {
 
     /// Sends `line` and does not wait for the answer.
     pub fn begin(&mut self, line: &str) {
-        self.read = self.vm.consoles.text().len();
+        self.read = self.vm.consoles.len();
         let text = format!("{line}\n");
         let mut rest = text.as_bytes();
         while !rest.is_empty() {
@@ -61,7 +61,7 @@ impl<'a> Obedient<'a> {
                 self.member.name(),
                 self.vm.consoles.text()
             );
-            thread::sleep(Duration::from_micros(200));
+            thread::sleep(Duration::from_micros(500));
         }
     }
 
@@ -93,8 +93,8 @@ impl<'a> Obedient<'a> {
 
 /// The lines of VM `name` behind the first `from` bytes.
 fn lines_of(consoles: &Kept, from: usize, name: &str) -> Vec<String> {
-    let text = consoles.text();
-    let lines = text[from..].lines();
+    let text = consoles.text_from(from);
+    let lines = text.lines();
     let own = lines.filter_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
     own.map(str::to_owned).collect()
 }

@@ -9,7 +9,7 @@ use crate::common::{Guest, LONG, Setup, fork_by, need_kvm};
 const MODES: [MemoryMode; 2] = [MemoryMode::Cow, MemoryMode::Lazy];
 
 fn booted() -> Guest {
-    let vm = Setup::new("job=touch mib=1").boot();
+    let vm = Setup::new("job=oracle mib=1 go-on=1").boot();
     vm.wait_ready(LONG).unwrap();
     vm
 }

@@ -43,7 +43,7 @@ struct Pages {
 
 impl Pages {
     fn new() -> Pages {
-        let all = u64::from(scaled(1024, 128));
+        let all = u64::from(scaled(256, 64));
         Pages { all, half: all / 2 }
     }
 

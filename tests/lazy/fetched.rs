@@ -60,7 +60,7 @@ fn a_clone_that_touches_k_scattered_pages_brings_at_most_k_chunks() {
 #[test]
 fn a_clone_that_touches_what_its_parent_never_did_brings_nothing() {
     need_kvm!();
-    let pages = u64::from(scaled(4096, 128));
+    let pages = u64::from(scaled(512, 128));
     let vm = Setup::new(format!("job=obey pages={pages}"))
         .no_copier()
         .boot();

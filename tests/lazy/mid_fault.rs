@@ -80,7 +80,7 @@ fn patient() -> FaultConfig {
 #[test]
 fn a_clone_killed_as_it_waits_for_a_page_ends_and_leaves_its_siblings_every_page() {
     need_kvm!();
-    let pages = u64::from(scaled(512, 64));
+    let pages = u64::from(scaled(256, 64));
     let gates = Gates::default();
     let gate = gates.0.clone();
     let vm = Setup::new(format!("job=obey pages={pages}"))
@@ -132,7 +132,7 @@ fn a_clone_killed_as_it_waits_for_a_page_ends_and_leaves_its_siblings_every_page
 #[test]
 fn clones_killed_at_any_moment_of_their_faults_leave_their_siblings_every_page() {
     need_kvm!();
-    let pages = u64::from(scaled(512, 64));
+    let pages = u64::from(scaled(256, 64));
     let gates = Gates::default();
     gates.0.slow.store(true, Ordering::Relaxed);
     let vm = Setup::new(format!("job=obey pages={pages}"))

@@ -12,7 +12,7 @@ use std::io::Write;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use forkvm::abi::doorbell::report;
 use forkvm::engine::Member;
@@ -48,7 +48,7 @@ const WRITE_PROTECT: Search = Search {
     then: FreezeKind::WriteProtect,
     mode: MemoryMode::Lazy,
     vcpus: 1,
-    pages: 2048,
+    pages: 1024,
     forks: 51,
     copier: false,
 };
@@ -66,10 +66,11 @@ const REMAP: Search = Search {
     ..DELTA
 };
 
-const ON_4_VCPUS: u32 = 512;
+/// Pages of each of four vCPUs.
+const ON_4_VCPUS: u32 = 256;
 
-/// So many that the parent still writes what an image wants when the copier begins with it.
-const FOR_THE_COPIER: u32 = 16_384;
+/// Pages of all vCPUs together, so many that an image is not full yet when the copier comes to it.
+const FOR_THE_COPIER: u32 = 8192;
 
 impl Search {
     const fn on_4_vcpus(self) -> Search {
@@ -109,7 +110,7 @@ impl Search {
             let remapped = vm
                 .fork_point(fork_by(self.first, MemoryMode::Cow, 1))
                 .unwrap();
-            spawn_and_verify(&vm, &remapped, self.vcpus);
+            self.verify_clone_of(&vm, &remapped);
             forks += 1;
         }
         let mut old = None;
@@ -129,46 +130,47 @@ impl Search {
         assert!(figures.pages_by_background > 0, "{figures:?}");
     }
 
-    /// Forks three times, and each of the clones once more. Returns a fork point for the next round,
-    /// which has clones of `old`.
+    /// Forks three times, and a clone twice. Returns a fork point for the next round, which has a
+    /// clone of `old`. Few VMs run at a time: they never rest, and would only wait for each other.
     fn burst(self, vm: &Guest, round: u32, old: Option<Arc<ForkPoint>>) -> Arc<ForkPoint> {
-        let spec = fork_by(self.then, self.mode, 2);
+        let spec = fork_by(self.then, self.mode, 1);
         let before = checks(vm.member(), self.vcpus);
-        let mut points = Vec::new();
-        for _ in 1..BURST {
-            points.push(vm.fork_point(spec.clone()).unwrap());
+        let mut points: Vec<_> = (0..BURST)
+            .map(|_| vm.fork_point(spec.clone()).unwrap())
+            .collect();
+        // Another one each time: the image that is complete by now, the one that still fills, or
+        // the one that has just been made.
+        let first = points.remove(round as usize % points.len());
+        let clone = first.spawn(1).unwrap().remove(0);
+        let again = fork_by(FreezeKind::Delta, self.mode, 1);
+        let of_cold = clone.fork(again.clone()).unwrap().clones.remove(0);
+        self.verify_and_end(vm, of_cold);
+        expect_checked(vm, &clone, &self.never());
+        let once = checks(&clone, self.vcpus);
+        let of_warm = clone.fork(again).unwrap().clones.remove(0);
+        self.verify_and_end(vm, of_warm);
+        expect_checked(vm, &clone, &once);
+        self.verify_and_end(vm, clone);
+
+        expect_checked(vm, vm.member(), &before);
+        for point in points.iter().chain(&old) {
+            self.verify_clone_of(vm, point);
         }
-        let ticket = vm.member().fork(spec).unwrap();
-        points.push(ticket.point);
-        let mut clones = ticket.clones;
-        for point in &points[..2] {
-            clones.extend(point.spawn(1).unwrap());
-        }
-        if self.copier {
-            // It leaves an image alone at first; what the clones have not fetched by then is its own.
-            thread::sleep(Duration::from_millis(150));
-        }
-        let again = fork_by(FreezeKind::Delta, self.mode, 2);
-        let forked_cold = clones[round as usize % clones.len()].clone();
-        let grandchildren = forked_cold.fork(again.clone()).unwrap().clones;
-        for clone in clones.iter().chain(&grandchildren) {
-            expect_checked(vm, clone, self.vcpus, &vec![0; self.vcpus as usize]);
-        }
-        let forked_warm = &clones[(round as usize + 1) % clones.len()];
-        let once = checks(forked_warm, self.vcpus);
-        let late = forked_warm.fork(again).unwrap().clones;
-        late.iter()
-            .for_each(|clone| expect_checked(vm, clone, self.vcpus, &vec![0; self.vcpus as usize]));
-        expect_checked(vm, forked_warm, self.vcpus, &once);
-        expect_checked(vm, vm.member(), self.vcpus, &before);
-        if let Some(old) = old {
-            spawn_and_verify(vm, &old, self.vcpus);
-        }
-        for clone in clones.iter().chain(&grandchildren).chain(&late) {
-            clone.kill();
-            expect_end(vm, clone, End::Killed);
-        }
-        points.remove(round as usize % points.len())
+        first
+    }
+
+    fn never(self) -> Vec<usize> {
+        vec![0; self.vcpus as usize]
+    }
+
+    fn verify_clone_of(self, vm: &Guest, point: &Arc<ForkPoint>) {
+        self.verify_and_end(vm, point.spawn(1).unwrap().remove(0));
+    }
+
+    fn verify_and_end(self, vm: &Guest, clone: Arc<Member>) {
+        expect_checked(vm, &clone, &self.never());
+        clone.kill();
+        expect_end(vm, &clone, End::Killed);
     }
 
     fn repeat(self) {
@@ -190,19 +192,12 @@ fn checks(member: &Member, vcpus: u32) -> Vec<usize> {
 }
 
 /// Each vCPU of `member` has verified its pages once more than `before`.
-fn expect_checked(vm: &Guest, member: &Member, vcpus: u32, before: &[usize]) {
-    for (vcpu, before) in (0..vcpus).zip(before) {
+fn expect_checked(vm: &Guest, member: &Member, before: &[usize]) {
+    for (vcpu, before) in (0..).zip(before) {
         if let Err(error) = member.wait_report(report::USER + vcpu, before + 1, LONG) {
             panic!("{error}\n{}", vm.consoles.text());
         }
     }
-}
-
-fn spawn_and_verify(vm: &Guest, point: &Arc<ForkPoint>, vcpus: u32) {
-    let clone = point.spawn(1).unwrap().remove(0);
-    expect_checked(vm, &clone, vcpus, &vec![0; vcpus as usize]);
-    clone.kill();
-    expect_end(vm, &clone, End::Killed);
 }
 
 /// Has the kernel move memory about as long as it lives: a page that is being moved looks like one
@@ -316,7 +311,7 @@ fn a_remap_after_write_protect_tears_no_earlier_image() {
         let delta = fork_by(FreezeKind::Delta, MemoryMode::Lazy, 1);
         points.push(vm.fork_point(delta).unwrap());
         for point in &points {
-            spawn_and_verify(&vm, point, 1);
+            WRITE_PROTECT.verify_clone_of(&vm, point);
         }
         assert_eq!(vm.consoles.text(), "");
     }
