@@ -4,6 +4,7 @@ use std::fs;
 use std::io::Write;
 use std::process::Stdio;
 
+use forkvm::FreezeKind;
 use serde_json::Value;
 use tempfile::tempdir;
 
@@ -31,9 +32,19 @@ fn wrong_options_end_with_2_and_say_what_is_wrong() {
             "two disks are named \"d1\"",
         ),
         (
-            &[run, &["--freeze", "delta"]].concat(),
-            "auto, remap, copy and stop",
+            &[run, &["--freeze", "thaw"]].concat(),
+            "auto, remap, write-protect, delta, copy, stop",
         ),
+        (
+            &[run, &["--freeze", "remap", "--memory-mode", "lazy"]].concat(),
+            "remap and copy give memory mode cow",
+        ),
+        (
+            &["restore", "d", "--freeze", "write-protect"],
+            "write-protect gives lazy",
+        ),
+        (&[run, &["--memory-mode", "eager"]].concat(), "cow, lazy"),
+        (&[run, &["--background", "0"]].concat(), "or off"),
         (&[run, &["--name", "a/b"]].concat(), "a/b"),
         (&["restore"], "DIR"),
         (&["disk"], "commit"),
@@ -69,6 +80,9 @@ fn completions_are_for_the_shell_that_is_named() {
         "{}",
         bash.stdout()
     );
+    for word in FreezeKind::ALL {
+        assert!(bash.stdout().contains(word.as_str()), "{word}");
+    }
     forkvm(dir.path(), &["completions", "dos"]).expect(2, "dos");
 }
 
@@ -150,6 +164,28 @@ fn the_command_ends_with_the_status_of_the_vm_and_prefixes_what_clones_print() {
             stdout.lines().any(|printed| printed == line),
             "{line:?} is not in {stdout}"
         );
+    }
+}
+
+#[test]
+fn forks_of_forks_work_by_every_pair_that_is_offered() {
+    need_kvm!();
+    let dir = tempdir().unwrap();
+    let pairs = [
+        ("auto", "cow"),
+        ("auto", "lazy"),
+        ("delta", "cow"),
+        ("delta", "lazy"),
+        ("copy", "cow"),
+    ];
+    for (freeze, mode) in pairs {
+        for background in ["off", "64"] {
+            let fork = ["--freeze", freeze, "--memory-mode", mode];
+            let args = ["run", "--guest", "tree depth=3", "--memory", "64"];
+            let args = [&args[..], &fork, &["--background", background]].concat();
+            // The status is the depth of the tree: each generation has checked what it inherited.
+            forkvm(dir.path(), &args).expect(3, "vm.1.1.1 exited with status 0");
+        }
     }
 }
 

@@ -100,6 +100,39 @@ fn a_flipped_bit_is_found_wherever_it_is() {
     assert_eq!(forkvm(dir.path(), &["restore", "saved"]).code(), 0);
 }
 
+/// Memory offset of a page that the job has filled, and the guest needs no sooner than it checks it.
+fn filled_page(memory: &[u8], data: u64) -> u64 {
+    let pages = memory[data as usize..].chunks(4096).enumerate();
+    // No zero word: neither code nor tables look like that.
+    let mut filled = pages
+        .filter(|(_, page)| {
+            page.chunks(8)
+                .all(|word| word.iter().any(|&byte| byte != 0))
+        })
+        .map(|(number, _)| number as u64 * 4096);
+    filled.nth(100).expect("the job fills 256 pages")
+}
+
+#[test]
+fn damage_ends_a_lazily_restored_machine_when_it_needs_the_page_and_says_so() {
+    need_kvm!();
+    let dir = saved();
+    let path = dir.path().join("saved/memory");
+    let content = fs::read(&path).unwrap();
+    let data = content.len() as u64 - (64 << 20);
+    flip(&path, data + filled_page(&content, data) + 8);
+    let lazy = ["restore", "saved", "--memory-mode", "lazy", "--background"];
+    for background in ["off", "1"] {
+        let ended = forkvm(dir.path(), &[&lazy[..], &[background]].concat());
+        ended
+            .expect(1, "vm failed: the saved machine cannot deliver the memory")
+            .expect(1, "saved/memory: chunk")
+            .expect(1, "is damaged");
+        assert_eq!(ended.stdout(), "");
+    }
+    refused(&dir, "damaged");
+}
+
 #[test]
 fn a_newer_format_and_a_foreign_file_are_told_from_damage() {
     need_kvm!();

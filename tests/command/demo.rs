@@ -55,6 +55,7 @@ fn a_guest_that_forks_itself_maps_all_reads_as_the_host_does() {
         ("answers_match", true.into()),
         ("records", 1200.into()),
         ("pages_fetched", 0.into()),
+        ("fetch_us", Value::Null),
     ] {
         assert_eq!(object[key], expected, "{key}");
     }
@@ -119,10 +120,65 @@ fn guests_with_ram_beyond_4_gib_map_as_well() {
 }
 
 #[test]
+fn lazy_clones_fetch_what_they_touch_and_answer_the_same() {
+    let options = ["--clones", "4", "--vcpus", "2", "--memory-mode", "lazy"];
+    let Some((_dir, object)) = demo(&[SMALL, &options].concat()) else {
+        return;
+    };
+    assert_eq!(object["memory_mode"], "lazy");
+    assert_eq!(object["freeze"], "write-protect");
+    assert_eq!(object["depth"], 1);
+    assert_eq!(object["clones"], 4);
+    assert!(object["pages_fetched"].as_u64().unwrap() > 0);
+    let fetch = &object["fetch_us"];
+    assert!(fetch["n"].as_u64().unwrap() > 0, "{fetch}");
+    assert!(fetch["p50"].as_f64() <= fetch["p99"].as_f64(), "{fetch}");
+    assert_eq!(object["answers_match"], true);
+}
+
+#[test]
+fn with_delta_a_clone_of_the_parent_forks_the_workers() {
+    for mode in ["cow", "lazy"] {
+        for who in ["guest", "host"] {
+            let options = ["--clones", "3", "--freeze", "delta", "--memory-mode", mode];
+            let Some((_dir, object)) = demo(&[SMALL, &options, &["--forked-by", who]].concat())
+            else {
+                return;
+            };
+            for (key, expected) in [
+                ("freeze", Value::from("delta")),
+                ("memory_mode", mode.into()),
+                ("forked_by", who.into()),
+                ("depth", 2.into()),
+                ("clones", 3.into()),
+                ("answers_match", true.into()),
+            ] {
+                assert_eq!(object[key], expected, "{key}, {mode}, {who}");
+            }
+            // The figures are of the fork that made the workers, and of no other.
+            assert_eq!(object["phases_us"]["request"]["n"], 1);
+            assert_eq!(object["phases_us"]["restore"]["n"], 3);
+            let fetched = object["pages_fetched"].as_u64().unwrap() > 0;
+            assert_eq!(fetched, mode == "lazy", "{mode}");
+        }
+    }
+}
+
+#[test]
 fn a_pair_of_freeze_and_memory_mode_that_does_not_exist_is_a_usage_error() {
     let dir = TempDir::new().unwrap();
-    forkvm(dir.path(), &["demo", "--memory-mode", "lazy"]).expect(2, "cow");
-    forkvm(dir.path(), &["demo", "--freeze", "delta"]).expect(2, "remap");
+    for (freeze, mode) in [
+        ("remap", "lazy"),
+        ("copy", "lazy"),
+        ("write-protect", "cow"),
+    ] {
+        let args = ["demo", "--freeze", freeze, "--memory-mode", mode];
+        forkvm(dir.path(), &args)
+            .expect(2, "remap and copy give memory mode cow")
+            .expect(2, "write-protect gives lazy");
+    }
+    // Before anything is built.
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 }
 
 #[test]

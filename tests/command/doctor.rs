@@ -55,17 +55,29 @@ fn people_get_a_table() {
     );
 }
 
-/// In a mount namespace of its own, where /dev is empty but for what `make` puts there.
-fn without_kvm(make: &str, args: &str) -> Option<std::process::Output> {
+/// The command in a mount namespace of its own, where /dev is empty.
+fn without_devices(args: &str) -> Option<std::process::Output> {
+    in_empty_dev(&format!("exec {} {args}", env!("CARGO_BIN_EXE_forkvm")))
+}
+
+/// The same for a user who is not root, who may run the copy of the command that is in /dev then.
+fn as_nobody(args: &str) -> Option<std::process::Output> {
     let forkvm = env!("CARGO_BIN_EXE_forkvm");
-    let script = format!("mount -t tmpfs none /dev && {make} && exec {forkvm} {args}");
+    in_empty_dev(&format!(
+        "cp {forkvm} /dev/forkvm && chmod 755 /dev/forkvm \
+         && exec setpriv --reuid=65534 --clear-groups --inh-caps=-all /dev/forkvm {args}"
+    ))
+}
+
+fn in_empty_dev(script: &str) -> Option<std::process::Output> {
+    let script = format!("mount -t tmpfs none /dev && {script}");
     let unshare = std::process::Command::new("unshare")
         .args(["--mount", "sh", "-c", &script])
         .output();
     let output = unshare.ok()?;
     let refused = String::from_utf8_lossy(&output.stderr).into_owned();
-    if refused.contains("unshare") || refused.contains("mount:") {
-        println!("skipped: no mount namespace can be made here: {refused}");
+    if refused.contains("unshare") || refused.contains("mount:") || refused.contains("setpriv") {
+        println!("skipped: no mount namespace, or no other user, can be had here: {refused}");
         return None;
     }
     Some(output)
@@ -73,13 +85,51 @@ fn without_kvm(make: &str, args: &str) -> Option<std::process::Output> {
 
 #[test]
 fn a_host_without_kvm_ends_with_status_3_and_says_what_to_do() {
-    let Some(output) = without_kvm("true", "run --guest hello") else {
+    let Some(output) = without_devices("run --guest hello") else {
         return;
     };
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(3), "{said}");
     assert!(said.contains("/dev/kvm does not exist"), "{said}");
     assert!(said.contains("forkvm doctor"), "{said}");
-    let doctor = without_kvm("true", "doctor").unwrap();
+    let doctor = without_devices("doctor").unwrap();
     assert_eq!(doctor.status.code(), Some(3));
+}
+
+#[test]
+fn a_user_without_userfaultfd_learns_what_works_and_what_to_do() {
+    let setting = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd");
+    if setting.is_ok_and(|value| value.trim() == "1") {
+        println!("skipped: vm.unprivileged_userfaultfd is 1 here");
+        return;
+    }
+    let Some(doctor) = as_nobody("doctor --json -") else {
+        return;
+    };
+    let text = String::from_utf8_lossy(&doctor.stdout);
+    let report: Value = serde_json::from_str(&text).unwrap();
+    let checks = report["checks"].as_array().unwrap();
+    let check = checks
+        .iter()
+        .find(|check| check["name"] == "userfaultfd")
+        .unwrap();
+    assert_eq!(check["ok"], false, "{check}");
+    for (key, said) in [
+        ("needed_for", "remap"),
+        ("needed_for", "copy"),
+        ("detail", "no /dev/userfaultfd"),
+        ("detail", "vm.unprivileged_userfaultfd"),
+        ("mend", "sysctl vm.unprivileged_userfaultfd=1"),
+        ("mend", "/dev/userfaultfd"),
+    ] {
+        assert!(
+            check[key].as_str().unwrap().contains(said),
+            "{key}: {check}"
+        );
+    }
+    // Refused before anything is built, and as what the host lacks.
+    let lazy = as_nobody("run --guest hello --memory-mode lazy").unwrap();
+    let said = String::from_utf8_lossy(&lazy.stderr);
+    assert_eq!(lazy.status.code(), Some(3), "{said}");
+    assert!(said.contains("no userfaultfd for kernel mode"), "{said}");
 }

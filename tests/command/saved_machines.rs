@@ -38,6 +38,23 @@ fn a_guest_that_asked_to_be_saved_goes_on_in_another_process_any_number_of_times
 }
 
 #[test]
+fn a_machine_that_is_restored_lazily_goes_on_the_same_and_leaves_the_directory_as_it_is() {
+    need_kvm!();
+    let dir = tempdir().unwrap();
+    let dir = dir.path();
+    let run = ["run", "--guest", "save mib=8", "--memory", "64"];
+    forkvm(dir, &[&run[..], &["--save", "saved"]].concat()).expect(0, "vm was saved");
+    let before = fs::read(dir.join("saved/memory")).unwrap();
+    for background in ["off", "256"] {
+        let lazy = ["--memory-mode", "lazy", "--background", background];
+        let restored = forkvm(dir, &[&["restore", "saved"][..], &lazy].concat());
+        assert_eq!(restored.code(), 0, "{}", restored.stderr());
+        assert_eq!(restored.stdout().trim(), "restored");
+    }
+    assert!(before == fs::read(dir.join("saved/memory")).unwrap());
+}
+
+#[test]
 fn a_busy_machine_is_saved_by_ctrl_c_restored_and_saved_again() {
     need_kvm!();
     let dir = tempdir().unwrap();

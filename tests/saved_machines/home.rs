@@ -1,6 +1,5 @@
 //! A family that saves, and what its oracle guests are asked.
 
-use forkvm::MemoryMode;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -8,7 +7,9 @@ use forkvm::abi::doorbell::report;
 use forkvm::engine::saved::{OpenMachine, SaveTo};
 use forkvm::engine::{Family, Member};
 use forkvm::vmm::Kvm;
-use forkvm::{BootSpec, CloneSpec, DiskSource, DiskSpec, End, FamilyConfig, guest};
+use forkvm::{
+    BootSpec, CloneSpec, DiskSource, DiskSpec, End, FamilyConfig, FaultConfig, MemoryMode, guest,
+};
 
 use super::common::{Kept, LONG};
 
@@ -20,10 +21,19 @@ pub(crate) struct Home {
 
 impl Home {
     pub(crate) fn saving_to(dir: &Path) -> Home {
+        Home::filling(dir, FaultConfig::default().background)
+    }
+
+    /// The same; memory that is not there yet is filled at `background` MiB a second.
+    pub(crate) fn filling(dir: &Path, background: Option<u32>) -> Home {
         let consoles = Kept::default();
         let config = FamilyConfig {
             consoles: Arc::new(consoles.clone()),
             saver: Some(Arc::new(SaveTo::new(dir))),
+            faults: FaultConfig {
+                background,
+                ..FaultConfig::default()
+            },
             ..FamilyConfig::default()
         };
         Home {
@@ -52,9 +62,13 @@ impl Home {
     }
 
     pub(crate) fn restore(&self, dir: &Path) -> Arc<Member> {
+        self.restore_as(dir, MemoryMode::Cow)
+    }
+
+    pub(crate) fn restore_as(&self, dir: &Path, memory_mode: MemoryMode) -> Arc<Member> {
         let machine = OpenMachine::open(dir).unwrap();
         self.family
-            .restore(machine, None, MemoryMode::Cow, &mut |_| {})
+            .restore(machine, None, memory_mode, &mut |_| {})
             .unwrap()
     }
 
@@ -65,6 +79,11 @@ impl Home {
         let verified = vm.wait_report(report::USER + fork, 1, LONG);
         assert!(verified.is_ok(), "{verified:?}\n{}", self.consoles.text());
         clone
+    }
+
+    /// Forks the job `touch`, which then verifies its memory and ends, in itself and in the clone.
+    pub(crate) fn verify_touch(&self, vm: &Member) -> Arc<Member> {
+        vm.fork(CloneSpec::new(1)).unwrap().clones.remove(0)
     }
 
     /// Requires that a VM ended by itself and well.

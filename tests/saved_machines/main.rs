@@ -7,4 +7,5 @@ mod common;
 
 mod disks;
 mod home;
+mod lazy;
 mod memory;
