@@ -36,6 +36,23 @@ impl Vm {
 
     /// Forks it into `spec.count` clones that continue from this very instant. All run, or none and
     /// an error says why; the VM runs on in any case, but for freeze `stop`.
+    ///
+    /// Clones that fetch each page from the running parent when they first touch it:
+    ///
+    /// ```no_run
+    /// # fn fork(parent: &forkvm::Vm) -> Result<(), forkvm::Error> {
+    /// use forkvm::{CloneSpec, MemoryMode};
+    ///
+    /// let clones = parent.fork(CloneSpec {
+    ///     memory_mode: MemoryMode::Lazy,
+    ///     ..CloneSpec::new(4)
+    /// })?;
+    /// clones.iter().for_each(|clone| println!("{}", clone.join().end));
+    /// let fetched = parent.family().faults().figures();
+    /// println!("{} pages by touch", fetched.pages_by_fault);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn fork(&self, spec: CloneSpec) -> Result<Vec<CloneVm>, Error> {
         let ticket = self.member.fork(spec)?;
         Ok(self.adopt(ticket.clones))
