@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use forkvm::abi::doorbell::report;
 use forkvm::engine::{Member, Phase};
 use forkvm::vmm::Kvm;
-use forkvm::{CloneSpec, End, FaultConfig, ForkPoint, FreezeKind, MemoryMode};
+use forkvm::{CloneSpec, End, ForkPoint, FreezeKind, MemoryMode};
 
 use common::{Guest, LONG, Setup, expect_end, need_kvm, scaled};
 
@@ -166,11 +166,9 @@ fn page_time(clone: &Member, pages: u32) -> Duration {
 
 /// A parent of 512 MiB whose clones fetch what they touch, and nothing else comes into the image.
 fn reach(cmdline: &str) -> Setup {
-    let mut faults = FaultConfig::default();
-    faults.background = None;
     Setup::new(format!("job=reach mib=64 {cmdline}"))
         .memory_mib(512)
-        .faults(faults)
+        .no_copier()
 }
 
 fn a_page_of_a_cold_lazy_clone_and_of_a_sibling_after_it() {
@@ -229,9 +227,7 @@ fn pauses(
 ) -> Vec<Duration> {
     let mut pauses = Vec::new();
     for _ in 0..scaled(10, 1) {
-        let mut faults = FaultConfig::default();
-        faults.background = None;
-        let vm = Setup::new(job).memory_mib(memory_mib).faults(faults).boot();
+        let vm = Setup::new(job).memory_mib(memory_mib).no_copier().boot();
         vm.wait_ready(LONG).unwrap();
         let spec = |freeze: FreezeKind| CloneSpec {
             freeze,

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::counters::Cause;
 use crate::image::{MemoryImage, Which};
+use crate::source::SourceError;
 
 /// How long an image is left alone at first.
 const LEAVE_ALONE: Duration = Duration::from_millis(100);
@@ -133,17 +134,22 @@ impl Shared {
 }
 
 /// Brings the next megabyte from `from` on; where it ends, or `None` when nothing is missing.
-fn stretch(
-    image: &Arc<MemoryImage>,
-    mut from: u64,
-) -> Result<Option<u64>, crate::source::SourceError> {
+fn stretch(image: &Arc<MemoryImage>, mut from: u64) -> Result<Option<u64>, SourceError> {
     let mut brought = 0;
     while brought < STRETCH {
-        let Some(range) = image.fill_next(from, Which::All, Cause::Background)? else {
-            return Ok(None);
-        };
-        brought += range.end - range.start;
-        from = range.end;
+        match image.fill_next(from, Which::All, Cause::Background) {
+            Ok(None) => return Ok(None),
+            Ok(Some(range)) => {
+                brought += range.end - range.start;
+                from = range.end;
+            }
+            // Whoever needs it will hear why; the rest can be brought.
+            Err(SourceError::Damaged { offset, why, .. }) => {
+                tracing::warn!(offset, why, "memory that cannot be brought is left out");
+                from = from.max(offset) + image.chunk();
+            }
+            Err(why) => return Err(why),
+        }
     }
     Ok(Some(from))
 }

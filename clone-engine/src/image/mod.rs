@@ -657,6 +657,12 @@ impl MemoryImage {
         self.store.file()
     }
 
+    /// Bytes that are brought together.
+    pub(crate) fn chunk(&self) -> u64 {
+        let chunk = |filling: &Filling| filling.config.chunk;
+        self.filling.as_ref().map_or(PAGE, chunk)
+    }
+
     /// Bytes of memory.
     pub fn len(&self) -> u64 {
         self.len
@@ -712,7 +718,8 @@ impl PageSink for ImageSink<'_> {
     fn pages(&mut self, offset: u64, content: &[u8]) -> Result<(), SourceError> {
         let (image, len) = (self.image, content.len() as u64);
         let end = offset.checked_add(len).filter(|end| *end <= image.len);
-        let (Some(end), true) = (end, offset % PAGE == 0 && len % PAGE == 0) else {
+        let (Some(end), true) = (end, offset.is_multiple_of(PAGE) && len.is_multiple_of(PAGE))
+        else {
             return Err(SourceError::Rubbish {
                 name: self.source.to_owned(),
                 offset,
