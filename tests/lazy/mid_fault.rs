@@ -141,7 +141,7 @@ fn clones_killed_at_any_moment_of_their_faults_leave_their_siblings_every_page()
         .boot();
     vm.wait_ready(LONG).unwrap();
     let mut parent = Obedient::new(&vm, vm.member());
-    for round in 0..u64::from(scaled(10, 2)) {
+    for round in 0..u64::from(scaled(6, 2)) {
         let value = VALUE * (round + 1);
         parent.write(0, value, pages);
         let point = vm
