@@ -61,6 +61,17 @@ struct Want {
     alone: bool,
 }
 
+impl Want {
+    /// The source has failed; its pages may have come all the same, by their VM's own write.
+    fn tell(&self, image: &MemoryImage, why: &SourceError) {
+        if image.has(&self.range) {
+            self.waiter.arrived(&self.range);
+        } else {
+            self.waiter.lost(why);
+        }
+    }
+}
+
 impl Fetcher {
     /// Asks for own pages of `image`; `waiter` will be told, unless this is an error.
     pub(crate) fn want(
@@ -126,10 +137,10 @@ impl Fetcher {
         }
     }
 
-    /// Nothing comes any more: tells everybody why.
-    pub(crate) fn give_up(&self, why: &SourceError) {
+    /// Nothing comes to `image` any more: tells everybody why.
+    pub(crate) fn give_up(&self, image: &MemoryImage, why: &SourceError) {
         for want in self.shared.end() {
-            want.waiter.lost(why);
+            want.tell(image, why);
         }
     }
 }
@@ -191,7 +202,7 @@ impl Shared {
                         offset: want.range.start,
                         why: "it was asked for and not delivered".into(),
                     }),
-                    Err(why) => want.waiter.lost(why),
+                    Err(why) => want.tell(&image, why),
                 }
             }
             if let Err(why) = result

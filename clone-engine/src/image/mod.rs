@@ -579,7 +579,7 @@ impl MemoryImage {
             .take();
         drop(source);
         if let Some(fetcher) = filling.fetcher.get() {
-            fetcher.give_up(&why);
+            fetcher.give_up(self, &why);
         }
     }
 

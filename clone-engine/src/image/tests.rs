@@ -1,4 +1,5 @@
 //! What keeps an image immutable, and what enters it; without a VM.
+#![allow(clippy::single_range_in_vec_init)] // Lists of ranges, some of one.
 #![allow(unsafe_code)] // Attempts to write to an image in ways that the kernel must refuse.
 
 use std::os::fd::AsRawFd;

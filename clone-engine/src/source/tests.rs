@@ -1,4 +1,5 @@
 //! The conformance kit of [`PageSource`], and what an image makes of sources that do not conform.
+#![allow(clippy::single_range_in_vec_init)] // Lists of ranges, some of one.
 
 mod kit;
 mod liars;

@@ -382,6 +382,29 @@ fn everybody_who_waits_for_a_source_that_stalls_hears_so_within_a_second_of_its_
 }
 
 #[test]
+fn whoever_waits_for_a_source_that_stalls_is_not_lost_when_the_page_came_otherwise() {
+    if !has_userfaultfd() {
+        return;
+    }
+    let faults = faults();
+    let (image, hold) = stalled(&faults);
+    thread::scope(|scope| {
+        let (other, image) = (image.clone(), &image);
+        let waiting = scope.spawn(move || other.prefetch(8 * PAGE));
+        // As a parent does that is about to write them.
+        thread::sleep(DEADLINE / 4);
+        let pages: Vec<u8> = (8..12).flat_map(content).collect();
+        let pages = crate::image::Content::from(&pages[..]);
+        let cause = crate::fault::counters::Cause::ParentWrite;
+        image.take(&(8 * PAGE..12 * PAGE), pages, cause).unwrap();
+        assert!(waiting.join().unwrap().is_ok());
+        let lost = image.prefetch(0).unwrap_err();
+        assert!(matches!(lost, SourceError::Gone { .. }), "{lost}");
+    });
+    hold.let_go();
+}
+
+#[test]
 fn a_deadline_is_kept_however_much_else_the_supervisor_hears() {
     if !has_userfaultfd() {
         return;
