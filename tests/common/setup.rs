@@ -114,6 +114,12 @@ impl Setup {
         self
     }
 
+    /// Who watches forks, in place of the log.
+    pub fn observer(mut self, observer: impl Observer + 'static) -> Setup {
+        self.config.observer = Arc::new(observer);
+        self
+    }
+
     /// Keeps no log of forks, which would hold all clones that ever were.
     pub fn unlogged(mut self) -> Setup {
         self.config.observer = Arc::new(NoObserver);

@@ -1,13 +1,15 @@
 //! A device that waits for a page of a request: a vCPU that no signal gets out of there.
 
+use std::fs::File;
 use std::ops::Range;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::thread;
 use std::time::{Duration, Instant};
 
-use forkvm::engine::{ForkError, Member, MemberError, Phase};
+use forkvm::devices::block::{Access, RawFile};
+use forkvm::engine::{ForkError, Member, MemberError, Observer, Phase, Vetoed};
 use forkvm::vmm::PausedVm;
-use forkvm::{CloneSpec, DiskSource, End, FaultConfig, FreezeKind, MemoryMode};
+use forkvm::{CloneSpec, DiskSource, End, FaultConfig, ForkPoint, FreezeKind, MemoryMode};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::common::{Guest, LONG, Setup, expect_end, fork_by, need_kvm};
@@ -38,48 +40,102 @@ fn data_in_queue(paused: &PausedVm<'_>) -> Option<Range<u64>> {
     (!inner.is_empty()).then_some(inner)
 }
 
-/// A guest that forks itself with a request in the queue, and whose clone cannot have the data of
-/// that request: its device waits.
-fn clone_in_request(page_deadline: Duration) -> (Guest, Switch, Arc<Member>) {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.raw");
-    let disk = std::fs::File::create(&path).unwrap();
-    disk.set_len(1 << 20).unwrap();
-    let disk =
-        forkvm::devices::block::RawFile::open(&path, forkvm::devices::block::Access::ReadOnly);
-    let switch = Switch::new();
-    let (found, stalls) = (Arc::new(Mutex::new(None)), switch.clone());
-    let vm = Setup::new("job=blk-verify mib=1 n=1 seed=3")
-        .memory_mib(32)
-        .disk(DiskSource::volatile(Arc::new(disk.unwrap())))
-        .faults(FaultConfig {
-            chunk: PAGE,
-            background: None,
-            page_deadline,
-            ..FaultConfig::default()
-        })
-        .sources(switch.clone())
-        .guest_forks(fork_by(FreezeKind::WriteProtect, MemoryMode::Lazy, 1))
-        .hook(move |phase, paused| {
-            if let (Phase::Save, Some(paused)) = (phase, paused) {
-                *found.lock().unwrap() = data_in_queue(paused);
+/// Has the source stall on the request's data as soon as the clone is made, and holds the parent in
+/// its fork call: what it wrote afterwards would bring the data.
+struct Holding {
+    switch: Switch,
+    data: Mutex<Option<Range<u64>>>,
+    clone: Mutex<Sender<Arc<Member>>>,
+    go_on: Mutex<Receiver<()>>,
+}
+
+impl Observer for Holding {
+    fn enter(&self, phase: Phase, paused: Option<&PausedVm<'_>>) -> Result<(), Vetoed> {
+        match (phase, paused) {
+            (Phase::Save, Some(paused)) => *self.data.lock().unwrap() = data_in_queue(paused),
+            // The pages that the clone begins with are in the image by now.
+            (Phase::Memory, _) => {
+                let data = self.data.lock().unwrap().take();
+                self.switch
+                    .set(data.expect("a request with data"), Manner::Stall);
             }
-            if phase == Phase::Memory
-                && let Some(data) = found.lock().unwrap().take()
-            {
-                stalls.set(data, Manner::Stall);
-            }
-            Ok(())
-        })
-        .boot();
-    switch.wait_stalled();
-    let clone = vm.log.clones().remove(0);
-    (vm, switch, clone)
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn leave(&self, _phase: Phase, _took: Duration) {}
+
+    fn parent_paused(&self, _took: Duration) {}
+
+    fn forked(&self, _point: &Arc<ForkPoint>, clones: &[Arc<Member>]) {
+        self.clone.lock().unwrap().send(clones[0].clone()).unwrap();
+        // Until the test lets it go, or is over.
+        self.go_on.lock().unwrap().recv().unwrap_or_default();
+    }
+}
+
+/// A guest that forks itself with a request in the queue, and its clone, which cannot have the data
+/// of that request: its device waits.
+struct InRequest {
+    /// Before the VM, which is waited for when it is dropped.
+    go_on: Sender<()>,
+    switch: Switch,
+    clone: Arc<Member>,
+    vm: Guest,
+    _folder: tempfile::TempDir,
+}
+
+impl InRequest {
+    fn new(page_deadline: Duration) -> InRequest {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk.raw");
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        let disk = RawFile::open(&path, Access::ReadOnly).unwrap();
+        let switch = Switch::new();
+        let ((clone, cloned), (go_on, held)) = (channel(), channel());
+        let vm = Setup::new("job=blk-verify mib=1 n=1 seed=3")
+            .memory_mib(32)
+            .disk(DiskSource::volatile(Arc::new(disk)))
+            .faults(FaultConfig {
+                chunk: PAGE,
+                background: None,
+                page_deadline,
+                ..FaultConfig::default()
+            })
+            .sources(switch.clone())
+            .guest_forks(fork_by(FreezeKind::WriteProtect, MemoryMode::Lazy, 1))
+            .observer(Holding {
+                switch: switch.clone(),
+                data: Mutex::default(),
+                clone: Mutex::new(clone),
+                go_on: Mutex::new(held),
+            })
+            .boot();
+        let clone = cloned.recv_timeout(LONG).unwrap();
+        switch.wait_stalled();
+        InRequest {
+            go_on,
+            switch,
+            clone,
+            vm,
+            _folder: folder,
+        }
+    }
+
+    /// Lets the source deliver and the parent go on.
+    fn relieve(&self) {
+        self.switch.set_all(Manner::Near);
+        self.go_on.send(()).unwrap();
+    }
 }
 
 fn expect_pause_fails(clone: &Member, spec: CloneSpec) {
     let asked = Instant::now();
-    let refused = clone.fork(spec).err().unwrap();
+    let stood = clone.fork(spec);
+    let refused = stood
+        .err()
+        .expect("a vCPU that waits in a device cannot stand still");
     let MemberError::Fork(ForkError::Pause(why)) = &refused else {
         panic!("{refused:?}");
     };
@@ -93,38 +149,37 @@ fn expect_pause_fails(clone: &Member, spec: CloneSpec) {
 #[test]
 fn a_pause_of_a_vm_whose_disk_waits_for_a_page_fails_by_its_deadline_and_the_vm_is_intact() {
     need_kvm!();
-    let (vm, switch, clone) = clone_in_request(LONG);
-    for _ in 0..2 {
-        expect_pause_fails(&clone, impatient(FreezeKind::Delta, PAUSE));
-        thread::sleep(Duration::from_millis(5));
+    let guests = InRequest::new(LONG);
+    for _ in 0..3 {
+        expect_pause_fails(&guests.clone, impatient(FreezeKind::Delta, PAUSE));
     }
-    switch.set_all(Manner::Near);
+    guests.relieve();
     // It has verified every sector, those of that request included, and so has its parent.
-    expect_end(&vm, &clone, End::Exited(0));
-    expect_end(&vm, vm.member(), End::Exited(0));
+    expect_end(&guests.vm, &guests.clone, End::Exited(0));
+    expect_end(&guests.vm, guests.vm.member(), End::Exited(0));
 }
 
 #[test]
 fn a_vm_whose_disk_waits_for_a_page_that_never_comes_ends_with_the_reason() {
     need_kvm!();
     let deadline = Duration::from_millis(600);
-    let (vm, switch, clone) = clone_in_request(deadline);
+    let guests = InRequest::new(deadline);
     let asked = Instant::now();
-    expect_pause_fails(&clone, impatient(FreezeKind::Delta, PAUSE));
-    expect_lost(&clone, asked + deadline + SOON, "no answer");
+    expect_pause_fails(&guests.clone, impatient(FreezeKind::Delta, PAUSE));
+    expect_lost(&guests.clone, asked + deadline + SOON, "no answer");
+    guests.relieve();
     // The status of a clone that failed is what its parent's JOIN answers.
-    expect_end(&vm, vm.member(), End::Exited(255));
-    switch.set_all(Manner::Near);
+    expect_end(&guests.vm, guests.vm.member(), End::Exited(255));
 }
 
 #[test]
 fn a_vm_whose_disk_waits_for_a_page_can_be_killed() {
     need_kvm!();
-    let (vm, switch, clone) = clone_in_request(LONG);
+    let guests = InRequest::new(LONG);
     let killed = Instant::now();
-    clone.kill();
-    expect_end(&vm, &clone, End::Killed);
+    guests.clone.kill();
+    expect_end(&guests.vm, &guests.clone, End::Killed);
     assert!(killed.elapsed() < 2 * SOON, "{:?}", killed.elapsed());
-    switch.set_all(Manner::Near);
-    expect_end(&vm, vm.member(), End::Exited(137));
+    guests.relieve();
+    expect_end(&guests.vm, guests.vm.member(), End::Exited(137));
 }
