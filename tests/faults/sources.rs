@@ -28,8 +28,6 @@ fn a_source_that_stalls_ends_the_clones_that_need_it_by_its_deadline_and_nobody_
         b.expect(6, FIRST + 6, 8);
         c.expect(6, FIRST + 6, 8);
         origin.parent().expect(0, FIRST, pages());
-        origin.parent().write(5, 77, 1);
-        origin.parent().write(5, FIRST + 5, 1);
         expect_lost(&a.member, asked + DEADLINE + SOON, "no answer");
         assert!(asked.elapsed() >= DEADLINE, "it is not given up before");
 
@@ -43,6 +41,24 @@ fn a_source_that_stalls_ends_the_clones_that_need_it_by_its_deadline_and_nobody_
         let refused = c.member.fork(copy);
         assert!(refused.is_err());
         c.expect(6, FIRST + 6, 8);
+        origin.expect_unharmed(freeze, FIRST);
+    }
+}
+
+#[test]
+fn a_clone_of_a_source_that_stalls_goes_on_when_its_parent_writes_the_page() {
+    need_kvm!();
+    for freeze in LIVE {
+        let origin = Origin::new(freeze, DEADLINE);
+        let ticket = origin.fork(origin.vm.member(), freeze, 1);
+        let mut clone = origin.clone_of(&ticket, 0);
+        origin.switch.set(origin.page(5), Manner::Stall);
+        clone.begin("r 5 1");
+        origin.switch.wait_stalled();
+        // The page is brought to the image before the write goes through.
+        origin.parent().write(5, 77, 1);
+        assert_eq!(clone.answer("r 5 1"), [format!("= 5 {}", FIRST + 5)]);
+        origin.parent().write(5, FIRST + 5, 1);
         origin.expect_unharmed(freeze, FIRST);
     }
 }

@@ -116,7 +116,7 @@ fn several_ask_at_once(source: &dyn PageSource, len: u64, own: &[Range<u64>]) {
         for _ in 0..4 {
             scope.spawn(|| {
                 own.iter()
-                    .for_each(|range| delivers(source, len, &[range.clone()]))
+                    .for_each(|range| delivers(source, len, std::slice::from_ref(range)))
             });
         }
     });
