@@ -277,7 +277,7 @@ impl ParentMemory<'_> {
             }
         }
         image.settle();
-        if image.is_whole() && freeze.parent_goes_on() {
+        if freeze.parent_goes_on() {
             // A stopped parent may still map its memory shared; it is sealed when that is gone.
             image.seal()?;
         }

@@ -29,7 +29,7 @@ use std::fs::File;
 use std::io;
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 
@@ -77,6 +77,8 @@ struct Filling {
     fetcher: OnceLock<Fetcher>,
     /// Why pages that are missing will never come.
     lost: OnceLock<SourceError>,
+    /// Nothing is missing, and that was acted on.
+    closed: AtomicBool,
     /// Why those that are there cannot be relied on either.
     spoiled: OnceLock<SourceError>,
     config: FaultConfig,
@@ -156,6 +158,7 @@ impl MemoryImage {
                 source: RwLock::new(Some(source)),
                 fetcher: OnceLock::new(),
                 lost: OnceLock::new(),
+                closed: AtomicBool::new(false),
                 spoiled: OnceLock::new(),
                 config,
                 counters,
@@ -552,10 +555,10 @@ impl MemoryImage {
         }
         // A live parent lifts its protections here.
         drop(source);
-        if !self.is_whole() {
+        if !self.is_whole() || filling.closed.swap(true, Ordering::AcqRel) {
             return;
         }
-        if let Err(error) = self.seal() {
+        if let Err(error) = self.store.close() {
             tracing::error!(%error, "a whole image could not be sealed");
         }
         for vm in self.mapped_by() {
@@ -645,11 +648,15 @@ impl MemoryImage {
         self.filling.as_ref().and_then(missing).is_none()
     }
 
-    /// Proves that nothing can write to it any more (F_SEAL_WRITE). Fails with EBUSY while somebody
-    /// still maps it shared and writable: a parent that was stopped and not yet torn down, or a
-    /// stray writer. Not for the parent's pause: it walks the whole image.
+    /// Proves that nothing can write to it any more (F_SEAL_WRITE), of an image that was whole from the
+    /// start; one that fills is sealed when nothing is missing. Fails with EBUSY while somebody still
+    /// maps it shared and writable: a parent that was stopped and not yet torn down, or a stray
+    /// writer. Not for the parent's pause: it walks the whole image.
     pub fn seal(&self) -> Result<(), MemoryError> {
-        self.store.close()
+        match self.filling {
+            None => self.store.close(),
+            Some(_) => Ok(()),
+        }
     }
 
     /// The memfd, to be mapped privately.

@@ -178,9 +178,7 @@ impl Serving {
             blk_counters: devices.iter().map(counters).collect(),
         };
         drop(devices);
-        // One that still takes pages from earlier images is sealed when it has them.
         if let Some(point) = stopped_at
-            && point.image.is_whole()
             && let Err(error) = point.image.seal()
         {
             tracing::error!(%error, "the memory of a stopped VM could not be sealed");

@@ -470,13 +470,28 @@ pub fn memfd(name: &CStr, len: u64) -> Result<File, MemoryError> {
     Ok(file)
 }
 
+/// Attempts at a seal that something is in the way of.
+const SEAL_ATTEMPTS: u32 = 8;
+
 /// Adds seals (`F_SEAL_*`, fcntl(2)) to a memfd.
+///
+/// F_SEAL_WRITE is refused (EBUSY) while the file is mapped shared and writable, and also while
+/// somebody holds on to one of its pages for a moment, which the kernel itself does; it waits some
+/// 0.1 s for such pages and is then asked again.
 pub fn seal(file: &File, seals: libc::c_int) -> Result<(), MemoryError> {
-    // SAFETY: the descriptor is open; the call touches no memory.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
-        return Err(MemoryError::Seal(io::Error::last_os_error()));
+    let mut attempts = 0;
+    loop {
+        // SAFETY: the descriptor is open; the call touches no memory.
+        if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        attempts += 1;
+        if error.kind() != io::ErrorKind::ResourceBusy || attempts == SEAL_ATTEMPTS {
+            return Err(MemoryError::Seal(error));
+        }
+        tracing::debug!(attempts, "a seal is refused for now");
     }
-    Ok(())
 }
 
 /// Why RAM could not be had.
