@@ -54,7 +54,7 @@ impl Family {
         config.disks = spec.disks.iter().map(DiskSpec::config).collect();
         let disks: Vec<DiskSource> = spec.disks.into_iter().map(|disk| disk.source).collect();
         let identity = Identity::root(&spec.name).map_err(StartError::Identity)?;
-        let ram = Ram::new(MemoryLayout::new(spec.memory_mib)?)?;
+        let mut ram = Ram::new(MemoryLayout::new(spec.memory_mib)?)?;
         let console = self
             .config()
             .consoles
@@ -66,7 +66,7 @@ impl Family {
             disks: layers,
         };
         let inbox = Inbox::new(identity.clone());
-        let memory = VmMemory::new(&identity.name, &ram, self.faults(), inbox.lose());
+        let memory = VmMemory::new(&identity.name, &mut ram, self.faults(), inbox.lose());
         let shell = Shell::build(self.kvm(), config, ram, peripherals, inbox.event_sink())?;
         memory.set_brake(shell.brake());
         let vm = shell.boot(&spec.payload, &spec.cmdline)?;

@@ -99,13 +99,18 @@ struct Feeds {
 
 impl VmMemory {
     /// Of a VM that maps its own memory shared.
-    pub(crate) fn new(name: &str, ram: &Ram, faults: &FaultHandler, lose: Lose) -> Arc<VmMemory> {
+    pub(crate) fn new(
+        name: &str,
+        ram: &mut Ram,
+        faults: &FaultHandler,
+        lose: Lose,
+    ) -> Arc<VmMemory> {
         let ranges = ram.host_ranges().map(|(region, address)| HostRange {
             offset: region.offset,
             len: region.len,
             address: address as u64,
         });
-        Arc::new(VmMemory {
+        let memory = Arc::new(VmMemory {
             name: name.to_owned(),
             _guest: ram.guest().clone(),
             ranges: ranges.collect(),
@@ -118,13 +123,16 @@ impl VmMemory {
             lost: AtomicBool::new(false),
             abandoned: AtomicBool::new(false),
             handlers_died: AtomicU32::new(0),
-        })
+        });
+        let watched = memory.clone();
+        ram.when_closed(move || watched.wake_everybody());
+        memory
     }
 
     /// Of a clone of `image`, whose `ram` maps what [`ImageBase`] of it says.
     pub(crate) fn of_clone(
         name: &str,
-        ram: &Ram,
+        ram: &mut Ram,
         image: &Arc<MemoryImage>,
         faults: &FaultHandler,
         lose: Lose,
@@ -513,6 +521,10 @@ impl VmMemory {
     /// that no thread of it is held up by a source. Its devices must do nothing any more.
     pub(crate) fn abandon(&self) {
         self.abandoned.store(true, Ordering::Release);
+        self.wake_everybody();
+    }
+
+    fn wake_everybody(&self) {
         if let Some(shard) = self.shard.get() {
             self.wake_all(shard);
         }

@@ -59,8 +59,8 @@ impl Family {
             MemoryMode::Cow => {
                 let file = memory::memfd(c"forkvm-ram", layout.len())?;
                 machine.memory.load_into(&file, progress)?;
-                let ram = Ram::map(layout, Backing::Shared(Arc::new(file)))?;
-                let memory = VmMemory::new(&identity.name, &ram, self.faults(), inbox.lose());
+                let mut ram = Ram::map(layout, Backing::Shared(Arc::new(file)))?;
+                let memory = VmMemory::new(&identity.name, &mut ram, self.faults(), inbox.lose());
                 (ram, memory)
             }
             MemoryMode::Lazy => {
@@ -68,9 +68,9 @@ impl Family {
                 let base = ImageBase {
                     image: image.clone(),
                 };
-                let ram = Ram::map(layout, Backing::Private(Arc::new(base)))?;
+                let mut ram = Ram::map(layout, Backing::Private(Arc::new(base)))?;
                 let (name, lose) = (identity.name.as_str(), inbox.lose());
-                let memory = VmMemory::of_clone(name, &ram, &image, self.faults(), lose)?;
+                let memory = VmMemory::of_clone(name, &mut ram, &image, self.faults(), lose)?;
                 self.faults().fill_in_background(&image);
                 (ram, memory)
             }

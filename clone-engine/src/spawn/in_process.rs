@@ -46,10 +46,10 @@ impl Spawner for InProcess {
         let phase = phase::begin(observer, Phase::Memory, None)?;
         let image = point.image.clone();
         let backing = Backing::Private(Arc::new(ImageBase { image }));
-        let ram = Ram::map(point.layout.clone(), backing)?;
+        let mut ram = Ram::map(point.layout.clone(), backing)?;
         let inbox = Inbox::new(identity.clone());
         let (name, lose) = (identity.name.as_str(), inbox.lose());
-        let memory = VmMemory::of_clone(name, &ram, &point.image, family.faults(), lose)?;
+        let memory = VmMemory::of_clone(name, &mut ram, &point.image, family.faults(), lose)?;
         phase.done();
 
         let phase = phase::begin(observer, Phase::Spawn, None)?;

@@ -180,11 +180,22 @@ impl Base for Arc<File> {
 }
 
 /// The RAM of one machine, mapped into this process.
-#[derive(Debug)]
 pub struct Ram {
     layout: MemoryLayout,
     guest: GuestMemory,
     backing: Backing,
+    when_closed: Option<WhenClosed>,
+}
+
+type WhenClosed = Box<dyn FnOnce() + Send + Sync>;
+
+impl fmt::Debug for Ram {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ram")
+            .field("layout", &self.layout)
+            .field("backing", &self.backing)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Ram {
@@ -232,6 +243,7 @@ impl Ram {
             layout,
             guest,
             backing,
+            when_closed: None,
         };
         if pieces.len() > 1 {
             ram.map_pieces(&pieces, ram.backing.mmap_flags())?;
@@ -288,7 +300,22 @@ impl Ram {
     /// Takes the content away and leaves the ranges inaccessible: the last act of a machine whose
     /// threads have ended, before anything that watches the ranges (a userfaultfd) goes. From then on
     /// a stray access is a crash rather than a page that comes to be in a file that others map.
-    pub(crate) fn close(&self) -> Result<(), MemoryError> {
+    pub(crate) fn close(&mut self) -> Result<(), MemoryError> {
+        let closed = self.make_inaccessible();
+        if let Some(then) = self.when_closed.take() {
+            then();
+        }
+        closed
+    }
+
+    /// Has `then` called once the ranges are inaccessible and before the machine's KVM objects go: to
+    /// let out whoever still waits for a page. That may be KVM itself, in a thread of the kernel
+    /// which the end of the VM waits for.
+    pub fn when_closed(&mut self, then: impl FnOnce() + Send + Sync + 'static) {
+        self.when_closed = Some(Box::new(then));
+    }
+
+    fn make_inaccessible(&self) -> Result<(), MemoryError> {
         for (region, address) in self.host_ranges() {
             // SAFETY: the range is exactly a mapping that `self.guest` owns, so nothing else is
             // replaced. No thread of the machine is left that could touch it.

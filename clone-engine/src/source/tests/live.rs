@@ -36,13 +36,13 @@ struct Parent {
 impl Parent {
     fn new() -> Parent {
         let faults = faults();
-        let ram = Ram::new(MemoryLayout::new(MIB).unwrap()).unwrap();
+        let mut ram = Ram::new(MemoryLayout::new(MIB).unwrap()).unwrap();
         for number in OWN.into_iter().flatten() {
             let address = GuestAddress(number * PAGE);
             ram.guest().write_slice(&content(number), address).unwrap();
         }
         let lose = Box::new(|why: &super::super::SourceError| panic!("lost: {why}"));
-        let memory = VmMemory::new("parent", &ram, &faults, lose);
+        let memory = VmMemory::new("parent", &mut ram, &faults, lose);
         Parent {
             faults,
             ram,
