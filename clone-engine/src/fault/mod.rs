@@ -56,7 +56,7 @@ impl Default for FaultConfig {
             chunk: 64 << 10,
             shards: cpus.min(8),
             background: Some(256),
-            page_deadline: Duration::from_millis(800),
+            page_deadline: Duration::from_secs(5),
         }
     }
 }

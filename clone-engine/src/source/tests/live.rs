@@ -265,9 +265,11 @@ fn a_live_parent_is_let_go_when_the_image_has_all_its_pages() {
     let parent = Parent::new();
     let image = parent.fork();
     let memory = Arc::downgrade(&parent.memory);
-    let Parent { memory: held, .. } = parent;
     image.complete().unwrap();
-    drop(held);
+    let Parent {
+        memory: held, ram, ..
+    } = parent;
+    drop((held, ram));
     assert!(soon(|| memory.strong_count() == 0));
     assert!(page(&image, 3) == content(3));
 }
