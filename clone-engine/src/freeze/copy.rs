@@ -38,14 +38,4 @@ impl Freeze for Copy {
         tracing::debug!(bytes, "copied");
         Ok(MemoryImage::whole(Arc::new(file), len))
     }
-
-    fn thaw(
-        &self,
-        _vm: &mut PausedVm<'_>,
-        _parent: &ParentMemory<'_>,
-        image: Arc<MemoryImage>,
-    ) -> Result<(), FreezeError> {
-        drop(image);
-        Ok(())
-    }
 }

@@ -21,11 +21,9 @@ impl Freeze for Delta {
         vm: &Vm,
         parent: &ParentMemory<'_>,
     ) -> Result<Option<EmptyImage>, FreezeError> {
-        parent.memory.make_room();
         // Known before the pause: of a remapped VM it has yet to be read from the memfd.
         parent.memory.table()?;
-        let len = vm.ram().layout().len();
-        Ok(Some(parent.faults.empty_image(len)?))
+        Ok(Some(parent.empty_image(vm)?))
     }
 
     fn freeze(
@@ -37,15 +35,5 @@ impl Freeze for Delta {
         let written = vm.ram().own_pages()?;
         let table = parent.memory.table()?.ok_or(FreezeError::Shared)?;
         parent.feed(prepared, table.with_own(&written), Some(&written))
-    }
-
-    fn thaw(
-        &self,
-        _vm: &mut PausedVm<'_>,
-        parent: &ParentMemory<'_>,
-        image: Arc<MemoryImage>,
-    ) -> Result<(), FreezeError> {
-        parent.memory.unfeed(&image);
-        Ok(())
     }
 }

@@ -51,10 +51,13 @@ pub(crate) trait Freeze: Send + Sync {
     /// Undoes [`freeze`](Freeze::freeze) on the same pause.
     fn thaw(
         &self,
-        vm: &mut PausedVm<'_>,
+        _vm: &mut PausedVm<'_>,
         parent: &ParentMemory<'_>,
         image: Arc<MemoryImage>,
-    ) -> Result<(), FreezeError>;
+    ) -> Result<(), FreezeError> {
+        parent.memory.unfeed(&image);
+        Ok(())
+    }
 
     /// Whether the parent may run on afterwards.
     fn parent_goes_on(&self) -> bool {
@@ -88,6 +91,12 @@ impl ParentMemory<'_> {
             .feed(self.faults, empty, table, source, protect)?;
         self.faults.look_after(&image);
         Ok(image)
+    }
+
+    /// An image that the VM will feed, with the room for it.
+    fn empty_image(&self, vm: &Vm) -> Result<EmptyImage, FreezeError> {
+        self.memory.make_room();
+        Ok(self.faults.empty_image(vm.ram().layout().len())?)
     }
 
     /// Brings all that the images under it miss, with the VM running.

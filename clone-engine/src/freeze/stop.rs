@@ -52,16 +52,6 @@ impl Freeze for Stop {
         parent.feed(prepared, table.with_own(&written), None)
     }
 
-    fn thaw(
-        &self,
-        _vm: &mut PausedVm<'_>,
-        parent: &ParentMemory<'_>,
-        image: Arc<MemoryImage>,
-    ) -> Result<(), FreezeError> {
-        parent.memory.unfeed(&image);
-        Ok(())
-    }
-
     fn parent_goes_on(&self) -> bool {
         false
     }

@@ -21,9 +21,7 @@ impl Freeze for WriteProtect {
         vm: &Vm,
         parent: &ParentMemory<'_>,
     ) -> Result<Option<EmptyImage>, FreezeError> {
-        parent.memory.make_room();
-        let len = vm.ram().layout().len();
-        Ok(Some(parent.faults.empty_image(len)?))
+        Ok(Some(parent.empty_image(vm)?))
     }
 
     fn freeze(
@@ -38,15 +36,5 @@ impl Freeze for WriteProtect {
         let populated = vm.ram().populated()?;
         let table = OwnerTable::own(vm.ram().layout().len(), &populated);
         parent.feed(prepared, table, Some(&populated))
-    }
-
-    fn thaw(
-        &self,
-        _vm: &mut PausedVm<'_>,
-        parent: &ParentMemory<'_>,
-        image: Arc<MemoryImage>,
-    ) -> Result<(), FreezeError> {
-        parent.memory.unfeed(&image);
-        Ok(())
     }
 }

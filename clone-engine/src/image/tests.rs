@@ -12,6 +12,9 @@ use forkvm_vmm::{Backing, MemoryLayout, Ram};
 use super::*;
 use crate::check_userfaultfd;
 use crate::fault::FaultHandler;
+use crate::fault::counters::Cause;
+use crate::fault::fetcher::{Arrival, Waiter};
+use crate::source::PageSink;
 
 const PAGES: u64 = 64;
 const LEN: u64 = PAGES * PAGE;

@@ -1,0 +1,342 @@
+//! Bringing pages into an image: one that a clone misses, the next one that is missing, or all.
+//!
+//! [`MemoryImage::provide`] is what a fault comes to; it never waits. The others wait, and are for
+//! whoever is not in a fault: forks, the copier, a VM that is torn down.
+#![allow(unsafe_code)] // The source of a page is given by address.
+
+use std::collections::HashSet;
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+
+use forkvm_vmm::memory::PAGE;
+
+use super::content::LineSink;
+use super::{Content, Filling, MemoryImage, Owner, insert_error, pages};
+use crate::fault::Notice;
+use crate::fault::counters::Cause;
+use crate::fault::fetcher::{Arrival, Fetcher, Waiter};
+use crate::source::local_image::LocalImage;
+use crate::source::{PageSource, SourceError};
+
+/// What became of a missing page.
+#[derive(Debug)]
+pub(crate) enum Provided {
+    /// It is in the image, as are others of this range.
+    Here(Range<u64>),
+    /// It is zero, as is this range, and is nowhere stored.
+    Zero(Range<u64>),
+    /// Its source is far; whoever waits will be told.
+    Coming,
+}
+
+/// Which missing pages are to be brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Which {
+    /// Those that the source has.
+    Own,
+    /// All that clones may look for.
+    All,
+}
+
+impl MemoryImage {
+    /// Brings the page at `offset`, which a clone misses, and some around it. Never waits for a
+    /// source that is far: then `waiter` is told.
+    pub(crate) fn provide(
+        self: &Arc<Self>,
+        offset: u64,
+        waiter: &Arc<dyn Waiter>,
+    ) -> Result<Provided, SourceError> {
+        let Some(filling) = &self.filling else {
+            // What a whole file misses is a hole, and no page of a hole is made for one clone's sake.
+            let run = match self.table.get().map(|table| table.at(offset)) {
+                Some((Owner::Zero, run)) => offset..run.end,
+                _ => offset..offset + PAGE,
+            };
+            return Ok(Provided::Zero(run));
+        };
+        filling.check_sound()?;
+        if filling.present.has(offset) {
+            return Ok(Provided::Here(offset..offset + PAGE));
+        }
+        let (owner, run) = self.known_table().at(offset);
+        let chunk = filling.chunk_of(offset, &run);
+        let here = match owner {
+            Owner::Zero => return Ok(Provided::Zero(offset..run.end)),
+            Owner::Own => self.bring_own(filling, &chunk, Cause::Fault, waiter)?,
+            Owner::Base(base) => self.bring_from(filling, base, &chunk, Cause::Fault, waiter)?,
+        };
+        Ok(if here {
+            Provided::Here(chunk)
+        } else {
+            Provided::Coming
+        })
+    }
+
+    /// Brings own pages of one run from the source. `false` when it is far and `waiter` will be told.
+    fn bring_own(
+        self: &Arc<Self>,
+        filling: &Filling,
+        range: &Range<u64>,
+        cause: Cause,
+        waiter: &Arc<dyn Waiter>,
+    ) -> Result<bool, SourceError> {
+        if filling.present.missing(range.clone()).next().is_none() {
+            // A far source has brought them since they were asked for.
+            return Ok(true);
+        }
+        let source = filling
+            .source
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        let Some(source) = &*source else {
+            return filling.lost.get().map_or(Ok(true), |why| Err(why.clone()));
+        };
+        let mut inserted = Ok(());
+        let local = source.local(range, &mut |content| {
+            inserted = self.insert_own(filling, range, Content::from(content), cause);
+        });
+        inserted?;
+        if !local {
+            let fetcher = filling.fetcher.get_or_init(Fetcher::default);
+            fetcher.want(self, source, range.clone(), cause, waiter)?;
+        }
+        Ok(local)
+    }
+
+    /// Brings pages of one run that `base` holds, by way of `base`.
+    fn bring_from(
+        self: &Arc<Self>,
+        filling: &Filling,
+        base: &Arc<MemoryImage>,
+        range: &Range<u64>,
+        cause: Cause,
+        waiter: &Arc<dyn Waiter>,
+    ) -> Result<bool, SourceError> {
+        if !base.bring(range, cause, waiter)? {
+            return Ok(false);
+        }
+        let mut sink = LineSink {
+            image: self,
+            filling,
+            cause,
+        };
+        LocalImage(base).fetch(std::slice::from_ref(range), &mut sink)?;
+        Ok(true)
+    }
+
+    /// Brings own pages of this image for one of a later image. `false` when they are far.
+    fn bring(
+        self: &Arc<Self>,
+        range: &Range<u64>,
+        cause: Cause,
+        waiter: &Arc<dyn Waiter>,
+    ) -> Result<bool, SourceError> {
+        let Some(filling) = &self.filling else {
+            return Ok(true);
+        };
+        filling.check_sound()?;
+        if filling.present.missing(range.clone()).next().is_none() {
+            return Ok(true);
+        }
+        self.bring_own(filling, range, cause, waiter)
+    }
+
+    /// Puts those pages of `range` that are its own into the image, if they are not there yet.
+    pub(crate) fn take(
+        &self,
+        range: &Range<u64>,
+        content: Content<'_>,
+        cause: Cause,
+    ) -> Result<(), SourceError> {
+        let Some(filling) = &self.filling else {
+            return Ok(());
+        };
+        for (owner, run) in self.known_table().within(range.clone()) {
+            if matches!(owner, Owner::Own) {
+                let part = content.part(run.start - range.start, run.end - run.start);
+                self.insert_own(filling, &run, part, cause)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn insert_own(
+        &self,
+        filling: &Filling,
+        range: &Range<u64>,
+        content: Content<'_>,
+        cause: Cause,
+    ) -> Result<(), SourceError> {
+        if let Some(why) = filling.lost.get() {
+            return Err(why.clone());
+        }
+        self.insert(filling, range, content, |new| {
+            filling.counters.count(cause, new);
+            filling.own_left.fetch_sub(new, Ordering::AcqRel) == new
+        })
+    }
+
+    /// Puts those pages of `range` into the image that are not there. `count` hears how many were
+    /// new, and says whether they were the last of their kind.
+    pub(super) fn insert(
+        &self,
+        filling: &Filling,
+        range: &Range<u64>,
+        content: Content<'_>,
+        count: impl Fn(u64) -> bool,
+    ) -> Result<(), SourceError> {
+        let mut last = false;
+        for part in filling.present.missing(range.clone()) {
+            let from = content.part(part.start - range.start, part.end - part.start);
+            let mut new_pages = 0;
+            let new = |new: Range<u64>| {
+                filling.present.set(&new);
+                new_pages += pages(&new);
+            };
+            // SAFETY: the content is as long as the part, and is there as long as it is borrowed.
+            let inserted = unsafe { self.store.insert(&part, from.address, new) };
+            if new_pages > 0 {
+                last |= count(new_pages);
+            }
+            inserted.map_err(|error| insert_error(part.start, &error))?;
+        }
+        if last && filling.notices.send(Notice::LastPage).is_err() {
+            tracing::trace!("an image filled up after its family's end");
+        }
+        Ok(())
+    }
+
+    /// The next missing pages at or after `from`: at most a chunk, of one owner.
+    fn next_missing(&self, from: u64, which: Which) -> Option<Range<u64>> {
+        let filling = self.filling.as_ref()?;
+        for (owner, run) in self.known_table().within(from..self.len) {
+            let mut missing = filling.present.missing(run.clone());
+            let found = match owner {
+                Owner::Zero => None,
+                Owner::Own => missing.next(),
+                Owner::Base(_) if which == Which::Own => None,
+                Owner::Base(_) => missing.find_map(|run| self.plan.get()?.own_within(run)),
+            };
+            if let Some(found) = found {
+                let chunk = filling.chunk_of(found.start, &run);
+                return Some(found.start..chunk.end.min(found.end));
+            }
+        }
+        None
+    }
+
+    /// Brings the next missing pages at or after `from`, waiting for them. `None` when there are no
+    /// more; else where they end and how many bytes they were.
+    pub(crate) fn fill_next(
+        self: &Arc<Self>,
+        from: u64,
+        which: Which,
+        cause: Cause,
+    ) -> Result<Option<Range<u64>>, SourceError> {
+        let Some(range) = self.next_missing(from, which) else {
+            return Ok(None);
+        };
+        self.fill(&range, cause)?;
+        Ok(Some(range))
+    }
+
+    /// Brings pages of one owner, waiting for them.
+    fn fill(self: &Arc<Self>, range: &Range<u64>, cause: Cause) -> Result<(), SourceError> {
+        let Some(filling) = &self.filling else {
+            return Ok(());
+        };
+        loop {
+            let arrival = Arc::new(Arrival::default());
+            let waiter: Arc<dyn Waiter> = arrival.clone();
+            let here = match self.known_table().at(range.start).0 {
+                Owner::Zero => true,
+                Owner::Own => self.bring_own(filling, range, cause, &waiter)?,
+                Owner::Base(base) => self.bring_from(filling, base, range, cause, &waiter)?,
+            };
+            if here {
+                return Ok(());
+            }
+            arrival.wait()?;
+        }
+    }
+
+    /// Brings everything that is missing, waiting for it.
+    pub(crate) fn fill_all(self: &Arc<Self>, which: Which) -> Result<(), SourceError> {
+        let mut from = 0;
+        while let Some(filled) = self.fill_next(from, which, Cause::Background)? {
+            from = filled.end;
+        }
+        Ok(())
+    }
+
+    /// Brings everything that a clone could miss, here and in the images that are mapped with it.
+    pub(crate) fn complete(self: &Arc<Self>) -> Result<(), SourceError> {
+        complete(&self.mapped())
+    }
+
+    /// Brings the page at `offset` and those around it, waiting for them, to wherever the clones of
+    /// this image look for it. Returns the image and whether it holds the page at all.
+    fn fill_at(self: &Arc<Self>, offset: u64) -> Result<Option<Arc<MemoryImage>>, SourceError> {
+        let mapped = match self.plan.get() {
+            Some(plan) => plan.at(offset, self),
+            None => self.clone(),
+        };
+        if let Some(filling) = &mapped.filling {
+            let (owner, run) = mapped.known_table().at(offset);
+            if matches!(owner, Owner::Zero) {
+                return Ok(None);
+            }
+            mapped.fill(&filling.chunk_of(offset, &run), Cause::Prefetch)?;
+        }
+        Ok(Some(mapped))
+    }
+
+    /// Brings the page at `offset` ahead of its first access.
+    pub(crate) fn prefetch(self: &Arc<Self>, offset: u64) -> Result<(), SourceError> {
+        self.fill_at(offset).map(|_image| ())
+    }
+
+    /// Reads the 64-bit word at `offset`, as a clone would see it at its start.
+    pub(crate) fn read_word(self: &Arc<Self>, offset: u64) -> Result<u64, SourceError> {
+        let mut word = [0; 8];
+        if let Some(image) = self.fill_at(offset & !(PAGE - 1))? {
+            let read = image.read(offset, &mut word);
+            read.map_err(|error| insert_error(offset, &error))?;
+        }
+        Ok(u64::from_le_bytes(word))
+    }
+}
+
+impl Filling {
+    /// An error once what the image holds cannot be relied on.
+    fn check_sound(&self) -> Result<(), SourceError> {
+        self.spoiled.get().map_or(Ok(()), |why| Err(why.clone()))
+    }
+
+    /// The chunk around `offset`, cut to `run`.
+    fn chunk_of(&self, offset: u64, run: &Range<u64>) -> Range<u64> {
+        let start = offset - offset % self.config.chunk;
+        start.max(run.start)..(start + self.config.chunk).min(run.end)
+    }
+}
+
+/// Brings everything that is missing in images that are mapped together.
+pub(crate) fn complete(mapped: &[(Range<u64>, Arc<MemoryImage>)]) -> Result<(), SourceError> {
+    distinct(mapped).try_for_each(|image| {
+        image.fill_all(Which::All)?;
+        image.settle();
+        Ok(())
+    })
+}
+
+/// Each image of a mapping once.
+pub(crate) fn distinct(
+    mapped: &[(Range<u64>, Arc<MemoryImage>)],
+) -> impl Iterator<Item = &Arc<MemoryImage>> {
+    let mut seen = HashSet::new();
+    mapped
+        .iter()
+        .map(|(_, image)| image)
+        .filter(move |image| seen.insert(Arc::as_ptr(image)))
+}
