@@ -1,7 +1,7 @@
 //! fork() for virtual machines: the engine.
 //!
 //! A running VM is a [`Member`] of a [`Family`]: a `forkvm_vmm::Vm` and the thread that serves it.
-//! A fork ([`fork`]) pauses the parent, saves its state, lets a [`freeze::Freeze`] turn its memory
+//! A fork ([`fork`]) pauses the parent, saves its state, lets a `freeze::Freeze` turn its memory
 //! into an immutable [`image::MemoryImage`] and its disks into read-only bases, and lets the parent
 //! run on. What it leaves is a [`ForkPoint`]; a [`spawn::Spawner`] makes clones from it, now or
 //! later. Everything that happens on the way is a [`Phase`], and a phase that fails is rolled back.

@@ -1,8 +1,8 @@
 //! Serves the page faults of lazy memory: a few threads for all VMs of a family.
 //!
-//! Where a page fault goes: [`shard`] reads it, [`VmMemory`] knows what is mapped or protected
-//! there, [`MemoryImage`](crate::image::MemoryImage) brings the page, from a
-//! [`PageSource`](crate::source::PageSource) at hand or by way of [`fetcher`].
+//! Where a page fault goes: `shard` reads it, `VmMemory` knows what is mapped or protected
+//! there, [`MemoryImage`] brings the page, from a
+//! [`PageSource`] at hand or by way of `fetcher`.
 //!
 //! It cannot hang a clone. Fault threads never wait for a source. The userfaultfds belong to the
 //! supervisor: a fault thread that dies is replaced, and everybody who waits is woken to fault again.

@@ -1,8 +1,8 @@
 //! How a parent's memory becomes an image.
 //!
-//! A [`Freeze`] works on a paused VM. What it returns is undone by [`Freeze::thaw`] as long as the
+//! A `Freeze` works on a paused VM. What it returns is undone by `Freeze::thaw` as long as the
 //! VM has not run on, so that a later phase may fail. What needs no pause is done before it
-//! ([`Freeze::prepare`]).
+//! (`Freeze::prepare`).
 
 mod copy;
 mod delta;
@@ -105,10 +105,10 @@ impl ParentMemory<'_> {
     }
 }
 
-/// The word for a [`Freeze`].
+/// The word for a `Freeze`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum FreezeKind {
-    /// What serves the memory mode, and is cheapest: see [`FreezeKind::choose`].
+    /// What serves the memory mode, and is cheapest: see `FreezeKind::choose`.
     #[default]
     Auto,
     /// The parent's own memfd becomes the image and the parent goes on in a private mapping of it:

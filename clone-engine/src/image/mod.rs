@@ -4,9 +4,9 @@
 //! never written again, and clones map it copy-on-write without anybody's help. An image that still
 //! *fills* has a [`PageSource`] for its own pages, and an owner table that says which pages those
 //! are, which one of the earlier images of its line holds, and which are zero. Clones map it all the
-//! same: a page that is missing raises a fault, and [`MemoryImage::provide`] brings it.
+//! same: a page that is missing raises a fault, and `MemoryImage::provide` brings it.
 //!
-//! **Why a page is never torn.** A page enters by [`store::Store::insert`] only, which is atomic and
+//! **Why a page is never torn.** A page enters by `store::Store::insert` only, which is atomic and
 //! where the first one wins. A page of a live parent may be written while it is copied; but the
 //! parent's write waits until the page is in every image that needs it, so whoever copied the torn
 //! page comes second and its copy is dropped. Hence copiers need no lock among each other.

@@ -1,7 +1,7 @@
 //! Where the pages of an image come from while it fills: a [`PageSource`].
 //!
-//! A source may be the memory of a VM of this process ([`live_parent`]), an earlier image
-//! ([`local_image`]), a file ([`saved_memory`]), later another host. Nothing may assume that it is near, fast or alive: what
+//! A source may be the memory of a VM of this process (`live_parent`), an earlier image
+//! (`local_image`), a file (`saved_memory`), later another host. Nothing may assume that it is near, fast or alive: what
 //! is not at hand ([`PageSource::local`]) is fetched by a thread of its own, with a deadline, and a
 //! source that fails costs the clones that needed the page, and nobody else.
 
