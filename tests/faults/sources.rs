@@ -135,7 +135,7 @@ fn a_grandchild_ends_with_the_reason_of_its_grandparents_source() {
     let origin = Origin::new(freeze, DEADLINE);
     let ticket = origin.fork(origin.vm.member(), freeze, 2);
     let mut clone = origin.clone_of(&ticket, 0);
-    clone.write(30, 1, 2);
+    clone.write(20, 1, 2);
     let below = origin.fork(&clone.member, FreezeKind::Delta, 2);
     let mut grandchildren = [0, 1].map(|number| origin.clone_of(&below, number));
     origin.switch.set(origin.page(5), Manner::Fail);
@@ -146,7 +146,7 @@ fn a_grandchild_ends_with_the_reason_of_its_grandparents_source() {
         asked + SOON,
         "VM vm cannot deliver",
     );
-    grandchildren[1].expect(30, 1, 2);
+    grandchildren[1].expect(20, 1, 2);
     grandchildren[1].expect(6, FIRST + 6, 10);
     clone.expect(6, FIRST + 6, 10);
     origin.switch.set_all(Manner::Near);
