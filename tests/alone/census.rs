@@ -119,6 +119,19 @@ pub(crate) fn settled(before: Option<&Census>, take: impl Fn() -> Census) -> Cen
     }
 }
 
+/// What `take` sees once it does not change by itself: what came before may still be going.
+pub(crate) fn stable(take: impl Fn() -> Census) -> Census {
+    let mut last = take();
+    loop {
+        thread::sleep(Duration::from_millis(20));
+        let now = take();
+        if now == last {
+            return now;
+        }
+        last = now;
+    }
+}
+
 /// What `take` sees comes to be `before` again.
 pub(crate) fn expect_again(before: &Census, take: impl Fn() -> Census, what: &str) {
     let now = settled(Some(before), take);

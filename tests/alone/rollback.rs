@@ -23,7 +23,7 @@ use forkvm::vmm::PausedVm;
 use forkvm::{CloneSpec, DiskSource, End, Error, FreezeKind, MemoryMode};
 
 use crate::alone;
-use crate::census::{Census, expect_again, settled};
+use crate::census::{Census, expect_again, settled, stable};
 use crate::common::{
     Guest, LONG, Setup, expect_end, expect_oracle_ok, finish_oracle, fork_by, need_kvm,
 };
@@ -130,7 +130,9 @@ fn expect_disk_files(failure: Failure, forks: u32, folder: &Path) {
 /// An oracle with a raw disk, halted, so that what it holds changes by forks only.
 fn idle_oracle(disk: &RawDisk, saboteur: &Saboteur) -> Guest {
     let saboteur = saboteur.clone();
+    // Its copier would start, and hold images, at moments of its own.
     let vm = Setup::new("job=oracle mib=1")
+        .no_copier()
         .vcpus(2)
         .disk(disk.source())
         .hook(move |phase, _| saboteur.enter(phase))
@@ -167,7 +169,7 @@ fn host_fork_fails(way: Way, failure: Failure) {
     }
     let spec = fork_by(way.freeze, way.mode, 2);
 
-    let before = census(failure, &disk);
+    let before = stable(|| census(failure, &disk));
     saboteur.arm(failure);
     let error = vm
         .fork(spec)
@@ -227,6 +229,7 @@ fn guest_fork_fails(failure: Failure) {
         }
     };
     let setup = Setup::new("job=fork n=2 mib=1 tries=2")
+        .no_copier()
         .vcpus(2)
         .disk(disk.source());
     let vm = setup.hook(hook).boot();
