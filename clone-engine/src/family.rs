@@ -11,6 +11,7 @@ use crate::fork::CloneSpec;
 use crate::identity::Identity;
 use crate::member::Member;
 use crate::phase::{NoObserver, Observer};
+use crate::pool::{Pool, PoolConfig};
 use crate::saved::Saver;
 use crate::source::Sources;
 use crate::spawn::Spawner;
@@ -46,6 +47,8 @@ pub struct FamilyConfig {
     /// The same for a guest whose VM still maps its memory shared, one that was booted and never
     /// remapped: freeze `delta` does not go with it. Without it, as `guest_forks` says.
     pub guest_forks_while_shared: Option<CloneSpec>,
+    /// How many shells wait for clones.
+    pub pool: PoolConfig,
     /// How page faults of lazy memory are served.
     pub faults: FaultConfig,
     /// What stands between images and the sources of their pages; nothing by default.
@@ -62,6 +65,7 @@ impl Default for FamilyConfig {
             spawner: Arc::new(InProcess),
             guest_forks: CloneSpec::default(),
             guest_forks_while_shared: None,
+            pool: PoolConfig::default(),
             faults: FaultConfig::default(),
             sources: None,
             saver: None,
@@ -74,6 +78,7 @@ pub struct Family {
     kvm: Arc<Kvm>,
     config: FamilyConfig,
     running: Mutex<Running>,
+    pool: Pool,
     faults: FaultHandler,
 }
 
@@ -90,6 +95,7 @@ impl Family {
     pub fn new(kvm: Arc<Kvm>, config: FamilyConfig) -> Arc<Family> {
         let faults = FaultHandler::new(config.faults, config.sources.clone());
         Arc::new(Family {
+            pool: Pool::new(kvm.clone(), config.pool),
             kvm,
             faults,
             config,
@@ -105,6 +111,11 @@ impl Family {
     /// What serves the page faults of its VMs.
     pub fn faults(&self) -> &FaultHandler {
         &self.faults
+    }
+
+    /// The shells that wait for its clones.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
     }
 
     pub(crate) fn kvm(&self) -> &Arc<Kvm> {

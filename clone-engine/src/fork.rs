@@ -196,7 +196,6 @@ impl Parent<'_> {
             return Err(ForkError::Ended);
         }
         let disks = disks.keep();
-        let (config, layout) = (paused.config().clone(), paused.ram().layout().clone());
         if freeze.parent_goes_on() {
             paused.resume();
             observer.parent_paused(stands_since.elapsed());
@@ -206,13 +205,13 @@ impl Parent<'_> {
         phase.done();
 
         let first_pages = FirstPages {
-            layout: &layout,
             state: &state,
             doorbell: doorbell_page,
         };
         let published = parent.publish(observer, freeze, &image, mode, granted, &first_pages);
-        let populated = match published {
-            Ok(populated) => populated,
+        let published = published.and_then(|populated| Ok((populated, state.to_sections()?)));
+        let (populated, sections) = match published {
+            Ok(published) => published,
             Err(error) => {
                 if !freeze.parent_goes_on() {
                     self.vm.pause(request.spec.pause_deadline)?.resume();
@@ -223,9 +222,8 @@ impl Parent<'_> {
         let point = ForkPoint {
             family: self.family.clone(),
             parent: self.identity.clone(),
-            config,
-            layout,
-            state,
+            state: Arc::new(state),
+            sections,
             image,
             populated,
             freeze: freeze.kind(),
@@ -333,9 +331,9 @@ pub enum ForkError {
     /// Memory that the clones need from the start cannot be had.
     #[error("phase publish")]
     Source(#[from] SourceError),
-    /// The state names memory in a way that cannot be read.
-    #[error("phase publish: finding the pages that the state names")]
-    FirstPages(#[from] SectionError),
+    /// The state could not be encoded.
+    #[error("phase publish: encoding the state")]
+    State(#[from] SectionError),
     /// A clone could not be made.
     #[error("phase spawn")]
     Spawn(#[from] SpawnError),

@@ -150,7 +150,7 @@ impl Member {
         self.watch.lock().timeline
     }
 
-    /// What the guest has reported so far, and when it was seen.
+    /// What the guest has reported so far, and when it was seen: the first 4,096 reports.
     pub fn reports(&self) -> Vec<(u32, Instant)> {
         self.watch.lock().reports.clone()
     }
@@ -241,13 +241,7 @@ impl Member {
         times: usize,
         deadline: Duration,
     ) -> Result<(), MemberError> {
-        let reported = |seen: &Seen| {
-            seen.reports
-                .iter()
-                .filter(|report| report.0 == value)
-                .count()
-                >= times
-        };
+        let reported = |seen: &Seen| seen.count(value) >= times;
         let seen = self.watch.wait_until(Some(deadline), |seen| {
             reported(seen) || seen.finished.is_some()
         });

@@ -27,15 +27,15 @@ const PAGEMAP: &str = "/proc/self/pagemap";
 
 impl Ram {
     /// The pages that a private mapping has for itself, as ranges of file offsets: rising, apart,
-    /// each as long as can be. Empty for a shared mapping.
+    /// each as long as can be. Empty for any other.
     ///
     /// A page that UFFDIO_ZEROPAGE has put into the mapping is not among them. Before Linux 6.7
     /// that takes CAP_SYS_ADMIN: a process that may not see page frame numbers gets such pages as
     /// its own. That is right, since they read as what they hold, but wasteful.
     pub fn own_pages(&self) -> Result<Vec<Range<u64>>, MemoryError> {
-        if let Backing::Shared(_) = self.backing {
+        let Backing::Private(_) = self.backing else {
             return Ok(Vec::new());
-        }
+        };
         let pagemap = open()?;
         if can_scan(&pagemap) {
             self.pages_by(|mapping, add| scan::pages(&pagemap, mapping, Wanted::Own, add))
