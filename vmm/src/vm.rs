@@ -33,9 +33,11 @@ use crate::vcpu::{
 };
 
 mod state;
+mod stats;
 mod summary;
 
 pub use state::HostError;
+pub use stats::{KvmStats, StatsError};
 pub use summary::{MachineSummary, VcpuSummary};
 
 /// Three pages that real-mode emulation on Intel needs, out of the way of RAM and devices
@@ -324,6 +326,11 @@ impl Vm {
     /// Its memory.
     pub fn ram(&self) -> &Ram {
         &self.inner.ram
+    }
+
+    /// What KVM counts of it. The VM runs on meanwhile.
+    pub fn kvm_stats(&self) -> Result<KvmStats, StatsError> {
+        KvmStats::read(&self.inner.vm)
     }
 }
 

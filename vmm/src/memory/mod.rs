@@ -7,6 +7,7 @@
 
 mod own_pages;
 mod populated;
+mod residency;
 mod source;
 
 use std::ffi::CStr;
@@ -25,6 +26,7 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
 pub use populated::data_extents;
+pub use residency::Residency;
 pub use source::RamSource;
 
 /// Bytes of a page, the unit in which RAM is populated, copied and freed.
