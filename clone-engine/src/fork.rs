@@ -22,7 +22,7 @@ use crate::fork_point::ForkPoint;
 use crate::freeze::{Freeze, FreezeError, FreezeKind, ParentMemory};
 use crate::identity::Identity;
 use crate::image::{MemoryImage, Plan};
-use crate::limits::{self, LimitError};
+use crate::limits::{self, LimitError, Need};
 use crate::member::Member;
 use crate::phase::{self, Observer, Phase, Vetoed};
 use crate::source::SourceError;
@@ -196,6 +196,7 @@ impl Parent<'_> {
             return Err(ForkError::Ended);
         }
         let disks = disks.keep();
+        self.family.keep_account_of(&image);
         let (config, layout) = (paused.config().clone(), paused.ram().layout().clone());
         if freeze.parent_goes_on() {
             paused.resume();
@@ -299,14 +300,14 @@ fn grant(vm: &Vm, spec: &CloneSpec, freeze: &dyn Freeze) -> Result<u32, ForkErro
         }
         _ => 0,
     };
-    let (write_mib, fewer) = (spec.expected_write_mib, spec.accept_fewer);
-    Ok(limits::grant(
-        vm.config(),
-        spec.count,
-        fewer,
-        write_mib,
+    let need = Need {
+        config: vm.config(),
+        expected_write_mib: spec.expected_write_mib,
+        // What a plan adds comes out of what is to spare.
+        pieces: vm.ram().layout().regions().len() as u64,
         copy_kib,
-    )?)
+    };
+    Ok(limits::grant(&need, spec.count, spec.accept_fewer)?)
 }
 
 /// Why nothing was forked. The parent runs on.

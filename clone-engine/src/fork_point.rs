@@ -13,7 +13,7 @@ use crate::fork::{ForkError, MemoryMode};
 use crate::freeze::FreezeKind;
 use crate::identity::Identity;
 use crate::image::MemoryImage;
-use crate::limits;
+use crate::limits::{self, Need};
 use crate::member::Member;
 use crate::phase::{self, Phase};
 
@@ -49,7 +49,13 @@ impl ForkPoint {
     /// Spawns `count` clones: all of them run, or none and an error says why. Each is expected to
     /// write as much as the spec of the fork said; the host must have room for that.
     pub fn spawn(self: &Arc<Self>, count: u32) -> Result<Vec<Arc<Member>>, ForkError> {
-        let granted = limits::grant(&self.config, count, false, self.expected_write_mib, 0)?;
+        let need = Need {
+            config: &self.config,
+            expected_write_mib: self.expected_write_mib,
+            pieces: self.image.mapped().len().max(self.layout.regions().len()) as u64,
+            copy_kib: 0,
+        };
+        let granted = limits::grant(&need, count, false)?;
         self.spawn_granted(granted)
     }
 

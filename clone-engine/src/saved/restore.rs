@@ -106,6 +106,7 @@ impl Family {
         let table = OwnerTable::own(layout.len(), &source.data());
         let empty = self.faults().empty_image(layout.len())?;
         let image = self.faults().image_of(empty, table, Arc::new(source));
+        self.keep_account_of(&image);
         image.publish(Plan::whole(layout.len()))?;
         let first_pages = FirstPages {
             layout,
