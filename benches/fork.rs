@@ -1,16 +1,16 @@
 //! The figures that forkvm is about, measured on the embedded guest and printed. Nothing is
 //! asserted: what a time is worth is for whoever knows the host.
 //!
-//!     cargo bench --bench fork [-- instantiate | remap | fanout | memory | pause | first-action | page]
+//!     cargo bench --bench fork [-- instantiate | remap | fanout | request | memory | pause | first-action | page]
 
 #[path = "../tests/common/mod.rs"]
 mod common;
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::time::{Duration, Instant};
 
 use forkvm::abi::doorbell::report;
+use forkvm::engine::accounting::{HostKernelUse, ProcessUse};
 use forkvm::engine::{Member, Phase};
 use forkvm::vmm::Kvm;
 use forkvm::{CloneSpec, End, ForkPoint, FreezeKind, MemoryMode};
@@ -66,19 +66,6 @@ fn print_times_ns(name: &str, mut times: Vec<Duration>) {
 fn wait_for_action(clone: &Member) -> Instant {
     clone.wait_report(report::ACTION, 1, LONG).unwrap();
     clone.timeline().first_action.unwrap()
-}
-
-/// `Anonymous` of this process, in KiB.
-fn anonymous_kib() -> u64 {
-    let rollup = fs::read_to_string("/proc/self/smaps_rollup").unwrap();
-    let line = rollup
-        .lines()
-        .find_map(|line| line.strip_prefix("Anonymous:"));
-    line.unwrap()
-        .trim()
-        .trim_end_matches(" kB")
-        .parse()
-        .unwrap()
 }
 
 fn instantiate_one_clone_to_its_first_action() {
@@ -143,18 +130,72 @@ fn thirty_two_clones_run_after_the_fork_point_exists() {
     print_times("32 clones, first guest action of the last", first_action);
 }
 
-fn private_memory_of_an_idle_clone_at_its_first_action() {
-    let vm = warm(64);
+/// Whether a fork can be granted is asked while somebody waits for it, in a process with many VMs too.
+fn request_beside_other_vms() {
+    let vm = warm(16);
     let point = keep(&vm);
-    // The allocator's own, once.
-    wait_for_action(&point.spawn(1).unwrap()[0]);
-    let count = 32;
-    let before = anonymous_kib();
-    for clone in point.spawn(count).unwrap() {
-        wait_for_action(&clone);
+    for others in [0, scaled(300, 4)] {
+        let others = match others {
+            0 => Vec::new(),
+            count => point.spawn(count).unwrap(),
+        };
+        let before = vm.log.phases().len();
+        for _ in 0..scaled(50, 2) {
+            drop(vm.fork_point(CloneSpec::new(1)).unwrap());
+        }
+        let phases = vm.log.phases().into_iter().skip(before);
+        let requests = phases.filter(|(phase, _)| *phase == Phase::Request);
+        let name = format!("request, beside {} other VMs", others.len() + 1);
+        print_times(&name, requests.map(|(_, took)| took).collect());
     }
-    let each = (anonymous_kib() - before) / u64::from(count);
-    println!("private memory of an idle clone at its first action: {each} KiB");
+}
+
+/// What an idle clone takes at its first action: by the kernel's accounts, of the process and of the
+/// whole host, and by what the engine says of each VM. The constants of the engine's limits come from
+/// here (clone-engine/src/accounting/idle.rs); the host must do nothing else.
+fn memory_of_idle_clones() {
+    let usage = || (ProcessUse::now().unwrap(), HostKernelUse::now().unwrap());
+    for (memory_mib, mib, vcpus) in [(512, 64, 1), (512, 64, 4), (64, 16, 1)] {
+        let vm = Setup::new(format!("job=touch mib={mib} idle=1"))
+            .memory_mib(memory_mib)
+            .vcpus(vcpus)
+            .boot();
+        vm.wait_ready(LONG).unwrap();
+        let point = keep(&vm);
+        // The allocator's own, once.
+        wait_for_action(&point.spawn(1).unwrap()[0]);
+        let count = scaled(100, 8);
+        let before = usage();
+        let clones = point.spawn(count).unwrap();
+        for clone in &clones {
+            wait_for_action(clone);
+        }
+        let after = usage();
+        let each = |after: u64, before: u64| (after as f64 - before as f64) / f64::from(count);
+        let (process, kernel) = (after.0, after.1);
+        println!("an idle clone of a VM with {memory_mib} MiB, {vcpus} vCPUs (n={count}), in KiB:");
+        println!(
+            "  process: private {:.1}, page tables {:.1}",
+            each(process.anonymous_kib, before.0.anonymous_kib),
+            each(process.page_tables_kib, before.0.page_tables_kib),
+        );
+        println!(
+            "  host's kernel: {:.1}: slab {:.1}, vmalloc {:.1}, page tables {:.1}, for guests {:.1}, \
+             percpu {:.1}",
+            each(kernel.total_kib(), before.1.total_kib()),
+            each(kernel.slab_kib, before.1.slab_kib),
+            each(kernel.vmalloc_kib, before.1.vmalloc_kib),
+            each(kernel.page_tables_kib, before.1.page_tables_kib),
+            each(kernel.guest_page_tables_kib, before.1.guest_page_tables_kib),
+            each(kernel.percpu_kib, before.1.percpu_kib),
+        );
+        let start = Instant::now();
+        let uses: Vec<_> = clones
+            .iter()
+            .map(|clone| clone.memory_use().unwrap())
+            .collect();
+        println!("  one VM: {:?}, in {:?}", uses[0], start.elapsed() / count);
+    }
 }
 
 /// A clone's time to read `pages` pages in order, each checked, divided by them.
@@ -278,14 +319,12 @@ fn pause_by_freeze() {
 /// One group of figures, by a word to choose it with.
 type Group = (&'static str, fn());
 
-const GROUPS: [Group; 7] = [
+const GROUPS: [Group; 8] = [
     ("instantiate", instantiate_one_clone_to_its_first_action),
     ("remap", pause_of_a_parent_by_remap_with_100_mib_populated),
     ("fanout", thirty_two_clones_run_after_the_fork_point_exists),
-    (
-        "memory",
-        private_memory_of_an_idle_clone_at_its_first_action,
-    ),
+    ("request", request_beside_other_vms),
+    ("memory", memory_of_idle_clones),
     ("pause", pause_by_freeze),
     ("first-action", first_action_of_a_cold_lazy_clone),
     (

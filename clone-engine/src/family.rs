@@ -1,7 +1,7 @@
 //! A family: all VMs that came of one, and what they have in common.
 
 use std::io::{self, Write};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use forkvm_vmm::Kvm;
 use thiserror::Error;
@@ -9,6 +9,7 @@ use thiserror::Error;
 use crate::fault::{FaultConfig, FaultHandler};
 use crate::fork::CloneSpec;
 use crate::identity::Identity;
+use crate::image::MemoryImage;
 use crate::member::Member;
 use crate::phase::{NoObserver, Observer};
 use crate::pool::{Pool, PoolConfig};
@@ -80,6 +81,8 @@ pub struct Family {
     running: Mutex<Running>,
     pool: Pool,
     faults: FaultHandler,
+    /// What VMs of it map or may come to map.
+    images: Mutex<Vec<Weak<MemoryImage>>>,
 }
 
 #[derive(Default)]
@@ -100,6 +103,7 @@ impl Family {
             faults,
             config,
             running: Mutex::default(),
+            images: Mutex::default(),
         })
     }
 
@@ -149,6 +153,19 @@ impl Family {
         } else {
             Ok(())
         }
+    }
+
+    /// `image` holds memory of its VMs from now on.
+    pub(crate) fn keep_account_of(&self, image: &Arc<MemoryImage>) {
+        let mut images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
+        images.retain(|image| image.strong_count() > 0);
+        images.push(Arc::downgrade(image));
+    }
+
+    /// The images that hold memory of its VMs.
+    pub(crate) fn images(&self) -> Vec<Arc<MemoryImage>> {
+        let images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
+        images.iter().filter_map(Weak::upgrade).collect()
     }
 
     /// The VMs that run now.

@@ -22,9 +22,10 @@ use crate::fork_point::ForkPoint;
 use crate::freeze::{Freeze, FreezeError, FreezeKind, ParentMemory};
 use crate::identity::Identity;
 use crate::image::{MemoryImage, Plan};
-use crate::limits::{self, LimitError};
+use crate::limits::{self, LimitError, Need};
 use crate::member::Member;
 use crate::phase::{self, Observer, Phase, Vetoed};
+use crate::pool::Pool;
 use crate::source::SourceError;
 use crate::spawn::SpawnError;
 use crate::vm_memory::VmMemory;
@@ -160,7 +161,7 @@ impl Parent<'_> {
         let lazy = || faults.shard().is_ok();
         let (freeze, why) = request.spec.freeze.choose(backing, mode, lazy)?;
         tracing::debug!(asked = %request.spec.freeze, chosen = %freeze.kind(), why, "freeze");
-        let granted = grant(self.vm, request.spec, freeze)?;
+        let granted = grant(self.family.pool(), self.vm, request.spec, freeze)?;
         self.disks.iter().try_for_each(DiskSource::flush)?;
         let prepared = freeze.prepare(self.vm, &parent)?;
         phase.done();
@@ -196,6 +197,7 @@ impl Parent<'_> {
             return Err(ForkError::Ended);
         }
         let disks = disks.keep();
+        self.family.keep_account_of(&image);
         if freeze.parent_goes_on() {
             paused.resume();
             observer.parent_paused(stands_since.elapsed());
@@ -285,7 +287,7 @@ impl ParentMemory<'_> {
 }
 
 /// How many clones the host has room for, within what was asked.
-fn grant(vm: &Vm, spec: &CloneSpec, freeze: &dyn Freeze) -> Result<u32, ForkError> {
+fn grant(pool: &Pool, vm: &Vm, spec: &CloneSpec, freeze: &dyn Freeze) -> Result<u32, ForkError> {
     let copy_kib = match freeze.kind() {
         FreezeKind::Copy => {
             vm.ram()
@@ -297,14 +299,16 @@ fn grant(vm: &Vm, spec: &CloneSpec, freeze: &dyn Freeze) -> Result<u32, ForkErro
         }
         _ => 0,
     };
-    let (write_mib, fewer) = (spec.expected_write_mib, spec.accept_fewer);
-    Ok(limits::grant(
-        vm.config(),
-        spec.count,
-        fewer,
-        write_mib,
+    let layout = vm.ram().layout();
+    let need = Need {
+        config: vm.config(),
+        expected_write_mib: spec.expected_write_mib,
+        // What a plan adds comes out of what is to spare.
+        pieces: layout.regions().len() as u64,
         copy_kib,
-    )?)
+        shells: pool.ready(layout, vm.config().vcpus),
+    };
+    Ok(limits::grant(&need, spec.count, spec.accept_fewer)?)
 }
 
 /// Why nothing was forked. The parent runs on.

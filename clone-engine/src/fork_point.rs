@@ -13,7 +13,7 @@ use crate::fork::{ForkError, MemoryMode};
 use crate::freeze::FreezeKind;
 use crate::identity::Identity;
 use crate::image::MemoryImage;
-use crate::limits;
+use crate::limits::{self, Need};
 use crate::member::Member;
 use crate::phase::{self, Phase};
 use crate::pool::PoolError;
@@ -50,7 +50,15 @@ impl ForkPoint {
     /// Spawns `count` clones: all of them run, or none and an error says why. Each is expected to
     /// write as much as the spec of the fork said; the host must have room for that.
     pub fn spawn(self: &Arc<Self>, count: u32) -> Result<Vec<Arc<Member>>, ForkError> {
-        let granted = limits::grant(self.config(), count, false, self.expected_write_mib, 0)?;
+        let layout = self.state.layout();
+        let need = Need {
+            config: self.config(),
+            expected_write_mib: self.expected_write_mib,
+            pieces: self.image.mapped().len().max(layout.regions().len()) as u64,
+            copy_kib: 0,
+            shells: self.family.pool().ready(layout, self.config().vcpus),
+        };
+        let granted = limits::grant(&need, count, false)?;
         self.spawn_granted(granted)
     }
 

@@ -10,6 +10,7 @@
 //! restores the state and writes the clone's own answer into its doorbell page; the vCPU goes on
 //! behind the `out` instruction with which the parent asked, or wherever it was paused.
 
+pub mod accounting;
 mod boot;
 mod disks;
 mod end;

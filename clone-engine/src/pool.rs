@@ -13,10 +13,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use forkvm_vmm::{Kvm, MachineState, MemoryError, Ram, Shell, VmError};
+use forkvm_vmm::{Kvm, MachineState, MemoryError, MemoryLayout, Ram, Shell, VmError};
 use thiserror::Error;
 
-use crate::limits::{self, LimitError};
+use crate::limits::{self, LimitError, Need};
 use crate::parked::Parked;
 
 /// How long nobody must have taken a shell before new ones are built: who takes some wants the CPUs
@@ -59,6 +59,12 @@ struct Shelf {
     shells: Vec<Pooled>,
     /// The last attempt at one more failed: not tried again until one is asked for.
     stuck: bool,
+}
+
+impl Shelf {
+    fn fits(&self, layout: &MemoryLayout, vcpus: u32) -> bool {
+        self.model.layout() == layout && self.model.config().vcpus == vcpus
+    }
 }
 
 /// A shell, and the thread that will serve its VM.
@@ -121,12 +127,12 @@ impl Pool {
     /// Has `count` shells ready for the shape of `state`, if the host has room for them; those that
     /// are there count. Returns how many are there then.
     pub(crate) fn fill(&self, state: &Arc<MachineState>, count: u32) -> Result<u32, PoolError> {
-        let ready = self.ready(state);
-        if ready < count {
-            limits::grant(state.config(), count - ready, false, 0, 0)?;
+        let ready = || self.ready(state.layout(), state.config().vcpus);
+        if ready() < count {
+            limits::grant(&Need::of_shells(state), count - ready(), false)?;
         }
         loop {
-            let ready = self.ready(state);
+            let ready = ready();
             if ready >= count {
                 return Ok(ready);
             }
@@ -135,8 +141,11 @@ impl Pool {
         }
     }
 
-    fn ready(&self, state: &Arc<MachineState>) -> u32 {
-        self.shared.lock().of(state).shells.len() as u32
+    /// Shells that wait for machines of this shape.
+    pub(crate) fn ready(&self, layout: &MemoryLayout, vcpus: u32) -> u32 {
+        let shelves = self.shared.lock();
+        let shelf = shelves.list.iter().find(|shelf| shelf.fits(layout, vcpus));
+        shelf.map_or(0, |shelf| shelf.shells.len() as u32)
     }
 
     /// Shells that wait, of all shapes.
@@ -162,11 +171,9 @@ impl Pool {
 
 impl Shelves {
     fn of(&mut self, state: &Arc<MachineState>) -> &mut Shelf {
-        let fits = |shelf: &Shelf| {
-            shelf.model.layout() == state.layout()
-                && shelf.model.config().vcpus == state.config().vcpus
-        };
-        let index = self.list.iter().position(fits).unwrap_or_else(|| {
+        let (layout, vcpus) = (state.layout(), state.config().vcpus);
+        let found = self.list.iter().position(|shelf| shelf.fits(layout, vcpus));
+        let index = found.unwrap_or_else(|| {
             self.list.push(Shelf {
                 model: state.clone(),
                 shells: Vec::new(),
@@ -220,7 +227,7 @@ impl Shared {
     }
 
     fn build_one(&self, model: &MachineState) -> Result<Pooled, PoolError> {
-        limits::grant(model.config(), 1, false, 0, 0)?;
+        limits::grant(&Need::of_shells(model), 1, false)?;
         Pooled::build(&self.kvm, model)?.primed(model)
     }
 }

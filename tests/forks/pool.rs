@@ -148,4 +148,9 @@ fn in_a_process_with_few_descriptors() {
     };
     assert_eq!(*limit, Limit::Descriptors);
     assert!(error.to_string().contains("ulimit"), "{error}");
+    // What there is room for, it can have, and all of them become clones.
+    point.fill_pool(*room).unwrap();
+    for clone in point.spawn(*room).unwrap() {
+        clone.wait_report(report::ACTION, 1, LONG).unwrap();
+    }
 }

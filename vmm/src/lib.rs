@@ -29,6 +29,6 @@ pub use memory::{Backing, MemoryError, MemoryLayout, Ram, RamRegion};
 pub use vcpu::kick;
 pub use vcpu::{RunError, StateError};
 pub use vm::{
-    EndReason, EventSink, HostError, MachineState, MachineSummary, PausedVm, ReadyVm, Shell,
-    VcpuSummary, Vm, VmError, VmEvent,
+    EndReason, EventSink, HostError, KvmStats, MachineState, MachineSummary, PausedVm, ReadyVm,
+    Shell, StatsError, VcpuSummary, Vm, VmError, VmEvent,
 };

@@ -19,11 +19,13 @@ mod objects;
 mod runner;
 mod shell;
 mod state;
+mod stats;
 mod summary;
 
 use objects::KvmObjects;
 pub use shell::Shell;
 pub use state::{HostError, MachineState};
+pub use stats::{KvmStats, StatsError};
 pub use summary::{MachineSummary, VcpuSummary};
 
 /// What a VM tells its owner. Called from vCPU threads: must not block, nor call back into the VM.
@@ -178,6 +180,11 @@ impl Vm {
     /// Its memory.
     pub fn ram(&self) -> &Ram {
         &self.inner.objects.ram
+    }
+
+    /// What KVM counts of it. The VM runs on meanwhile.
+    pub fn kvm_stats(&self) -> Result<KvmStats, StatsError> {
+        KvmStats::read(&self.inner.objects.vm)
     }
 }
 

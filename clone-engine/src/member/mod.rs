@@ -20,6 +20,7 @@ use forkvm_devices::virtio::blk::BlkCounters;
 use forkvm_vmm::{EndReason, EventSink, PauseError, PausedVm, VmConfig, VmEvent};
 use thiserror::Error;
 
+use crate::accounting::{AccountingError, MemoryUse, VmCount};
 use crate::end::End;
 use crate::fork::{CloneSpec, ForkError, Ticket};
 use crate::fork_point::ForkPoint;
@@ -74,6 +75,7 @@ enum Message {
     ),
     WithPaused(WithPaused),
     Save(Sender<Result<(), SaveError>>),
+    MemoryUse(Sender<Result<VmCount, AccountingError>>),
     Input(Vec<u8>, Sender<usize>),
     ClonesEnded,
     Kill,
@@ -185,6 +187,17 @@ impl Member {
     /// Saves it to where its family saves, and ends it ([`End::Saved`]). On an error it runs on.
     pub fn save(&self) -> Result<(), MemberError> {
         self.ask(Message::Save)?.map_err(MemberError::Save)
+    }
+
+    /// What it takes of the host's memory. It runs on while it is counted; while it is being forked the
+    /// answer waits, so not to be asked by the observer of that fork.
+    pub fn memory_use(&self) -> Result<MemoryUse, MemberError> {
+        Ok(self.count_memory()?.taken)
+    }
+
+    /// The same, with the memory file that is its own.
+    pub(crate) fn count_memory(&self) -> Result<VmCount, MemberError> {
+        Ok(self.ask(Message::MemoryUse)??)
     }
 
     /// Sends bytes to its serial console; returns how many it took.
@@ -303,6 +316,9 @@ pub enum MemberError {
     /// It could not be forked.
     #[error("the fork failed, and the VM runs on")]
     Fork(#[source] ForkError),
+    /// Its memory could not be counted.
+    #[error("counting the VM's memory failed")]
+    MemoryUse(#[from] AccountingError),
     /// It could not be saved.
     #[error("saving failed, and the VM runs on")]
     Save(#[source] SaveError),

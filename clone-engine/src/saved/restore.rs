@@ -109,6 +109,7 @@ impl Family {
         let table = OwnerTable::own(len, &source.data());
         let empty = self.faults().empty_image(len)?;
         let image = self.faults().image_of(empty, table, Arc::new(source));
+        self.keep_account_of(&image);
         image.publish(Plan::whole(len))?;
         let first_pages = FirstPages {
             state,

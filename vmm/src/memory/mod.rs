@@ -8,6 +8,7 @@
 mod addresses;
 mod own_pages;
 mod populated;
+mod residency;
 mod source;
 
 use std::ffi::CStr;
@@ -26,6 +27,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegion
 
 use addresses::Addresses;
 pub use populated::data_extents;
+pub use residency::Residency;
 pub use source::RamSource;
 
 /// Bytes of a page, the unit in which RAM is populated, copied and freed.
