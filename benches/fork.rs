@@ -132,7 +132,9 @@ fn thirty_two_clones_run_after_the_fork_point_exists() {
 
 /// Whether a fork can be granted is asked while somebody waits for it, in a process with many VMs too.
 fn request_beside_other_vms() {
-    let vm = warm(16);
+    // A guest that can be forked any number of times.
+    let vm = Setup::new("job=obey pages=16").memory_mib(512).boot();
+    vm.wait_ready(LONG).unwrap();
     let point = keep(&vm);
     for others in [0, scaled(300, 4)] {
         let others = match others {
