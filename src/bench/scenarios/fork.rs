@@ -1,0 +1,203 @@
+//! From the request on a running parent until one clone has passed each end point, and where the
+//! time goes.
+
+use std::time::Instant;
+
+use forkvm_clone_engine::{FreezeKind, MemoryMode, Phase};
+
+use crate::bench::chart::{Chart, Marks};
+use crate::bench::measure::{BenchError, Experiment, Repetitions, Samples, Unit};
+use crate::bench::report::Row;
+use crate::bench::setting::{POOLS, Pool, Setting};
+use crate::bench::subject::{
+    PAGES_PER_MIB, Subject, SubjectSpec, end, end_points, fork_by, wait_answer,
+};
+use crate::bench::{Scale, Scenario};
+
+/// See the module's text.
+pub(super) const SCENARIO: Scenario = Scenario {
+    name: "fork",
+    about: "one clone of a running parent, to each end point, with the parent's pause and every phase",
+    reading: "Clock fork: from the request on the running parent. 512 MiB of RAM, 64 MiB populated, 1 vCPU. N-MiB-dirty: what the \
+              parent has written since its memory became private. remap is the first fork of a VM, delta any later one.",
+    experiments,
+    charts,
+};
+
+/// How the parent's memory is kept, and what there is to keep.
+#[derive(Clone, Copy, Debug)]
+struct Way {
+    mode: MemoryMode,
+    freeze: FreezeKind,
+    dirty_mib: u32,
+}
+
+const WAYS: [Way; 7] = [
+    Way::new(MemoryMode::Lazy, FreezeKind::Delta, 1),
+    Way::new(MemoryMode::Lazy, FreezeKind::Delta, 4),
+    Way::new(MemoryMode::Lazy, FreezeKind::Delta, 16),
+    Way::new(MemoryMode::Cow, FreezeKind::Delta, 4),
+    Way::new(MemoryMode::Lazy, FreezeKind::WriteProtect, 64),
+    Way::new(MemoryMode::Cow, FreezeKind::Remap, 64),
+    Way::new(MemoryMode::Cow, FreezeKind::Copy, 64),
+];
+
+impl Way {
+    const fn new(mode: MemoryMode, freeze: FreezeKind, dirty_mib: u32) -> Way {
+        Way {
+            mode,
+            freeze,
+            dirty_mib,
+        }
+    }
+
+    /// Whether each VM can be forked like that only once.
+    fn is_once(self) -> bool {
+        self.freeze == FreezeKind::Remap
+    }
+}
+
+fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
+    let mut all: Vec<Box<dyn Experiment>> = Vec::new();
+    for &pool in POOLS {
+        for way in WAYS {
+            let measured = if way.is_once() {
+                scale.pick(20, 3, 1)
+            } else {
+                scale.pick(60, 10, 2)
+            };
+            all.push(Box::new(Fork {
+                pool,
+                way,
+                measured,
+                subject: None,
+            }));
+        }
+    }
+    all
+}
+
+struct Fork {
+    pool: Pool,
+    way: Way,
+    measured: u32,
+    subject: Option<Subject>,
+}
+
+impl Fork {
+    fn boot(&self) -> Result<Subject, BenchError> {
+        Subject::boot(&SubjectSpec {
+            dirty_pages: self.way.dirty_mib * PAGES_PER_MIB,
+            setting: Setting {
+                pool: self.pool,
+                ..Setting::PLAIN
+            },
+            ..SubjectSpec::USUAL
+        })
+    }
+}
+
+impl Experiment for Fork {
+    fn name(&self) -> String {
+        let Way {
+            mode,
+            freeze,
+            dirty_mib,
+        } = self.way;
+        let pool = self.pool.as_str();
+        format!("{pool}/{}/{freeze}/{dirty_mib}-MiB-dirty", mode.as_str())
+    }
+
+    fn repetitions(&self) -> Repetitions {
+        Repetitions {
+            warm_up: if self.way.is_once() {
+                1
+            } else {
+                3.min(self.measured)
+            },
+            measured: self.measured,
+        }
+    }
+
+    fn prepare(&mut self) -> Result<(), BenchError> {
+        if self.way.is_once() {
+            return Ok(());
+        }
+        let subject = self.boot()?;
+        if self.way.freeze == FreezeKind::Delta {
+            // From then on it maps its memory privately.
+            drop(subject.point(FreezeKind::Remap, MemoryMode::Cow)?);
+        }
+        self.subject = Some(subject);
+        Ok(())
+    }
+
+    fn repeat(&mut self, samples: &mut Samples) -> Result<(), BenchError> {
+        let mut fresh = None;
+        let subject = match &mut self.subject {
+            Some(subject) => subject,
+            None => fresh.insert(self.boot()?),
+        };
+        subject.rewrite()?;
+        // What was traced before the request.
+        subject.trace();
+        let way = self.way;
+        let asked = Instant::now();
+        let ticket = subject.member().fork(fork_by(way.freeze, way.mode, 1))?;
+        wait_answer(&ticket.clones[0], 1)?;
+        let traced = subject.trace();
+        let name = self.name();
+        let populated = ticket.point.populated() as f64 / f64::from(1 << 20);
+        let mut note = |case: &str, took| {
+            samples
+                .time(&format!("{name}/{case}"), Unit::Us, took)
+                .column("populated_mib", populated)
+                .column("dirty_mib", f64::from(way.dirty_mib));
+        };
+        for (end_point, took) in end_points(&ticket.clones[0], asked)? {
+            note(end_point, took);
+        }
+        traced
+            .pauses
+            .iter()
+            .for_each(|&pause| note("parent_pause", pause));
+        for (phase, took) in traced.phases {
+            note(&format!("phase/{phase}"), took);
+        }
+        end(&ticket.clones);
+        Ok(())
+    }
+}
+
+/// Where the time of each way goes.
+fn charts(rows: &[Row]) -> Vec<Chart> {
+    let mut bars: Vec<(String, Vec<f64>)> = Vec::new();
+    for row in rows {
+        let Some((way, phase)) = row.case.split_once("/phase/") else {
+            continue;
+        };
+        let Some(part) = Phase::ALL.iter().position(|one| one.as_str() == phase) else {
+            continue;
+        };
+        let bar = match bars.iter_mut().find(|(name, _)| name == way) {
+            Some((_, bar)) => bar,
+            None => {
+                bars.push((way.to_owned(), vec![0.0; Phase::ALL.len()]));
+                &mut bars.last_mut().expect("just pushed").1
+            }
+        };
+        bar[part] = row.percentiles.p50 / 1000.0;
+    }
+    if bars.is_empty() {
+        return Vec::new();
+    }
+    let parts = Phase::ALL.map(|phase| phase.to_string()).to_vec();
+    vec![Chart {
+        name: "fork-phases".into(),
+        title: "Where the time of a fork into one clone goes".into(),
+        x: "median time of each phase, ms".into(),
+        y: String::new(),
+        log: (false, false),
+        marks: Marks::Stacked { parts, bars },
+    }]
+}
