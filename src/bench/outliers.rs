@@ -8,6 +8,9 @@
 /// them.
 pub const THRESHOLD: f64 = 10.0;
 
+/// Of fewer values it is not asked: their spread is hardly known.
+pub const FEWEST: usize = 10;
+
 /// Standard deviation of a normal distribution whose median absolute deviation is 1.
 const SIGMA_PER_MAD: f64 = 1.4826;
 
@@ -20,9 +23,9 @@ pub struct Outliers {
     pub first_is_slow: bool,
 }
 
-/// Looks at values in the order in which they were measured. Fewer than 3 have no outlier.
+/// Looks at values in the order in which they were measured. Fewer than [`FEWEST`] have no outlier.
 pub fn find(values: &[f64]) -> Outliers {
-    if values.len() < 3 {
+    if values.len() < FEWEST {
         return Outliers::default();
     }
     let middle = median(values);
@@ -85,8 +88,10 @@ mod tests {
     }
 
     #[test]
-    fn two_values_have_no_outlier() {
-        assert_eq!(find(&[1.0, 1e9]), Outliers::default());
+    fn few_values_have_no_outlier() {
+        let values = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1e9];
+        assert_eq!(find(&values), Outliers::default());
+        assert_eq!(find(&[&values[..], &[1.1]].concat()).count, 1);
     }
 
     #[test]

@@ -4,20 +4,20 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use super::Scenario;
 use super::chart::{self, Chart, ChartError, short};
-use super::report::{Report, Row};
+use super::report::{Digest, Report};
 
 const STYLE: &str = "
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto; max-width: 60rem; padding: 1rem; }
-h1 { font-size: 1.6rem; line-height: 1.2; } h2 { margin-top: 2.5rem; border-top: 1px solid #ccc; padding-top: 1rem; }
+h1 { font-size: 1.6rem; line-height: 1.2; } h3 { font-size: 1rem; } h2 { margin-top: 2.5rem; border-top: 1px solid #ccc; padding-top: 1rem; }
 p.reading, p.note { color: #555; } p.warning { background: #fff3cd; padding: .5rem .75rem; border-left: 4px solid #d39e00; }
 nav a { margin-right: .9rem; white-space: nowrap; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { padding: .15rem .5rem; text-align: left; border-bottom: 1px solid #e4e4e4; vertical-align: top; }
-th.n, td.n { text-align: right; white-space: nowrap; } td.case { white-space: nowrap; } td.with { color: #666; font-size: .85em; }
+th.n, td.n { text-align: right; white-space: nowrap; } td.case { white-space: nowrap; } td.with { color: #666; font-size: .85em; white-space: nowrap; }
 thead th { border-bottom: 2px solid #888; } td.p50 { font-weight: 600; }
-figure { margin: 1.2rem 0; } figure svg { width: 100%; max-width: 45rem; height: auto; }
+figure { margin: 1.2rem 0; } figure svg { width: 100%; max-width: 40rem; height: auto; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; } dt { color: #555; } dd { margin: 0; }
 code, pre { background: #f4f4f4; font-size: .9em; } pre { padding: .6rem; overflow-x: auto; }
 @media print { body { max-width: none; font-size: 10pt; } nav { display: none; } .wide { overflow: visible; }
@@ -81,63 +81,83 @@ fn circumstances(report: &Report) -> Markup {
 }
 
 fn section(scenario: &Scenario, report: &Report, drawn: &[(&Chart, String)]) -> Markup {
-    let rows: Vec<&Row> = report
-        .rows
-        .iter()
-        .filter(|row| row.scenario == scenario.name)
-        .collect();
+    let digest = Digest::of(
+        report
+            .rows
+            .iter()
+            .filter(|row| row.scenario == scenario.name),
+    );
     let own = drawn
         .iter()
         .filter(|(chart, _)| chart.name.starts_with(scenario.name));
-    let outliers = rows.iter().filter(|row| row.outliers > 0);
-    let left_out = report
-        .skipped
-        .iter()
-        .chain(&report.failed)
-        .filter(|one| one.scenario == scenario.name);
+    let left_out = report.skipped.iter().chain(&report.failed);
+    let left_out = left_out.filter(|one| one.scenario == scenario.name);
     html! {
         section id=(scenario.name) {
             h2 { (scenario.name) }
             p { (capitalised(scenario.about)) "." }
             p.reading { (scenario.reading) }
+            @for one in left_out { p.warning { "Not measured: " code { (one.case) } ": " (one.why) } }
             @for (chart, svg) in own {
                 figure role="img" aria-label=(chart.title) { (PreEscaped(svg)) }
             }
-            div.wide { (table(&rows)) }
-            @for row in outliers {
+            @if !digest.common.is_empty() { p.note { "In all rows: " (named(&digest.common)) "." } }
+            div.wide { (table(&digest)) }
+            @if !digest.by_phase.is_empty() {
+                h3 { "Phases, median in us" }
+                div.wide { (phases(&digest)) }
+            }
+            @if let Some((cases, most)) = digest.outliers() {
                 p.note {
-                    code { (row.case) } ": " (row.outliers) " of " (row.percentiles.n) " values are outliers"
-                    @if row.first_is_slow { ", the first among them" } "."
+                    "Outliers in " (cases) " cases, most in " code { (most.case) } " ("
+                    (most.outliers) " of " (most.percentiles.n)
+                    @if most.first_is_slow { ", the first value among them" } ")."
                 }
             }
-            @for one in left_out { p.warning { "Not measured: " code { (one.case) } ": " (one.why) } }
         }
     }
 }
 
-fn table(rows: &[&Row]) -> Markup {
+fn named(columns: &[(&str, f64)]) -> String {
+    let one = |(name, value): &(&str, f64)| format!("{name} {}", short(*value));
+    columns.iter().map(one).collect::<Vec<_>>().join(", ")
+}
+
+fn table(digest: &Digest<'_>) -> Markup {
     html! {
         table {
             thead {
                 tr {
                     th { "case" } th { "unit" }
-                    @for name in ["p50", "p90", "p99", "min", "max", "n"] { th.n { (name) } }
-                    th { "with" }
+                    @for name in ["p50", "p90", "p99", "min", "max", "n", "outliers"] { th.n { (name) } }
+                    th {}
                 }
             }
             tbody {
-                @for row in rows {
+                @for row in &digest.rows {
                     @let found = &row.percentiles;
                     tr {
                         td.case { (row.case) } td { (row.unit.as_str()) }
                         td.n.p50 { (short(found.p50)) }
                         @for value in [found.p90, found.p99, found.min, found.max] { td.n { (short(value)) } }
-                        td.n { (found.n) }
-                        td.with {
-                            @for (index, (name, value)) in row.columns.iter().enumerate() {
-                                @if index > 0 { ", " } (name) " " (short(*value))
-                            }
-                        }
+                        td.n { (found.n) } td.n { (row.outliers) }
+                        td.with { (named(&digest.own(row))) }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn phases(digest: &Digest<'_>) -> Markup {
+    html! {
+        table {
+            thead { tr { th {} @for phase in &digest.phases { th.n { (phase) } } } }
+            tbody {
+                @for (way, medians) in &digest.by_phase {
+                    tr {
+                        td.case { (way) }
+                        @for median in medians { td.n { (median.map_or_else(|| "-".to_owned(), short)) } }
                     }
                 }
             }

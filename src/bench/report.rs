@@ -88,6 +88,85 @@ pub struct Circumstances {
     pub load1: f64,
 }
 
+/// What people are shown of the rows of a scenario: what all have in common is said once, and phases
+/// are a table of their own.
+#[derive(Debug)]
+pub struct Digest<'a> {
+    /// Columns that every row has, with the same value.
+    pub common: Vec<(&'static str, f64)>,
+    /// The rows that are no phase.
+    pub rows: Vec<&'a Row>,
+    /// Names of the phases, in their order.
+    pub phases: Vec<&'a str>,
+    /// What is made of phases, and the median of each.
+    pub by_phase: Vec<(&'a str, Vec<Option<f64>>)>,
+}
+
+/// What stands between the name of a case and that of a phase of it.
+pub const PHASE: &str = "/phase/";
+
+impl<'a> Digest<'a> {
+    /// Of `rows`, which are of one scenario.
+    pub fn of(rows: impl Iterator<Item = &'a Row> + Clone) -> Digest<'a> {
+        let mut phases: Vec<&str> = Vec::new();
+        let mut ways: Vec<&str> = Vec::new();
+        let of_phases = rows
+            .clone()
+            .filter_map(|row| Some((row, row.case.split_once(PHASE)?)));
+        for (_, (way, phase)) in of_phases.clone() {
+            if !phases.contains(&phase) {
+                phases.push(phase);
+            }
+            if !ways.contains(&way) {
+                ways.push(way);
+            }
+        }
+        let median = |way: &str, phase: &str| {
+            let mut found = of_phases.clone().filter(|(_, name)| *name == (way, phase));
+            found.next().map(|(row, _)| row.percentiles.p50)
+        };
+        let by_phase = ways
+            .iter()
+            .map(|way| {
+                (
+                    *way,
+                    phases.iter().map(|phase| median(way, phase)).collect(),
+                )
+            })
+            .collect();
+        let rows: Vec<&Row> = rows.filter(|row| !row.case.contains(PHASE)).collect();
+        let common = rows.first().map_or_else(Vec::new, |first| {
+            let everywhere = |(name, value): &(&&'static str, &f64)| {
+                rows.iter()
+                    .all(|row| row.columns.get(*name) == Some(*value))
+            };
+            let found = first.columns.iter().filter(everywhere);
+            found.map(|(name, value)| (*name, *value)).collect()
+        });
+        Digest {
+            common,
+            rows,
+            phases,
+            by_phase,
+        }
+    }
+
+    /// The columns of `row` that are not common to all.
+    pub fn own(&self, row: &Row) -> Vec<(&'static str, f64)> {
+        let is_common = |name: &str| self.common.iter().any(|(common, _)| *common == name);
+        let own = row.columns.iter().filter(|(name, _)| !is_common(name));
+        own.map(|(name, value)| (*name, *value)).collect()
+    }
+
+    /// How many rows have values that stand out, and the one with most of them.
+    pub fn outliers(&self) -> Option<(usize, &'a Row)> {
+        let share = |row: &Row| row.outliers as f64 / row.percentiles.n as f64;
+        let with = || self.rows.iter().copied().filter(|row| row.outliers > 0);
+        let most = with().max_by(|one, other| share(one).total_cmp(&share(other)))?;
+        Some((with().count(), most))
+    }
+}
+
 /// Name under which the runner notes the load beside each value.
 pub(super) const LOAD: &str = "load1";
 
@@ -155,5 +234,35 @@ mod tests {
         assert_eq!(row["kernel"], host.kernel.as_str());
         assert_eq!(row["kvm"], host.kvm);
         assert_eq!(row["forkvm"], env!("CARGO_PKG_VERSION"));
+    }
+
+    #[test]
+    fn a_digest_says_once_what_is_common_and_puts_phases_apart() {
+        let mut samples = Samples::default();
+        for (case, dirty) in [("a/built", 1.0), ("b/built", 4.0)] {
+            samples
+                .value(case, Unit::Us, 5.0)
+                .column("mib", 64.0)
+                .column("dirty", dirty);
+        }
+        for (case, took) in [
+            ("a/phase/pause", 2.0),
+            ("a/phase/save", 3.0),
+            ("b/phase/save", 4.0),
+        ] {
+            samples.value(case, Unit::Us, took);
+        }
+        let rows = rows("fork", &samples, &Host::here());
+        let digest = Digest::of(rows.iter());
+        assert_eq!(digest.common, [("mib", 64.0)]);
+        assert_eq!(digest.own(digest.rows[1]), [("dirty", 4.0)]);
+        assert_eq!(digest.rows.len(), 2);
+        assert_eq!(digest.phases, ["pause", "save"]);
+        let due = [
+            ("a", vec![Some(2.0), Some(3.0)]),
+            ("b", vec![None, Some(4.0)]),
+        ];
+        assert_eq!(digest.by_phase, due);
+        assert!(digest.outliers().is_none());
     }
 }

@@ -6,16 +6,15 @@
 use std::fmt::Display;
 use std::ops::Range;
 
-use plotters::coord::ranged1d::{AsRangedCoord, Ranged, ValueFormatter};
-use plotters::coord::types::RangedCoordf64;
+use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint, Ranged};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use thiserror::Error;
 
 use super::{Chart, Marks, Series};
 
-const WIDTH: u32 = 720;
-const PLOT_HEIGHT: u32 = 380;
+const WIDTH: u32 = 620;
+const PLOT_HEIGHT: u32 = 360;
 const TITLE_HEIGHT: u32 = 34;
 const LEGEND_ROW: u32 = 22;
 const BAR_HEIGHT: u32 = 44;
@@ -148,33 +147,82 @@ fn bounds(values: impl Iterator<Item = f64>, log: bool) -> Range<f64> {
     }
 }
 
-fn lines(chart: &Chart, series: &[Series], area: &Area<'_>) -> Result<(), String> {
-    let points = || series.iter().flat_map(|one| &one.points);
-    let x = bounds(points().map(|point| point.0), chart.log.0);
-    let y = bounds(points().map(|point| point.1), chart.log.1);
-    match chart.log {
-        (false, false) => {
-            lines_on::<RangedCoordf64, RangedCoordf64, _, _>(chart, series, area, x, y)
-        }
-        (true, false) => lines_on(chart, series, area, x.log_scale(), y),
-        (false, true) => lines_on(chart, series, area, x, y.log_scale()),
-        (true, true) => lines_on(chart, series, area, x.log_scale(), y.log_scale()),
+/// An axis with round ticks. (plotters has no logarithmic and linear axis of one type.)
+struct Axis {
+    range: Range<f64>,
+    log: bool,
+    ticks: Vec<f64>,
+}
+
+impl Axis {
+    /// For `values`.
+    fn of(values: impl Iterator<Item = f64>, log: bool) -> Axis {
+        let range = bounds(values, log);
+        let ticks = ticks(&range, log);
+        Axis { range, log, ticks }
+    }
+
+    fn place(&self, value: f64) -> f64 {
+        if self.log { value.log10() } else { value }
     }
 }
 
-fn lines_on<X, Y, IntoX, IntoY>(
-    chart: &Chart,
-    series: &[Series],
-    area: &Area<'_>,
-    x: IntoX,
-    y: IntoY,
-) -> Result<(), String>
-where
-    IntoX: AsRangedCoord<CoordDescType = X, Value = f64>,
-    IntoY: AsRangedCoord<CoordDescType = Y, Value = f64>,
-    X: Ranged<ValueType = f64> + ValueFormatter<f64>,
-    Y: Ranged<ValueType = f64> + ValueFormatter<f64>,
-{
+impl Ranged for Axis {
+    type FormatOption = DefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, value: &f64, limit: (i32, i32)) -> i32 {
+        let [from, at, to] = [self.range.start, *value, self.range.end].map(|one| self.place(one));
+        let share = (at - from) / (to - from);
+        limit.0 + (share * f64::from(limit.1 - limit.0)).round() as i32
+    }
+
+    fn key_points<Hint: KeyPointHint>(&self, hint: Hint) -> Vec<f64> {
+        // Nothing between the ticks.
+        if hint.weight().allow_light_points() {
+            Vec::new()
+        } else {
+            self.ticks.clone()
+        }
+    }
+
+    fn range(&self) -> Range<f64> {
+        self.range.clone()
+    }
+}
+
+/// Ticks that an axis has at most, more or less.
+const TICKS: f64 = 7.0;
+
+/// Round numbers within `range`, in steps that look even on the axis.
+fn ticks(range: &Range<f64>, log: bool) -> Vec<f64> {
+    let decades = (range.end / range.start).log10();
+    if log && decades > 0.8 {
+        let steps: &[f64] = match () {
+            () if decades * 3.0 <= TICKS => &[1.0, 2.0, 5.0],
+            () if decades * 2.0 <= TICKS => &[1.0, 3.0],
+            () => &[1.0],
+        };
+        let powers = range.start.log10().floor() as i32..=range.end.log10().ceil() as i32;
+        let all = powers.flat_map(|power| steps.iter().map(move |step| step * 10f64.powi(power)));
+        return all.filter(|tick| range.contains(tick)).collect();
+    }
+    let rough = (range.end - range.start) / TICKS;
+    let power = 10f64.powf(rough.log10().floor());
+    let step = [1.0, 2.0, 5.0, 10.0]
+        .map(|step| step * power)
+        .into_iter()
+        .find(|step| *step >= rough);
+    let step = step.unwrap_or(rough);
+    let first = (range.start / step).ceil() as i64;
+    let all = (first..).map(|index| index as f64 * step);
+    all.take_while(|tick| *tick <= range.end).collect()
+}
+
+fn lines(chart: &Chart, series: &[Series], area: &Area<'_>) -> Result<(), String> {
+    let points = || series.iter().flat_map(|one| &one.points);
+    let x = Axis::of(points().map(|point| point.0), chart.log.0);
+    let y = Axis::of(points().map(|point| point.1), chart.log.1);
     let mut plot = ChartBuilder::on(area)
         .margin(8)
         .margin_right(24)
@@ -345,7 +393,32 @@ mod tests {
     fn a_long_legend_gets_more_rows() {
         let name = "a name of some length";
         assert_eq!(legend_rows(&[name; 2]).len(), 1);
-        assert_eq!(legend_rows(&[name; 9]).len(), 3);
+        assert_eq!(legend_rows(&[name; 8]).len(), 4);
+    }
+
+    #[test]
+    fn ticks_are_round_and_neither_few_nor_many() {
+        for (range, log) in [
+            (0.87..15_000.0, true),
+            (40.0..200.0, true),
+            (300.0..900.0, true),
+            (0.9..1150.0, true),
+            (0.0..21.0, false),
+            (0.0..105.0, false),
+            (0.0..0.004, false),
+        ] {
+            let ticks = ticks(&range, log);
+            assert!((3..=10).contains(&ticks.len()), "{range:?}: {ticks:?}");
+            assert!(
+                ticks.iter().all(|tick| range.contains(tick)),
+                "{range:?}: {ticks:?}"
+            );
+        }
+        assert_eq!(
+            ticks(&(0.0..105.0), false),
+            [0.0, 20.0, 40.0, 60.0, 80.0, 100.0]
+        );
+        assert_eq!(ticks(&(0.9..1150.0), true), [1.0, 10.0, 100.0, 1000.0]);
     }
 
     #[test]

@@ -63,10 +63,16 @@ pub fn distribution<'a>(
         let stride = len.div_ceil(STEPS).max(1);
         // Each value, and the last one in any case.
         let ranks = (0..len).filter(|rank| rank % stride == 0 || rank + 1 == len);
-        let points = ranks.map(|rank| (sorted[rank], 100.0 * (rank + 1) as f64 / len as f64));
+        let mut reached = 0.0;
+        let mut points = Vec::new();
+        for rank in ranks {
+            points.push((sorted[rank], reached));
+            reached = 100.0 * (rank + 1) as f64 / len as f64;
+            points.push((sorted[rank], reached));
+        }
         Series {
             name,
-            points: points.collect(),
+            points,
             marked: false,
         }
     };
@@ -96,12 +102,12 @@ mod tests {
         let Marks::Lines(series) = &chart.marks else {
             panic!("no curves");
         };
-        assert!(series[0].points.len() <= STEPS + 1);
+        assert!(series[0].points.len() <= 2 * (STEPS + 1));
         assert_eq!(*series[0].points.last().unwrap(), (1001.0, 100.0));
         assert!(
             series[0]
                 .points
-                .is_sorted_by(|one, next| one.0 <= next.0 && one.1 < next.1)
+                .is_sorted_by(|one, next| one.0 <= next.0 && one.1 <= next.1)
         );
     }
 }

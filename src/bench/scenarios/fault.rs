@@ -14,8 +14,8 @@ use crate::bench::{Scale, Scenario};
 pub(super) const SCENARIO: Scenario = Scenario {
     name: "fault",
     about: "a page that a clone touches for the first time: from the parent, after a sibling, from a whole image",
-    reading: "A clone's time from its first action to its answer, divided by the pages that it read and checked in between. `first`: of a \
-              cold image; `sibling`: by the next clone of the same fork point; cow: of a whole image. Pages in order, or scattered so \
+    reading: "A clone's time from its first action to its answer, divided by the pages that it read and checked in between. first: of a \
+              cold image; sibling: by the next clone of the same fork point; cow: of a whole image. Pages in order, or scattered so \
               that neighbours in time are never in one chunk. chunk-N-KiB: so much is brought at once (64 by default).",
     experiments,
     charts,

@@ -3,11 +3,12 @@
 
 use std::time::Instant;
 
-use forkvm_clone_engine::{FreezeKind, MemoryMode, Phase};
+use forkvm_clone_engine::{FreezeKind, MemoryMode};
 
-use crate::bench::chart::{Chart, Marks};
+use crate::bench::chart::{Chart, Marks, short};
 use crate::bench::measure::{BenchError, Experiment, Repetitions, Samples, Unit};
-use crate::bench::report::Row;
+use crate::bench::outliers::median;
+use crate::bench::report::{Digest, PHASE, Row};
 use crate::bench::setting::{POOLS, Pool, Setting};
 use crate::bench::subject::{
     PAGES_PER_MIB, Subject, SubjectSpec, end, end_points, fork_by, wait_answer,
@@ -61,10 +62,10 @@ fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
     let mut all: Vec<Box<dyn Experiment>> = Vec::new();
     for &pool in POOLS {
         for way in WAYS {
-            let measured = if way.is_once() {
-                scale.pick(20, 3, 1)
-            } else {
-                scale.pick(60, 10, 2)
+            let measured = match way.freeze {
+                FreezeKind::Remap => scale.pick(20, 2, 1),
+                FreezeKind::Delta => scale.pick(60, 8, 2),
+                _ => scale.pick(30, 3, 1),
             };
             all.push(Box::new(Fork {
                 pool,
@@ -162,42 +163,48 @@ impl Experiment for Fork {
             .iter()
             .for_each(|&pause| note("parent_pause", pause));
         for (phase, took) in traced.phases {
-            note(&format!("phase/{phase}"), took);
+            note(&format!("{}{phase}", &PHASE[1..]), took);
         }
         end(&ticket.clones);
         Ok(())
     }
 }
 
+/// Bars that are more times longer than the one in the middle are not drawn: nothing would be seen of
+/// the others.
+const TOO_LONG: f64 = 4.0;
+
 /// Where the time of each way goes.
 fn charts(rows: &[Row]) -> Vec<Chart> {
-    let mut bars: Vec<(String, Vec<f64>)> = Vec::new();
-    for row in rows {
-        let Some((way, phase)) = row.case.split_once("/phase/") else {
-            continue;
-        };
-        let Some(part) = Phase::ALL.iter().position(|one| one.as_str() == phase) else {
-            continue;
-        };
-        let bar = match bars.iter_mut().find(|(name, _)| name == way) {
-            Some((_, bar)) => bar,
-            None => {
-                bars.push((way.to_owned(), vec![0.0; Phase::ALL.len()]));
-                &mut bars.last_mut().expect("just pushed").1
-            }
-        };
-        bar[part] = row.percentiles.p50 / 1000.0;
-    }
-    if bars.is_empty() {
+    let digest = Digest::of(rows.iter());
+    let bar = |(way, medians): &(&str, Vec<Option<f64>>)| {
+        let parts = medians.iter().map(|median| median.unwrap_or(0.0) / 1000.0);
+        ((*way).to_owned(), parts.collect::<Vec<f64>>())
+    };
+    let mut bars: Vec<_> = digest.by_phase.iter().map(bar).collect();
+    let sum = |(_, parts): &(String, Vec<f64>)| parts.iter().sum::<f64>();
+    let longest = TOO_LONG * median(&bars.iter().map(sum).collect::<Vec<_>>());
+    let (drawn, left_out): (Vec<_>, Vec<_>) = bars.drain(..).partition(|bar| sum(bar) <= longest);
+    if drawn.is_empty() {
         return Vec::new();
     }
-    let parts = Phase::ALL.map(|phase| phase.to_string()).to_vec();
+    let left_out: Vec<String> = left_out
+        .iter()
+        .map(|bar| format!("; {}: {} ms, not drawn", bar.0, short(sum(bar))))
+        .collect();
     vec![Chart {
         name: "fork-phases".into(),
         title: "Where the time of a fork into one clone goes".into(),
-        x: "median time of each phase, ms".into(),
+        x: format!("median time of each phase, ms{}", left_out.concat()),
         y: String::new(),
         log: (false, false),
-        marks: Marks::Stacked { parts, bars },
+        marks: Marks::Stacked {
+            parts: digest
+                .phases
+                .iter()
+                .map(|phase| (*phase).to_owned())
+                .collect(),
+            bars: drawn,
+        },
     }]
 }

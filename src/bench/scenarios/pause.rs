@@ -97,11 +97,20 @@ struct Pause {
 }
 
 impl Pause {
+    /// What the parent writes before each pause: for delta what is to be found; otherwise everything,
+    /// so that all its memory is mapped when it is frozen.
+    fn dirty_mib(&self) -> u32 {
+        match self.freeze {
+            FreezeKind::Delta => self.parent.dirty_mib,
+            _ => self.parent.populated_mib,
+        }
+    }
+
     fn boot(&self) -> Result<Subject, BenchError> {
         Subject::boot(&SubjectSpec {
             memory_mib: self.parent.memory_mib,
             populated_mib: self.parent.populated_mib,
-            dirty_pages: self.parent.dirty_mib * PAGES_PER_MIB,
+            dirty_pages: self.dirty_mib() * PAGES_PER_MIB,
             ..SubjectSpec::USUAL
         })
     }
@@ -163,7 +172,7 @@ impl Experiment for Pause {
                     "populated_mib",
                     point.populated() as f64 / f64::from(1 << 20),
                 )
-                .column("dirty_mib", f64::from(self.parent.dirty_mib));
+                .column("dirty_mib", f64::from(self.dirty_mib()));
         }
         Ok(())
     }

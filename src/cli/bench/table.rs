@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use forkvm::bench::Scenario;
 use forkvm::bench::chart::short;
-use forkvm::bench::report::{Report, Row};
+use forkvm::bench::report::{Digest, Report, Row};
 
 /// Prints the rows of a scenario, how to read them, and what stands out.
 pub(super) fn print(text: &mut dyn Write, scenario: &Scenario, rows: &[Row]) -> io::Result<()> {
@@ -25,51 +25,82 @@ pub(super) fn print(text: &mut dyn Write, scenario: &Scenario, rows: &[Row]) -> 
         on.forkvm,
         short(on.load1)
     )?;
-    writeln!(text, "{}", table(rows))?;
-    rows.iter()
-        .filter(|row| row.outliers > 0)
-        .try_for_each(|row| outliers(text, row))
+    let digest = Digest::of(rows.iter());
+    if !digest.common.is_empty() {
+        writeln!(text, "In all rows: {}", named(&digest.common))?;
+    }
+    writeln!(text, "{}", table(&digest))?;
+    if !digest.by_phase.is_empty() {
+        writeln!(text, "Phases, median in us:\n{}", phases(&digest))?;
+    }
+    if let Some((cases, most)) = digest.outliers() {
+        outliers(text, cases, most)?;
+    }
+    Ok(())
 }
 
-fn table(rows: &[Row]) -> Table {
+fn named(columns: &[(&str, f64)]) -> String {
+    let one = |(name, value): &(&str, f64)| format!("{name} {}", short(*value));
+    columns.iter().map(one).collect::<Vec<_>>().join(", ")
+}
+
+fn table(digest: &Digest<'_>) -> Table {
     let mut table = Table::new();
     table
         .load_preset(presets::UTF8_FULL_CONDENSED)
         .set_content_arrangement(ContentArrangement::Dynamic)
         .set_header([
-            "case", "unit", "p50", "p90", "p99", "min", "max", "n", "with",
+            "case", "unit", "p50", "p90", "p99", "min", "max", "n", "out", "with",
         ]);
-    for row in rows {
+    for row in &digest.rows {
         let found = &row.percentiles;
         let numbers = [found.p50, found.p90, found.p99, found.min, found.max].map(short);
-        let with: Vec<String> = row
-            .columns
-            .iter()
-            .map(|(name, value)| format!("{name} {}", short(*value)))
-            .collect();
         let head = [row.case.clone(), row.unit.as_str().to_owned()];
-        let tail = [found.n.to_string(), with.join(", ")];
-        table.add_row(head.into_iter().chain(numbers).chain(tail));
+        let counts = [found.n.to_string(), row.outliers.to_string()];
+        let with = named(&digest.own(row));
+        table.add_row(head.into_iter().chain(numbers).chain(counts).chain([with]));
     }
-    for column in 2..8 {
+    right_aligned(&mut table, 2..9);
+    table
+}
+
+fn phases(digest: &Digest<'_>) -> Table {
+    let mut table = Table::new();
+    table
+        .load_preset(presets::UTF8_FULL_CONDENSED)
+        .set_content_arrangement(ContentArrangement::Dynamic)
+        .set_header([""].iter().chain(&digest.phases));
+    for (way, medians) in &digest.by_phase {
+        let number = |median: &Option<f64>| median.map_or_else(|| "-".to_owned(), short);
+        table.add_row(
+            [(*way).to_owned()]
+                .into_iter()
+                .chain(medians.iter().map(number)),
+        );
+    }
+    right_aligned(&mut table, 1..digest.phases.len() + 1);
+    table
+}
+
+fn right_aligned(table: &mut Table, columns: std::ops::Range<usize>) {
+    for column in columns {
         if let Some(column) = table.column_mut(column) {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
-    table
 }
 
 /// As hyperfine does: what was found, and what it may mean.
-fn outliers(text: &mut dyn Write, row: &Row) -> io::Result<()> {
-    let (case, count, n) = (&row.case, row.outliers, row.percentiles.n);
-    let meaning = if row.first_is_slow {
-        "the first is one of them: something was still cold after the warm-up"
+fn outliers(text: &mut dyn Write, cases: usize, most: &Row) -> io::Result<()> {
+    let (case, count, n) = (&most.case, most.outliers, most.percentiles.n);
+    let meaning = if most.first_is_slow {
+        "its first is one of them: something was still cold after the warm-up"
     } else {
-        "something else ran on the host; p99 and max tell of it, p50 hardly does"
+        "something else ran on the host: p99 and max tell of it, p50 hardly does"
     };
     writeln!(
         text,
-        "outliers: {case}: {count} of {n} values stand out; {meaning}"
+        "Outliers in {cases} cases, most in {case} ({count} of {n}); {meaning}."
     )
 }
 

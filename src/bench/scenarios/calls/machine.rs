@@ -196,12 +196,8 @@ fn set_registers(samples: &mut Samples, vcpu: &VcpuFd, msrs: &Msrs) -> Result<()
             source: std::io::Error::other(format!("{error:?}")),
         })?;
     // In the order of a restore.
-    timed(
-        samples,
-        "set-mp-state",
-        || vcpu.set_mp_state(mp_state),
-        "KVM_SET_MP_STATE",
-    )?;
+    let set = || vcpu.set_mp_state(mp_state);
+    timed(samples, "set-mp-state", set, "KVM_SET_MP_STATE")?;
     timed(
         samples,
         "set-sregs",
@@ -211,18 +207,10 @@ fn set_registers(samples: &mut Samples, vcpu: &VcpuFd, msrs: &Msrs) -> Result<()
     timed(samples, "set-regs", || vcpu.set_regs(&regs), "KVM_SET_REGS")?;
     timed(samples, "set-xcrs", || vcpu.set_xcrs(&xcrs), "KVM_SET_XCRS")?;
     // SAFETY: the area is one that KVM has just filled, and no dynamic feature was enabled.
-    timed(
-        samples,
-        "set-xsave",
-        || unsafe { vcpu.set_xsave(&xsave) },
-        "KVM_SET_XSAVE",
-    )?;
-    timed(
-        samples,
-        "set-debugregs",
-        || vcpu.set_debug_regs(&debug),
-        "KVM_SET_DEBUGREGS",
-    )?;
+    let set = || unsafe { vcpu.set_xsave(&xsave) };
+    timed(samples, "set-xsave", set, "KVM_SET_XSAVE")?;
+    let set = || vcpu.set_debug_regs(&debug);
+    timed(samples, "set-debugregs", set, "KVM_SET_DEBUGREGS")?;
     timed(
         samples,
         "set-lapic",
