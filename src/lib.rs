@@ -28,8 +28,14 @@
 //! machines), `forkvm-clone-engine` (freeze, images, spawning).
 
 #[cfg(feature = "cli")]
+pub mod bench;
+#[cfg(feature = "cli")]
 pub mod demo;
 pub mod guest;
+#[cfg(feature = "cli")]
+pub mod host;
+#[cfg(feature = "cli")]
+pub mod percentiles;
 mod vm;
 
 pub use forkvm_abi as abi;

@@ -103,4 +103,9 @@ pub const JOBS: &[Job] = &[
         about: "forks into n clones, the first of which triple-faults",
         arguments: "n=2",
     },
+    Job {
+        name: "work",
+        about: "waits warm; its clones read, compute and write as much as is said: what is measured",
+        arguments: "mib=64 read=0 write=0 order=linear rounds=0 dirty=0 tell=0",
+    },
 ];

@@ -13,16 +13,17 @@ use comfy_table::{Table, presets::UTF8_FULL_CONDENSED};
 use forkvm::demo::answers::{self, Answers};
 use forkvm::demo::independent::Sample;
 use forkvm::demo::input::{Input, InputSpec};
-use forkvm::demo::report::{Percentiles, Report};
+use forkvm::demo::report::Report;
 use forkvm::demo::run::{self, RunSpec};
 use forkvm::demo::simulate::Simulation;
 use forkvm::engine::limits::MAX_CLONES;
+use forkvm::host::Host;
+use forkvm::percentiles::Percentiles;
 use forkvm::vmm::memory::{MAX_MIB, MIN_MIB};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::console::Terminal;
 use super::fork_options::ForkOptions;
-use super::host::Host;
 use super::output::{Outcome, Output};
 
 const EXAMPLES: &str = "\

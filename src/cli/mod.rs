@@ -4,6 +4,7 @@
 //! logging, JSON, errors, exit codes) is here and in [`output`]. Words and exit codes are a contract
 //! with scripts: 0 done, 1 failed, 2 usage, 3 the host lacks something, 128 + n ended by signal n.
 
+mod bench;
 mod console;
 mod demo;
 mod disk;
@@ -11,7 +12,6 @@ mod disk_option;
 mod doctor;
 mod errors;
 mod fork_options;
-mod host;
 mod log;
 mod output;
 mod progress;
@@ -38,6 +38,7 @@ Examples:
   forkvm restore DIR                             ... and this lets it run on
   forkvm restore DIR --memory-mode lazy          At once, with its memory read as it is touched
   forkvm state show DIR                          What is in a saved machine
+  forkvm bench instantiate --quick               How fast is it here?
   forkvm disk commit disk.img                    Merge what a forked VM wrote into its disk
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 the host lacks something, 128+n ended by signal n;
@@ -66,6 +67,8 @@ enum Command {
     Doctor(doctor::Doctor),
     /// Run the main job on real input: clones of one VM map reads of real genomes
     Demo(demo::Demo),
+    /// Measure what forkvm does, so that it can be quoted and repeated
+    Bench(bench::Bench),
     /// Boot a VM and serve it until it and all its clones have ended
     Run(run::Run),
     /// Let a saved VM run on
@@ -114,6 +117,7 @@ impl Command {
         match self {
             Command::Doctor(command) => command.run(output),
             Command::Demo(command) => command.run(output),
+            Command::Bench(command) => command.run(output),
             Command::Run(command) => command.run(output),
             Command::Restore(command) => command.run(output),
             Command::State(command) => command.run(output),

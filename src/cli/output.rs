@@ -1,7 +1,8 @@
 //! Where results go: text for people, one JSON object for programs.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -62,6 +63,29 @@ impl Output {
                 .write_all(text.as_bytes())
                 .context("writing to standard output");
         }
-        fs::write(path, text).with_context(|| format!("writing {}", path.display()))
+        write_whole(path, text.as_bytes())
     }
+}
+
+/// Writes a file whole or not at all: what fails on the way, such as a full disk, leaves what was
+/// there before, and no part of it. What is no file, such as a pipe, is written to as it is.
+pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+    let place = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let write = || -> io::Result<()> {
+        if fs::metadata(&place).is_ok_and(|there| !there.is_file()) {
+            return fs::write(&place, bytes);
+        }
+        let dir = place.parent().filter(|dir| !dir.as_os_str().is_empty());
+        let mut beside = tempfile::Builder::new()
+            .prefix(".forkvm-")
+            // As of any new file, which the umask narrows; a temporary one is the owner's alone.
+            .permissions(Permissions::from_mode(0o666))
+            .tempfile_in(dir.unwrap_or(Path::new(".")))?;
+        beside.write_all(bytes)?;
+        // A disk may say only now that it is full.
+        beside.as_file().sync_all()?;
+        beside.persist(&place)?;
+        Ok(())
+    };
+    write().with_context(|| format!("writing {}", path.display()))
 }

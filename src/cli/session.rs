@@ -26,9 +26,9 @@ use signal_hook::iterator::Signals;
 
 use super::console::{Terminal, pass_input};
 use super::fork_options::ForkOptions;
-use super::host::Host;
 use super::output::{Outcome, Output};
 use super::progress::Progress;
+use forkvm::host::Host;
 
 /// How long one VM is waited for before the others are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(50);

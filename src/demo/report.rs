@@ -4,54 +4,12 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use forkvm_clone_engine::Timeline;
-use hdrhistogram::Histogram;
 use serde::Serialize;
 
 use super::answers::Answers;
 use super::input::{Input, InputReport};
 use super::run::{Run, between, bytes_read};
-
-/// Percentiles of one measure.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Percentiles {
-    /// Median.
-    pub p50: f64,
-    /// 90th percentile.
-    pub p90: f64,
-    /// 99th percentile.
-    pub p99: f64,
-    /// Least.
-    pub min: f64,
-    /// Most.
-    pub max: f64,
-    /// Number of values.
-    pub n: u64,
-}
-
-impl Percentiles {
-    /// Of durations, in microseconds with a resolution of 1 ns up to 1 h; `None` for none.
-    pub fn of(times: impl IntoIterator<Item = Duration>) -> Option<Percentiles> {
-        let mut histogram = Histogram::<u64>::new_with_bounds(1, 3_600_000_000_000, 3).ok()?;
-        for time in times {
-            histogram.saturating_record((time.as_nanos() as u64).max(1));
-        }
-        Percentiles::of_nanoseconds(&histogram)
-    }
-
-    /// Of nanoseconds, in microseconds; `None` for none.
-    pub fn of_nanoseconds(histogram: &Histogram<u64>) -> Option<Percentiles> {
-        let us = |nanoseconds: u64| nanoseconds as f64 / 1000.0;
-        let at = |quantile| us(histogram.value_at_quantile(quantile));
-        (!histogram.is_empty()).then(|| Percentiles {
-            p50: at(0.5),
-            p90: at(0.9),
-            p99: at(0.99),
-            min: us(histogram.min()),
-            max: us(histogram.max()),
-            n: histogram.len(),
-        })
-    }
-}
+use crate::percentiles::Percentiles;
 
 /// Times of the clones' starts, from the request of the fork on.
 #[derive(Clone, Debug, Serialize)]

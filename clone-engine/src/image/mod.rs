@@ -15,6 +15,8 @@
 
 mod content;
 mod filling;
+#[cfg(feature = "micro-benchmarks")]
+pub mod micro;
 #[cfg(test)]
 mod model_tests;
 mod outcome;

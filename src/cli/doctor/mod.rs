@@ -12,8 +12,8 @@ use forkvm::vmm::{Kvm, KvmError, memory};
 use serde::Serialize;
 use serde_json::json;
 
-use super::host::Host;
 use super::output::{Outcome, Output};
+use forkvm::host::Host;
 
 const EXAMPLES: &str = "\
 Examples:

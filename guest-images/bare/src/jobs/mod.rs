@@ -18,6 +18,7 @@ mod sweep;
 mod touch;
 mod tree;
 mod triple_fault;
+mod work;
 
 use crate::args::Args;
 use crate::machine::Machine;
@@ -53,6 +54,7 @@ const JOBS: &[(&str, Job)] = &[
     ("touch", touch::run),
     ("tree", tree::run),
     ("triple-fault", triple_fault::run),
+    ("work", work::run),
 ];
 
 /// Runs the job that `command_line` names.

@@ -3,29 +3,29 @@
 use std::fs;
 use std::thread;
 
-use forkvm::vmm::KvmFlavour;
+use forkvm_vmm::KvmFlavour;
 use serde::Serialize;
 
 /// See the module's text. What cannot be read is empty, or 0.
 #[derive(Clone, Debug, Serialize)]
-pub(crate) struct Host {
+pub struct Host {
     /// KVM flavour: `pvm`, `vmx`, `svm` or `unknown`.
-    pub(crate) kvm: &'static str,
+    pub kvm: &'static str,
     /// CPUs that this process may use.
-    pub(crate) cpus: usize,
+    pub cpus: usize,
     /// Release of the kernel.
-    pub(crate) kernel: String,
+    pub kernel: String,
     /// Name of the first CPU.
-    pub(crate) cpu_model: String,
+    pub cpu_model: String,
     /// RAM in MiB.
-    pub(crate) memory_mib: u64,
+    pub memory_mib: u64,
     /// Load average over one minute.
-    pub(crate) load1: f64,
+    pub load1: f64,
 }
 
 impl Host {
     /// This host, now.
-    pub(crate) fn here() -> Host {
+    pub fn here() -> Host {
         Host {
             kvm: KvmFlavour::detect().as_str(),
             cpus: thread::available_parallelism().map_or(0, usize::from),
@@ -34,12 +34,17 @@ impl Host {
             memory_mib: value(&read("/proc/meminfo"), "MemTotal")
                 .and_then(|total| total.strip_suffix(" kB")?.parse::<u64>().ok())
                 .map_or(0, |kib| kib / 1024),
-            load1: read("/proc/loadavg")
-                .split_whitespace()
-                .next()
-                .and_then(|load| load.parse().ok())
-                .unwrap_or(0.0),
+            load1: Host::load1(),
         }
+    }
+
+    /// Load average over one minute, now.
+    pub fn load1() -> f64 {
+        read("/proc/loadavg")
+            .split_whitespace()
+            .next()
+            .and_then(|load| load.parse().ok())
+            .unwrap_or(0.0)
     }
 }
 

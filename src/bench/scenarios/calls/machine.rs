@@ -1,0 +1,267 @@
+//! The calls that build a VM, put a vCPU's state in, and end it.
+#![allow(unsafe_code)] // KVM_SET_USER_MEMORY_REGION takes host addresses, KVM_SET_XSAVE an area.
+
+use std::time::Instant;
+
+use forkvm_vmm::{MemoryLayout, Ram};
+use kvm_bindings::{
+    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+
+use crate::bench::measure::{BenchError, Experiment, Repetitions, Samples, Unit, call};
+
+/// RAM of the slot that is measured most, in MiB.
+const SLOT_MIB: u64 = 512;
+/// Of a large one.
+const LARGE_SLOT_MIB: u64 = 4096;
+
+/// Notes how long `act` takes as a case.
+fn timed<T>(
+    samples: &mut Samples,
+    case: &str,
+    act: impl FnOnce() -> Result<T, kvm_ioctls::Error>,
+    name: &'static str,
+) -> Result<T, BenchError> {
+    let start = Instant::now();
+    let done = act();
+    let took = start.elapsed();
+    let done = done.map_err(call(name))?;
+    samples.time(case, Unit::Us, took);
+    Ok(done)
+}
+
+/// Puts `ram` into slots of `vm`, from slot `first` on.
+fn set_slots(vm: &VmFd, ram: &Ram, first: u32) -> Result<(), kvm_ioctls::Error> {
+    for (slot, (region, address)) in (first..).zip(ram.host_ranges()) {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start,
+            memory_size: region.len,
+            userspace_addr: address as u64,
+        };
+        // SAFETY: the range is mapped by `ram`, which the callers keep longer than the VM.
+        unsafe { vm.set_user_memory_region(region) }?;
+    }
+    Ok(())
+}
+
+/// What every repetition needs.
+struct Host {
+    kvm: Kvm,
+    ram: Ram,
+    large: Ram,
+    cpuid: CpuId,
+    msrs: Msrs,
+}
+
+impl Host {
+    fn open() -> Result<Host, BenchError> {
+        let kvm = Kvm::new().map_err(call("opening /dev/kvm"))?;
+        let cpuid = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
+        let list = kvm
+            .get_msr_index_list()
+            .map_err(call("KVM_GET_MSR_INDEX_LIST"))?;
+        let entries: Vec<kvm_msr_entry> = list
+            .as_slice()
+            .iter()
+            .map(|&index| kvm_msr_entry {
+                index,
+                ..kvm_msr_entry::default()
+            })
+            .collect();
+        let msrs = Msrs::from_entries(&entries).map_err(|error| BenchError::Call {
+            call: "a list of MSRs",
+            source: std::io::Error::other(format!("{error:?}")),
+        })?;
+        Ok(Host {
+            kvm,
+            cpuid,
+            msrs,
+            ram: Ram::new(MemoryLayout::new(SLOT_MIB)?)?,
+            large: Ram::new(MemoryLayout::new(LARGE_SLOT_MIB)?)?,
+        })
+    }
+}
+
+/// A VM from its first call to its end.
+pub(super) struct Build {
+    measured: u32,
+    host: Option<Host>,
+}
+
+impl Build {
+    pub(super) fn new(measured: u32) -> Build {
+        Build {
+            measured,
+            host: None,
+        }
+    }
+}
+
+impl Experiment for Build {
+    fn name(&self) -> String {
+        "create-vm".into()
+    }
+
+    fn repetitions(&self) -> Repetitions {
+        Repetitions {
+            warm_up: 3,
+            measured: self.measured,
+        }
+    }
+
+    fn prepare(&mut self) -> Result<(), BenchError> {
+        self.host = Some(Host::open()?);
+        Ok(())
+    }
+
+    fn repeat(&mut self, samples: &mut Samples) -> Result<(), BenchError> {
+        let Some(host) = &self.host else {
+            return Ok(());
+        };
+        let vm = timed(
+            samples,
+            "create-vm",
+            || host.kvm.create_vm(),
+            "KVM_CREATE_VM",
+        )?;
+        let before = |mib: u64| format!("memslot/{mib}-MiB/before-irqchip");
+        let slot = "KVM_SET_USER_MEMORY_REGION";
+        timed(
+            samples,
+            &before(SLOT_MIB),
+            || set_slots(&vm, &host.ram, 0),
+            slot,
+        )?;
+        timed(
+            samples,
+            "create-irqchip",
+            || vm.create_irq_chip(),
+            "KVM_CREATE_IRQCHIP",
+        )?;
+        let vcpu = timed(
+            samples,
+            "create-vcpu",
+            || vm.create_vcpu(0),
+            "KVM_CREATE_VCPU",
+        )?;
+        timed(
+            samples,
+            "set-cpuid2",
+            || vcpu.set_cpuid2(&host.cpuid),
+            "KVM_SET_CPUID2",
+        )?;
+        set_registers(samples, &vcpu, &host.msrs)?;
+        for (case, act) in [
+            ("close-vcpu", Box::new(|| drop(vcpu)) as Box<dyn FnOnce()>),
+            ("close-vm", Box::new(|| drop(vm))),
+        ] {
+            let start = Instant::now();
+            act();
+            samples.time(case, Unit::Us, start.elapsed());
+        }
+        let other = host.kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
+        timed(
+            samples,
+            &before(LARGE_SLOT_MIB),
+            || set_slots(&other, &host.large, 0),
+            slot,
+        )?;
+        Ok(())
+    }
+}
+
+/// Reads each class of registers and puts it in again.
+fn set_registers(samples: &mut Samples, vcpu: &VcpuFd, msrs: &Msrs) -> Result<(), BenchError> {
+    let mp_state = vcpu.get_mp_state().map_err(call("KVM_GET_MP_STATE"))?;
+    let sregs = vcpu.get_sregs().map_err(call("KVM_GET_SREGS"))?;
+    let regs = vcpu.get_regs().map_err(call("KVM_GET_REGS"))?;
+    let xcrs = vcpu.get_xcrs().map_err(call("KVM_GET_XCRS"))?;
+    let xsave = vcpu.get_xsave().map_err(call("KVM_GET_XSAVE"))?;
+    let debug = vcpu.get_debug_regs().map_err(call("KVM_GET_DEBUGREGS"))?;
+    let lapic = vcpu.get_lapic().map_err(call("KVM_GET_LAPIC"))?;
+    let events = vcpu
+        .get_vcpu_events()
+        .map_err(call("KVM_GET_VCPU_EVENTS"))?;
+    let mut known = msrs.clone();
+    // KVM reads them in order and stops at the first that it does not know for this vCPU.
+    let read = vcpu.get_msrs(&mut known).map_err(call("KVM_GET_MSRS"))?;
+    let known =
+        Msrs::from_entries(&known.as_slice()[..read]).map_err(|error| BenchError::Call {
+            call: "a list of MSRs",
+            source: std::io::Error::other(format!("{error:?}")),
+        })?;
+    // In the order of a restore.
+    let set = || vcpu.set_mp_state(mp_state);
+    timed(samples, "set-mp-state", set, "KVM_SET_MP_STATE")?;
+    timed(
+        samples,
+        "set-sregs",
+        || vcpu.set_sregs(&sregs),
+        "KVM_SET_SREGS",
+    )?;
+    timed(samples, "set-regs", || vcpu.set_regs(&regs), "KVM_SET_REGS")?;
+    timed(samples, "set-xcrs", || vcpu.set_xcrs(&xcrs), "KVM_SET_XCRS")?;
+    // SAFETY: the area is one that KVM has just filled, and no dynamic feature was enabled.
+    let set = || unsafe { vcpu.set_xsave(&xsave) };
+    timed(samples, "set-xsave", set, "KVM_SET_XSAVE")?;
+    let set = || vcpu.set_debug_regs(&debug);
+    timed(samples, "set-debugregs", set, "KVM_SET_DEBUGREGS")?;
+    timed(
+        samples,
+        "set-lapic",
+        || vcpu.set_lapic(&lapic),
+        "KVM_SET_LAPIC",
+    )?;
+    let set = || vcpu.set_msrs(&known).map(drop);
+    timed(samples, "set-msrs", set, "KVM_SET_MSRS")?;
+    let set = || vcpu.set_vcpu_events(&events);
+    timed(samples, "set-vcpu-events", set, "KVM_SET_VCPU_EVENTS")
+}
+
+/// A memory slot that comes after the irqchip.
+pub(super) struct LateSlot {
+    measured: u32,
+    host: Option<Host>,
+}
+
+impl LateSlot {
+    pub(super) fn new(measured: u32) -> LateSlot {
+        LateSlot {
+            measured,
+            host: None,
+        }
+    }
+}
+
+impl Experiment for LateSlot {
+    fn name(&self) -> String {
+        format!("memslot/{SLOT_MIB}-MiB/after-irqchip")
+    }
+
+    fn repetitions(&self) -> Repetitions {
+        Repetitions {
+            warm_up: 1,
+            measured: self.measured,
+        }
+    }
+
+    fn prepare(&mut self) -> Result<(), BenchError> {
+        self.host = Some(Host::open()?);
+        Ok(())
+    }
+
+    fn repeat(&mut self, samples: &mut Samples) -> Result<(), BenchError> {
+        let Some(host) = &self.host else {
+            return Ok(());
+        };
+        let vm = host.kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
+        vm.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))?;
+        let set = || set_slots(&vm, &host.ram, 0);
+        timed(samples, &self.name(), set, "KVM_SET_USER_MEMORY_REGION")
+    }
+}

@@ -1,0 +1,136 @@
+//! How long it takes until many clones of one fork point run.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use forkvm_clone_engine::{ForkPoint, FreezeKind, Member, MemoryMode, Timeline};
+
+use crate::bench::chart::{Chart, Marks, Series};
+use crate::bench::measure::{BenchError, Experiment, Repetitions, Samples, Unit};
+use crate::bench::report::Row;
+use crate::bench::subject::{Subject, SubjectSpec, Work, end, passed, wait_answer};
+use crate::bench::{Scale, Scenario};
+
+/// See the module's text.
+pub(super) const SCENARIO: Scenario = Scenario {
+    name: "fanout",
+    about: "1 to 1000 clones of one fork point, until the last of them runs",
+    reading: "Clock instantiate: from the spawn request on a fork point that exists. all_running: the last clone has entered its first KVM_RUN; \
+              all_acted: the last one's first action was seen. 512 MiB of RAM each, 64 MiB populated; every clone must answer, or the \
+              row is not there.",
+    experiments,
+    charts,
+};
+
+fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
+    let full = [(1, 60), (10, 30), (32, 20), (100, 10), (300, 4), (1000, 3)];
+    let quick = [(1, 10), (10, 3), (32, 2), (100, 2)];
+    let small = [(1, 2), (4, 1)];
+    let sizes = scale.pick(&full[..], &quick[..], &small[..]);
+    let one = |&(clones, measured): &(u32, u32)| -> Box<dyn Experiment> {
+        Box::new(Fanout {
+            clones,
+            measured,
+            subject: None,
+            point: None,
+        })
+    };
+    sizes.iter().map(one).collect()
+}
+
+struct Fanout {
+    clones: u32,
+    measured: u32,
+    // Before the subject: its family ends with that.
+    point: Option<Arc<ForkPoint>>,
+    subject: Option<Subject>,
+}
+
+impl Experiment for Fanout {
+    fn name(&self) -> String {
+        self.clones.to_string()
+    }
+
+    fn repetitions(&self) -> Repetitions {
+        Repetitions {
+            // Of hundreds of clones all but the first few warm up the rest.
+            warm_up: u32::from(self.clones <= 100),
+            measured: self.measured,
+        }
+    }
+
+    fn prepare(&mut self) -> Result<(), BenchError> {
+        let subject = Subject::boot(&SubjectSpec {
+            work: Work {
+                read_pages: 1,
+                ..Work::default()
+            },
+            ..SubjectSpec::USUAL
+        })?;
+        self.point = Some(subject.point(FreezeKind::Remap, MemoryMode::Cow)?);
+        self.subject = Some(subject);
+        Ok(())
+    }
+
+    fn repeat(&mut self, samples: &mut Samples) -> Result<(), BenchError> {
+        let Some(point) = &self.point else {
+            return Ok(());
+        };
+        let asked = Instant::now();
+        let clones = match point.spawn(self.clones) {
+            Ok(clones) => clones,
+            Err(forkvm_clone_engine::ForkError::Limits(limit)) => {
+                return Err(BenchError::Lacks(limit.to_string()));
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let measured = measure(&clones, asked);
+        end(&clones);
+        let [running, acted] = measured?;
+        let name = self.name();
+        for (case, took) in [("all_running", running), ("all_acted", acted)] {
+            samples
+                .time(&format!("{name}/{case}"), Unit::Ms, took)
+                .column("clones", clones.len() as f64)
+                .column("memory_mib", point.config().memory_mib as f64);
+        }
+        Ok(())
+    }
+}
+
+/// Until the last of them runs, and until the last of them acts. All have answered then.
+fn measure(clones: &[Arc<Member>], asked: Instant) -> Result<[Duration; 2], BenchError> {
+    let mut last = [asked; 2];
+    type Seen = fn(&Timeline) -> Option<Instant>;
+    let points: [(&str, Seen); 2] = [
+        ("first_run", |seen| seen.first_run),
+        ("first_action", |seen| seen.first_action),
+    ];
+    for clone in clones {
+        wait_answer(clone, 1)?;
+        for (last, (name, at)) in last.iter_mut().zip(points) {
+            *last = passed(clone, name, at)?.max(*last);
+        }
+    }
+    Ok(last.map(|at| at.saturating_duration_since(asked)))
+}
+
+fn charts(rows: &[Row]) -> Vec<Chart> {
+    let series = |case: &str| Series {
+        name: case.to_owned(),
+        points: rows
+            .iter()
+            .filter(|row| row.case.ends_with(&format!("/{case}")))
+            .filter_map(|row| Some((*row.columns.get("clones")?, row.percentiles.p50)))
+            .collect(),
+        marked: true,
+    };
+    vec![Chart {
+        name: "fanout".into(),
+        title: "Clones of one fork point, until the last of them is there".into(),
+        x: "clones".into(),
+        y: "median time from the spawn request, ms".into(),
+        log: (true, true),
+        marks: Marks::Lines(vec![series("all_running"), series("all_acted")]),
+    }]
+}

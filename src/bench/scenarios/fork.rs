@@ -1,0 +1,210 @@
+//! From the request on a running parent until one clone has passed each end point, and where the
+//! time goes.
+
+use std::time::Instant;
+
+use forkvm_clone_engine::{FreezeKind, MemoryMode};
+
+use crate::bench::chart::{Chart, Marks, short};
+use crate::bench::measure::{BenchError, Experiment, Repetitions, Samples, Unit};
+use crate::bench::outliers::median;
+use crate::bench::report::{Digest, PHASE, Row};
+use crate::bench::setting::{POOLS, Pool, Setting};
+use crate::bench::subject::{
+    PAGES_PER_MIB, Subject, SubjectSpec, end, end_points, fork_by, wait_answer,
+};
+use crate::bench::{Scale, Scenario};
+
+/// See the module's text.
+pub(super) const SCENARIO: Scenario = Scenario {
+    name: "fork",
+    about: "one clone of a running parent, to each end point, with the parent's pause and every phase",
+    reading: "Clock fork: from the request on the running parent. 512 MiB of RAM, 64 MiB populated, 1 vCPU. N-MiB-dirty: what the \
+              parent has written since its memory became private. remap is the first fork of a VM, delta any later one.",
+    experiments,
+    charts,
+};
+
+/// How the parent's memory is kept, and what there is to keep.
+#[derive(Clone, Copy, Debug)]
+struct Way {
+    mode: MemoryMode,
+    freeze: FreezeKind,
+    dirty_mib: u32,
+}
+
+const WAYS: [Way; 7] = [
+    Way::new(MemoryMode::Lazy, FreezeKind::Delta, 1),
+    Way::new(MemoryMode::Lazy, FreezeKind::Delta, 4),
+    Way::new(MemoryMode::Lazy, FreezeKind::Delta, 16),
+    Way::new(MemoryMode::Cow, FreezeKind::Delta, 4),
+    Way::new(MemoryMode::Lazy, FreezeKind::WriteProtect, 64),
+    Way::new(MemoryMode::Cow, FreezeKind::Remap, 64),
+    Way::new(MemoryMode::Cow, FreezeKind::Copy, 64),
+];
+
+impl Way {
+    const fn new(mode: MemoryMode, freeze: FreezeKind, dirty_mib: u32) -> Way {
+        Way {
+            mode,
+            freeze,
+            dirty_mib,
+        }
+    }
+
+    /// Whether each VM can be forked like that only once.
+    fn is_once(self) -> bool {
+        self.freeze == FreezeKind::Remap
+    }
+}
+
+fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
+    let mut all: Vec<Box<dyn Experiment>> = Vec::new();
+    for &pool in POOLS {
+        for way in WAYS {
+            let measured = match way.freeze {
+                FreezeKind::Remap => scale.pick(20, 2, 1),
+                FreezeKind::Delta => scale.pick(60, 8, 2),
+                _ => scale.pick(30, 3, 1),
+            };
+            all.push(Box::new(Fork {
+                pool,
+                way,
+                measured,
+                subject: None,
+            }));
+        }
+    }
+    all
+}
+
+struct Fork {
+    pool: Pool,
+    way: Way,
+    measured: u32,
+    subject: Option<Subject>,
+}
+
+impl Fork {
+    fn boot(&self) -> Result<Subject, BenchError> {
+        Subject::boot(&SubjectSpec {
+            dirty_pages: self.way.dirty_mib * PAGES_PER_MIB,
+            setting: Setting {
+                pool: self.pool,
+                ..Setting::PLAIN
+            },
+            ..SubjectSpec::USUAL
+        })
+    }
+}
+
+impl Experiment for Fork {
+    fn name(&self) -> String {
+        let Way {
+            mode,
+            freeze,
+            dirty_mib,
+        } = self.way;
+        let pool = self.pool.as_str();
+        format!("{pool}/{}/{freeze}/{dirty_mib}-MiB-dirty", mode.as_str())
+    }
+
+    fn repetitions(&self) -> Repetitions {
+        Repetitions {
+            warm_up: if self.way.is_once() {
+                1
+            } else {
+                3.min(self.measured)
+            },
+            measured: self.measured,
+        }
+    }
+
+    fn prepare(&mut self) -> Result<(), BenchError> {
+        if self.way.is_once() {
+            return Ok(());
+        }
+        let subject = self.boot()?;
+        if self.way.freeze == FreezeKind::Delta {
+            // From then on it maps its memory privately.
+            drop(subject.point(FreezeKind::Remap, MemoryMode::Cow)?);
+        }
+        self.subject = Some(subject);
+        Ok(())
+    }
+
+    fn repeat(&mut self, samples: &mut Samples) -> Result<(), BenchError> {
+        let mut fresh = None;
+        let subject = match &mut self.subject {
+            Some(subject) => subject,
+            None => fresh.insert(self.boot()?),
+        };
+        subject.rewrite()?;
+        // What was traced before the request.
+        subject.trace();
+        let way = self.way;
+        let asked = Instant::now();
+        let ticket = subject.member().fork(fork_by(way.freeze, way.mode, 1))?;
+        wait_answer(&ticket.clones[0], 1)?;
+        let traced = subject.trace();
+        let name = self.name();
+        let populated = ticket.point.populated() as f64 / f64::from(1 << 20);
+        let mut note = |case: &str, took| {
+            samples
+                .time(&format!("{name}/{case}"), Unit::Us, took)
+                .column("populated_mib", populated)
+                .column("dirty_mib", f64::from(way.dirty_mib));
+        };
+        for (end_point, took) in end_points(&ticket.clones[0], asked)? {
+            note(end_point, took);
+        }
+        traced
+            .pauses
+            .iter()
+            .for_each(|&pause| note("parent_pause", pause));
+        for (phase, took) in traced.phases {
+            note(&format!("{}{phase}", &PHASE[1..]), took);
+        }
+        end(&ticket.clones);
+        Ok(())
+    }
+}
+
+/// Bars that are more times longer than the one in the middle are not drawn: nothing would be seen of
+/// the others.
+const TOO_LONG: f64 = 4.0;
+
+/// Where the time of each way goes.
+fn charts(rows: &[Row]) -> Vec<Chart> {
+    let digest = Digest::of(rows.iter());
+    let bar = |(way, medians): &(&str, Vec<Option<f64>>)| {
+        let parts = medians.iter().map(|median| median.unwrap_or(0.0) / 1000.0);
+        ((*way).to_owned(), parts.collect::<Vec<f64>>())
+    };
+    let mut bars: Vec<_> = digest.by_phase.iter().map(bar).collect();
+    let sum = |(_, parts): &(String, Vec<f64>)| parts.iter().sum::<f64>();
+    let longest = TOO_LONG * median(&bars.iter().map(sum).collect::<Vec<_>>());
+    let (drawn, left_out): (Vec<_>, Vec<_>) = bars.drain(..).partition(|bar| sum(bar) <= longest);
+    if drawn.is_empty() {
+        return Vec::new();
+    }
+    let left_out: Vec<String> = left_out
+        .iter()
+        .map(|bar| format!("; {}: {} ms, not drawn", bar.0, short(sum(bar))))
+        .collect();
+    vec![Chart {
+        name: "fork-phases".into(),
+        title: "Where the time of a fork into one clone goes".into(),
+        x: format!("median time of each phase, ms{}", left_out.concat()),
+        y: String::new(),
+        log: (false, false),
+        marks: Marks::Stacked {
+            parts: digest
+                .phases
+                .iter()
+                .map(|phase| (*phase).to_owned())
+                .collect(),
+            bars: drawn,
+        },
+    }]
+}

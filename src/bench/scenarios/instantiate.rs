@@ -1,0 +1,164 @@
+//! From the request on an existing fork point until one clone has passed each end point.
+
+use std::sync::Arc;
+
+use forkvm_clone_engine::{ForkPoint, FreezeKind, MemoryMode};
+
+use crate::bench::chart::{self, Chart};
+use crate::bench::measure::{BenchError, Experiment, Repetitions, Samples, Unit};
+use crate::bench::report::Row;
+use crate::bench::setting::{PLACES, POOLS, Setting};
+use crate::bench::subject::{END_POINTS, Subject, SubjectSpec, end, end_points, spawn_one};
+use crate::bench::{Scale, Scenario};
+
+/// See the module's text.
+pub(super) const SCENARIO: Scenario = Scenario {
+    name: "instantiate",
+    about: "one clone of an existing fork point, to each of the five end points",
+    reading: "Clock instantiate: from the spawn request on a fork point that exists. 512 MiB of RAM, 64 MiB populated, \
+              1 vCPU; the answer comes after 16 pages were read and checked.",
+    experiments,
+    charts,
+};
+
+/// How the clone's memory stands when it is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Memory {
+    /// A whole image.
+    Cow,
+    /// An image that holds nothing yet but what the saved vCPU names.
+    Lazy,
+    /// An incomplete image that an earlier clone has already brought the same pages into.
+    Sibling,
+}
+
+impl Memory {
+    const ALL: [Memory; 3] = [Memory::Cow, Memory::Lazy, Memory::Sibling];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Memory::Cow => "cow",
+            Memory::Lazy => "lazy",
+            Memory::Sibling => "sibling",
+        }
+    }
+}
+
+fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
+    let measured = scale.pick(220, 40, 3);
+    let mut all: Vec<Box<dyn Experiment>> = Vec::new();
+    for &pool in POOLS {
+        for memory in Memory::ALL {
+            for &place in PLACES {
+                let setting = Setting { pool, place };
+                all.push(Box::new(Instantiate {
+                    setting,
+                    memory,
+                    measured,
+                    subject: None,
+                    point: None,
+                }));
+            }
+        }
+    }
+    all
+}
+
+struct Instantiate {
+    setting: Setting,
+    memory: Memory,
+    measured: u32,
+    // Before the subject: its family ends with that.
+    point: Option<Arc<ForkPoint>>,
+    subject: Option<Subject>,
+}
+
+impl Experiment for Instantiate {
+    fn name(&self) -> String {
+        let Setting { pool, place } = self.setting;
+        format!(
+            "{}/{}/{}",
+            pool.as_str(),
+            self.memory.as_str(),
+            place.as_str()
+        )
+    }
+
+    fn repetitions(&self) -> Repetitions {
+        Repetitions {
+            warm_up: self.measured.min(5),
+            measured: self.measured,
+        }
+    }
+
+    fn prepare(&mut self) -> Result<(), BenchError> {
+        let subject = Subject::boot(&SubjectSpec {
+            setting: self.setting,
+            ..SubjectSpec::USUAL
+        })?;
+        self.point = match self.memory {
+            Memory::Cow => Some(subject.point(FreezeKind::Remap, MemoryMode::Cow)?),
+            Memory::Lazy => None,
+            Memory::Sibling => {
+                let point = subject.point(FreezeKind::WriteProtect, MemoryMode::Lazy)?;
+                let (elder, _) = spawn_one(&point)?;
+                end(&[elder]);
+                Some(point)
+            }
+        };
+        self.subject = Some(subject);
+        Ok(())
+    }
+
+    fn repeat(&mut self, samples: &mut Samples) -> Result<(), BenchError> {
+        let cold = match (&self.point, &self.subject) {
+            (None, Some(subject)) => {
+                Some(subject.point(FreezeKind::WriteProtect, MemoryMode::Lazy)?)
+            }
+            _ => None,
+        };
+        let Some(point) = cold.as_ref().or(self.point.as_ref()) else {
+            return Ok(());
+        };
+        let (clone, asked) = spawn_one(point)?;
+        let name = self.name();
+        for (end_point, took) in end_points(&clone, asked)? {
+            samples
+                .time(&format!("{name}/{end_point}"), Unit::Us, took)
+                .column("memory_mib", point.config().memory_mib as f64)
+                .column(
+                    "populated_mib",
+                    point.populated() as f64 / f64::from(1 << 20),
+                );
+        }
+        end(&[clone]);
+        Ok(())
+    }
+}
+
+/// For each way one chart with a curve per end point.
+fn charts(rows: &[Row]) -> Vec<Chart> {
+    let mut ways: Vec<&str> = Vec::new();
+    for row in rows {
+        if let Some((way, _)) = row.case.rsplit_once('/')
+            && !ways.contains(&way)
+        {
+            ways.push(way);
+        }
+    }
+    let chart = |way: &&str| {
+        let of_way = rows.iter().filter_map(|row| {
+            let end_point = row.case.strip_prefix(way)?.strip_prefix('/')?;
+            END_POINTS
+                .contains(&end_point)
+                .then(|| (end_point.to_owned(), row.values.as_slice()))
+        });
+        chart::distribution(
+            &format!("instantiate-{}", way.replace('/', "-")),
+            &format!("Instantiate one clone: {}", way.replace('/', ", ")),
+            "time from the spawn request, us",
+            of_way,
+        )
+    };
+    ways.iter().map(chart).collect()
+}

@@ -1,0 +1,227 @@
+//! How long a parent stands still, by how its memory is kept and how much there is.
+
+use forkvm_clone_engine::{FreezeKind, MemoryMode};
+
+use crate::bench::chart::{Chart, Marks, Series};
+use crate::bench::measure::{BenchError, Experiment, Repetitions, Samples, Unit};
+use crate::bench::report::Row;
+use crate::bench::subject::{PAGES_PER_MIB, Subject, SubjectSpec};
+use crate::bench::{Scale, Scenario};
+
+/// See the module's text.
+pub(super) const SCENARIO: Scenario = Scenario {
+    name: "pause",
+    about: "how long the parent stands still, by freeze, RAM, populated and dirty memory",
+    reading: "From the closing of the gate until the parent's vCPUs may run again. FREEZE/RAM/POPULATED; for delta 4 MiB are dirty unless the \
+              name ends in another amount. remap is measured on a VM freshly booted each time.",
+    experiments,
+    charts,
+};
+
+/// A parent.
+#[derive(Clone, Copy, Debug)]
+struct Parent {
+    memory_mib: u64,
+    populated_mib: u32,
+    dirty_mib: u32,
+}
+
+/// Dirty memory of a parent that is forked by delta, unless it is what varies.
+const DIRTY_MIB: u32 = 4;
+
+const SMALL: [Parent; 1] = [Parent::of(512, 16, DIRTY_MIB)];
+
+const PARENTS: [Parent; 5] = [
+    Parent::of(512, 16, DIRTY_MIB),
+    Parent::of(512, 64, DIRTY_MIB),
+    Parent::of(512, 256, DIRTY_MIB),
+    Parent::of(2048, 64, DIRTY_MIB),
+    Parent::of(8192, 64, DIRTY_MIB),
+];
+
+/// Further ones for delta: what varies is what is dirty.
+const DIRTY: [Parent; 3] = [
+    Parent::of(512, 64, 1),
+    Parent::of(512, 64, 16),
+    Parent::of(512, 64, 64),
+];
+
+const FREEZES: [FreezeKind; 4] = [
+    FreezeKind::WriteProtect,
+    FreezeKind::Remap,
+    FreezeKind::Copy,
+    FreezeKind::Delta,
+];
+
+impl Parent {
+    const fn of(memory_mib: u64, populated_mib: u32, dirty_mib: u32) -> Parent {
+        Parent {
+            memory_mib,
+            populated_mib,
+            dirty_mib,
+        }
+    }
+}
+
+fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
+    let parents = scale.pick(&PARENTS[..], &PARENTS[..2], &SMALL[..]);
+    let dirty = scale.pick(&DIRTY[..], &DIRTY[..1], &[]);
+    let mut all: Vec<Box<dyn Experiment>> = Vec::new();
+    let mut add = |freeze, parent: &Parent| {
+        all.push(Box::new(Pause {
+            freeze,
+            parent: *parent,
+            measured: match freeze {
+                FreezeKind::Remap => scale.pick(8, 2, 1),
+                FreezeKind::Copy => scale.pick(12, 3, 1),
+                _ => scale.pick(30, 5, 1),
+            },
+            subject: None,
+        }));
+    };
+    for freeze in FREEZES {
+        parents.iter().for_each(|parent| add(freeze, parent));
+    }
+    dirty
+        .iter()
+        .for_each(|parent| add(FreezeKind::Delta, parent));
+    all
+}
+
+struct Pause {
+    freeze: FreezeKind,
+    parent: Parent,
+    measured: u32,
+    /// None for a freeze that each VM knows only once.
+    subject: Option<Subject>,
+}
+
+impl Pause {
+    /// What the parent writes before each pause: for delta what is to be found; otherwise everything,
+    /// so that all its memory is mapped when it is frozen.
+    fn dirty_mib(&self) -> u32 {
+        match self.freeze {
+            FreezeKind::Delta => self.parent.dirty_mib,
+            _ => self.parent.populated_mib,
+        }
+    }
+
+    fn boot(&self) -> Result<Subject, BenchError> {
+        Subject::boot(&SubjectSpec {
+            memory_mib: self.parent.memory_mib,
+            populated_mib: self.parent.populated_mib,
+            dirty_pages: self.dirty_mib() * PAGES_PER_MIB,
+            ..SubjectSpec::USUAL
+        })
+    }
+}
+
+impl Experiment for Pause {
+    fn name(&self) -> String {
+        let Parent {
+            memory_mib,
+            populated_mib,
+            dirty_mib,
+        } = self.parent;
+        let name = format!("{}/{memory_mib}-MiB/{populated_mib}-MiB", self.freeze);
+        if dirty_mib == DIRTY_MIB {
+            name
+        } else {
+            format!("{name}/{dirty_mib}-MiB-dirty")
+        }
+    }
+
+    fn repetitions(&self) -> Repetitions {
+        Repetitions {
+            warm_up: 1,
+            measured: self.measured,
+        }
+    }
+
+    fn prepare(&mut self) -> Result<(), BenchError> {
+        if self.freeze == FreezeKind::Remap {
+            return Ok(());
+        }
+        let subject = self.boot()?;
+        if self.freeze == FreezeKind::Delta {
+            // From then on it maps its memory privately.
+            drop(subject.point(FreezeKind::Remap, MemoryMode::Cow)?);
+        }
+        self.subject = Some(subject);
+        Ok(())
+    }
+
+    fn repeat(&mut self, samples: &mut Samples) -> Result<(), BenchError> {
+        let mut fresh = None;
+        let subject = match &mut self.subject {
+            Some(subject) => subject,
+            None => fresh.insert(self.boot()?),
+        };
+        subject.rewrite()?;
+        subject.trace();
+        // The mode is no part of the pause; the last one that it serves does not fill the image.
+        let mode = self.freeze.serves().last().copied().unwrap_or_default();
+        let point = subject.point(self.freeze, mode)?;
+        let traced = subject.trace();
+        let name = self.name();
+        for pause in traced.pauses {
+            samples
+                .time(&name, Unit::Us, pause)
+                .column("memory_mib", self.parent.memory_mib as f64)
+                .column(
+                    "populated_mib",
+                    point.populated() as f64 / f64::from(1 << 20),
+                )
+                .column("dirty_mib", f64::from(self.dirty_mib()));
+        }
+        Ok(())
+    }
+}
+
+/// The pause against populated memory, for the RAM that there are most cases of; against dirty
+/// memory for delta.
+fn charts(rows: &[Row]) -> Vec<Chart> {
+    let by = |column: &'static str, wanted: &dyn Fn(&Row) -> bool| {
+        let point = |row: &Row| Some((*row.columns.get(column)?, row.percentiles.p50 / 1000.0));
+        let mut points: Vec<_> = rows
+            .iter()
+            .filter(|row| wanted(row))
+            .filter_map(point)
+            .collect();
+        points.sort_by(|one, next| one.0.total_cmp(&next.0));
+        points
+    };
+    let of_usual_ram = |row: &Row| row.columns.get("memory_mib") == Some(&512.0);
+    let series = |freeze: FreezeKind| Series {
+        name: freeze.to_string(),
+        points: by("populated_mib", &|row: &Row| {
+            row.case.starts_with(&format!("{freeze}/"))
+                && !row.case.ends_with("-dirty")
+                && of_usual_ram(row)
+        }),
+        marked: true,
+    };
+    let populated = Chart {
+        name: "pause-by-populated-memory".into(),
+        title: "How long the parent stands still, 512 MiB of RAM".into(),
+        x: "populated memory, MiB".into(),
+        y: "median pause, ms".into(),
+        log: (true, true),
+        marks: Marks::Lines(FREEZES.map(series).to_vec()),
+    };
+    let dirty = Chart {
+        name: "pause-by-dirty-memory".into(),
+        title: "How long the parent stands still, by delta, 64 MiB populated".into(),
+        x: "dirty memory, MiB".into(),
+        y: "median pause, ms".into(),
+        log: (true, false),
+        marks: Marks::Lines(vec![Series {
+            name: "delta".into(),
+            points: by("dirty_mib", &|row: &Row| {
+                row.case.starts_with("delta/512-MiB/64-MiB")
+            }),
+            marked: true,
+        }]),
+    };
+    vec![populated, dirty]
+}

@@ -1,0 +1,85 @@
+//! How the engine is set up while it is measured: the first parts of a case's name.
+
+use std::sync::Arc;
+
+use forkvm_clone_engine::spawn::Spawner;
+use forkvm_clone_engine::spawn::in_process::InProcess;
+use forkvm_clone_engine::{FamilyConfig, FaultConfig, Observer};
+
+/// Where the VM of a clone comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pool {
+    /// It is built when the clone is asked for.
+    Unpooled,
+}
+
+/// Every way.
+pub const POOLS: &[Pool] = &[Pool::Unpooled];
+
+impl Pool {
+    /// The word in the names of cases.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Pool::Unpooled => "unpooled",
+        }
+    }
+}
+
+/// Where a clone runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In the process of its parent.
+    InProcess,
+}
+
+/// Every place.
+pub const PLACES: &[Place] = &[Place::InProcess];
+
+impl Place {
+    /// The word in the names of cases.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Place::InProcess => "in-process",
+        }
+    }
+
+    fn spawner(self) -> Arc<dyn Spawner> {
+        match self {
+            Place::InProcess => Arc::new(InProcess),
+        }
+    }
+}
+
+/// Both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Setting {
+    /// Where a VM comes from.
+    pub pool: Pool,
+    /// Where it runs.
+    pub place: Place,
+}
+
+impl Setting {
+    /// What every host can do.
+    pub const PLAIN: Setting = Setting {
+        pool: Pool::Unpooled,
+        place: Place::InProcess,
+    };
+
+    /// A family that is set up like that. Nothing comes into its images but what is touched, so that
+    /// one repetition does not work while another is measured; `chunk` bytes come together, the
+    /// engine's default with `None`.
+    pub fn family(self, observer: Arc<dyn Observer>, chunk: Option<u64>) -> FamilyConfig {
+        let usual = FaultConfig::default();
+        FamilyConfig {
+            observer,
+            spawner: self.place.spawner(),
+            faults: FaultConfig {
+                background: None,
+                chunk: chunk.unwrap_or(usual.chunk),
+                ..usual
+            },
+            ..FamilyConfig::default()
+        }
+    }
+}

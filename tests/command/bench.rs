@@ -1,0 +1,289 @@
+//! The laboratory keeps its contract: rows that other programs read, whatever happens meanwhile.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::{Value, json};
+use tempfile::tempdir;
+
+use super::common::need_kvm;
+use super::harness::{Running, forkvm, names_in};
+
+/// Columns of every row.
+const COLUMNS: [&str; 14] = [
+    "case", "unit", "p50", "p90", "p99", "min", "max", "n", "outliers", "forkvm", "kvm", "kernel",
+    "host_cpu", "load1",
+];
+
+fn parse(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
+}
+
+fn rows(report: &Value) -> &Vec<Value> {
+    report["rows"].as_array().unwrap()
+}
+
+fn row<'a>(report: &'a Value, case: &str) -> &'a Value {
+    let found = rows(report).iter().find(|row| row["case"] == case);
+    found.unwrap_or_else(|| panic!("no case {case} in {report:#}"))
+}
+
+#[track_caller]
+fn expect_contract(report: &Value, scenario: &str) {
+    for key in ["forkvm", "host", "scenario", "seed", "partial", "rows"] {
+        assert!(!report[key].is_null(), "{key}");
+    }
+    assert_eq!(report["scenario"], scenario);
+    for row in rows(report) {
+        for column in COLUMNS {
+            assert!(!row[column].is_null(), "{column} is not in {row}");
+        }
+        let case = row["case"].as_str().unwrap();
+        assert!(!case.contains(char::is_whitespace), "{case:?}");
+        let number = |name: &str| row[name].as_f64().unwrap();
+        let rising = ["min", "p50", "p90", "p99", "max"].map(number);
+        assert!(rising.is_sorted(), "{case}: {rising:?}");
+        assert!(number("n") >= 1.0, "{case}");
+        assert_eq!(row["kernel"], report["host"]["kernel"], "{case}");
+    }
+}
+
+#[test]
+fn instantiate_reports_each_end_point_by_contract_and_in_its_order() {
+    need_kvm!();
+    let dir = tempdir().unwrap();
+    let ended = forkvm(
+        dir.path(),
+        &[
+            "bench",
+            "instantiate",
+            "--quick",
+            "--seed",
+            "7",
+            "--json",
+            "-",
+        ],
+    );
+    ended.expect(0, "seed 7");
+    let report = parse(&ended.stdout());
+    expect_contract(&report, "instantiate");
+    assert_eq!(report["seed"], 7);
+    assert_eq!(report["partial"], false);
+    let skipped = report["skipped"].as_array().unwrap().len();
+    for memory in ["cow", "lazy", "sibling"] {
+        if memory != "cow" && skipped > 0 {
+            continue;
+        }
+        let points = [
+            "built",
+            "restored",
+            "first_run",
+            "first_action",
+            "first_answer",
+        ];
+        let p50 = |point| {
+            let row = row(&report, &format!("unpooled/{memory}/in-process/{point}"));
+            assert_eq!(row["unit"], "us");
+            row["p50"].as_f64().unwrap()
+        };
+        assert!(
+            points.map(p50).is_sorted(),
+            "{memory}: {:?}",
+            points.map(p50)
+        );
+    }
+}
+
+#[test]
+fn every_scenario_has_rows_and_files_to_show_them() {
+    need_kvm!();
+    for (scenario, case) in [
+        ("calls", "create-vm"),
+        ("depth", "3/first_action"),
+        ("fault", "cow/first"),
+        ("memory", "idle/private"),
+    ] {
+        let dir = tempdir().unwrap();
+        let args = [
+            "bench", scenario, "--quick", "--json", "r.json", "--csv", "r.csv", "--html", "r.html",
+            "--svg", "plots",
+        ];
+        forkvm(dir.path(), &args).expect(0, "");
+        let read = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
+        let report = parse(&read("r.json"));
+        expect_contract(&report, scenario);
+        let median = row(&report, case)["p50"].as_f64().unwrap();
+        assert!(median > 0.0, "{scenario}: {median}");
+        let lines = read("r.csv").lines().count();
+        assert_eq!(lines, rows(&report).len() + 1, "{scenario}");
+        assert!(read("r.html").contains(case), "{scenario}");
+        if scenario != "calls" {
+            let plots = names_in(&dir.path().join("plots"));
+            assert!(
+                !plots.is_empty() && plots.iter().all(|name| name.ends_with(".svg")),
+                "{plots:?}"
+            );
+        }
+    }
+}
+
+/// Waits until a clone runs that is made after the warm-up of its experiment.
+fn wait_for_measured_clone(running: &mut Running) {
+    let tasks = PathBuf::from(format!("/proc/{}/task", running.child().id()));
+    let number_of_clone = |task: &Path| -> Option<u32> {
+        let name = fs::read_to_string(task.join("comm")).ok()?;
+        name.trim().strip_prefix("vm-bench.")?.parse().ok()
+    };
+    running.wait_until("a clone is measured", || {
+        let tasks = fs::read_dir(&tasks).into_iter().flatten().flatten();
+        tasks
+            .filter_map(|task| number_of_clone(&task.path()))
+            .any(|number| number > 8)
+    });
+}
+
+#[test]
+fn ctrl_c_writes_what_was_measured_and_marks_it_partial() {
+    need_kvm!();
+    for (signal, code) in [("INT", 130), ("TERM", 143)] {
+        let dir = tempdir().unwrap();
+        let args = ["bench", "instantiate", "--json", "r.json", "--csv", "r.csv"];
+        let mut running = Running::start(dir.path(), &args);
+        wait_for_measured_clone(&mut running);
+        running.signal(signal);
+        let ended = running.wait();
+        ended.expect(code, "");
+        assert!(ended.stdout().contains("partial"), "{}", ended.stdout());
+        let report = parse(&fs::read_to_string(dir.path().join("r.json")).unwrap());
+        expect_contract(&report, "instantiate");
+        assert_eq!(report["partial"], true);
+        let measured: u64 = rows(&report)
+            .iter()
+            .map(|row| row["n"].as_u64().unwrap())
+            .sum();
+        assert!(
+            measured > 0
+                && rows(&report)
+                    .iter()
+                    .any(|row| row["n"].as_u64() < Some(200))
+        );
+        assert_eq!(names_in(dir.path()), ["r.csv", "r.json"]);
+    }
+}
+
+#[test]
+fn an_output_that_cannot_be_written_does_not_keep_the_others_from_being_written() {
+    need_kvm!();
+    let dir = tempdir().unwrap();
+    let base = [
+        "bench", "calls", "--quick", "--json", "r.json", "--html", "r.html", "--csv",
+    ];
+    for (csv, why) in [
+        ("/dev/full", "No space left on device"),
+        ("nowhere/r.csv", "No such file or directory"),
+    ] {
+        let ended = forkvm(dir.path(), &[&base[..], &[csv]].concat());
+        ended.expect(1, &format!("writing {csv}")).expect(1, why);
+        assert_eq!(names_in(dir.path()), ["r.html", "r.json"]);
+        expect_contract(
+            &parse(&fs::read_to_string(dir.path().join("r.json")).unwrap()),
+            "calls",
+        );
+    }
+}
+
+/// A report of `cases`, each with its median; everything else is the same.
+fn past(cases: &[(String, f64)]) -> String {
+    let row = |(case, p50): &(String, f64)| {
+        json!({ "scenario": "fork", "case": case, "unit": "us", "p50": p50, "p90": p50 * 1.02, "p99": p50 * 1.1,
+                "min": p50 * 0.9, "max": p50 * 2.0, "n": 50 })
+    };
+    let rows: Vec<Value> = cases.iter().map(row).collect();
+    json!({ "forkvm": "0.1.0", "host": { "kvm": "pvm", "kernel": "6.12" }, "scenario": "fork", "seed": 1,
+            "partial": false, "rows": rows })
+    .to_string()
+}
+
+#[test]
+fn compare_tells_what_changed_beyond_noise_and_ends_well() {
+    let dir = tempdir().unwrap();
+    let write = |name: &str, cases: [(&str, f64); 3]| {
+        let cases = cases.map(|(case, p50)| (case.to_owned(), p50));
+        fs::write(dir.path().join(name), past(&cases)).unwrap();
+    };
+    write("old.json", [("a", 1000.0), ("b", 1000.0), ("c", 1000.0)]);
+    write("new.json", [("a", 700.0), ("b", 1030.0), ("c", 1300.0)]);
+    let ended = forkvm(dir.path(), &["bench", "compare", "old.json", "new.json"]);
+    ended.expect(0, "");
+    let said = ended.stdout();
+    assert!(said.contains("1 better, 1 worse, 1 same"), "{said}");
+    assert!(
+        said.contains("-30.0 %") && said.contains("+30.0 %") && !said.contains("+3.0 %"),
+        "{said}"
+    );
+
+    let ended = forkvm(
+        dir.path(),
+        &["bench", "compare", "old.json", "new.json", "--json", "-"],
+    );
+    let object = parse(&ended.stdout());
+    let verdicts: Vec<&str> = rows(&object)
+        .iter()
+        .map(|row| row["verdict"].as_str().unwrap())
+        .collect();
+    assert_eq!(verdicts, ["better", "same", "worse"]);
+
+    fs::write(dir.path().join("no.json"), "{}").unwrap();
+    forkvm(dir.path(), &["bench", "compare", "old.json", "no.json"])
+        .expect(1, "it is not what `forkvm bench --json` writes");
+}
+
+#[test]
+fn a_disk_that_fills_while_an_output_is_written_leaves_no_part_of_it() {
+    let dir = tempdir().unwrap();
+    let cases: Vec<(String, f64)> = (0..200).map(|case| (format!("case-{case}"), 1.0)).collect();
+    for name in ["old.json", "new.json"] {
+        fs::write(dir.path().join(name), past(&cases)).unwrap();
+    }
+    // A file may have 4 blocks of 512 or 1024 bytes; beyond, a write fails as on a full disk.
+    let script =
+        "trap '' XFSZ; ulimit -f 4; exec \"$0\" bench compare old.json new.json --json out.json";
+    let run = || {
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", script, env!("CARGO_BIN_EXE_forkvm")])
+            .current_dir(dir.path());
+        command.output().unwrap()
+    };
+    let ended = run();
+    let stderr = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(1), "{stderr}");
+    assert!(
+        stderr.contains("writing out.json") && stderr.contains("File too large"),
+        "{stderr}"
+    );
+    assert_eq!(names_in(dir.path()), ["new.json", "old.json"]);
+    // What was there before stays.
+    fs::write(dir.path().join("out.json"), "before").unwrap();
+    assert_eq!(run().status.code(), Some(1));
+    assert_eq!(
+        fs::read_to_string(dir.path().join("out.json")).unwrap(),
+        "before"
+    );
+    assert_eq!(names_in(dir.path()), ["new.json", "old.json", "out.json"]);
+}
+
+#[test]
+fn a_scenario_that_does_not_exist_is_a_usage_error_that_names_those_that_do() {
+    let dir = tempdir().unwrap();
+    forkvm(dir.path(), &["bench", "teleport"]).expect(2, "instantiate");
+    forkvm(dir.path(), &["bench"]).expect(2, "SCENARIO");
+    let help = forkvm(dir.path(), &["bench", "--help"]);
+    assert!(
+        help.stdout()
+            .contains("forkvm bench compare old.json new.json"),
+        "{}",
+        help.stdout()
+    );
+}
