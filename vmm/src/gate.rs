@@ -110,6 +110,19 @@ impl Gate {
         self.go.notify_all();
     }
 
+    /// Lets every held vCPU go on once the gate is open: the machine is another one now, which made no
+    /// call.
+    pub(crate) fn release_all(&self) {
+        let mut state = self.lock();
+        for place in &mut state.vcpus {
+            if *place == Place::Held {
+                *place = Place::AtGate;
+            }
+        }
+        drop(state);
+        self.go.notify_all();
+    }
+
     /// Called by thread `vcpu` as its last act; `ended` when the whole machine ends with it.
     pub(crate) fn leave(&self, vcpu: u32, ended: bool) {
         let mut state = self.lock();
@@ -291,6 +304,26 @@ mod tests {
         gate.open();
         until_at_gate(&gate, 0, Place::Held);
         gate.release(0);
+        assert_eq!(thread.join().unwrap(), Passage::Run);
+    }
+
+    #[test]
+    fn a_vcpu_of_a_machine_that_is_another_one_now_waits_for_no_answer() {
+        let gate = Arc::new(Gate::new(1));
+        gate.open();
+        let thread = thread::spawn({
+            let gate = gate.clone();
+            move || {
+                gate.pass(0);
+                gate.hold(0);
+                gate.pass(0)
+            }
+        });
+        until_at_gate(&gate, 0, Place::Held);
+        gate.close(LONG, |_| ()).unwrap();
+        gate.release_all();
+        until_at_gate(&gate, 0, Place::AtGate);
+        gate.open();
         assert_eq!(thread.join().unwrap(), Passage::Run);
     }
 

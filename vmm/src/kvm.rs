@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::Cap;
@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::vcpu::MsrCatalogue;
+use crate::vm::{self, VmError};
 
 /// Where KVM is.
 pub const KVM_PATH: &str = "/dev/kvm";
@@ -24,6 +25,7 @@ pub struct Kvm {
     tsc_deadline: bool,
     /// Filled by the first vCPU: which MSRs can be read depends on the CPUID that a vCPU has.
     msrs: OnceLock<MsrCatalogue>,
+    sees_rewritten_tables: OnceLock<bool>,
 }
 
 impl Kvm {
@@ -59,12 +61,24 @@ impl Kvm {
             flavour,
             tsc_deadline,
             msrs: OnceLock::new(),
+            sees_rewritten_tables: OnceLock::new(),
         })
     }
 
     /// What KVM stands on here.
     pub fn flavour(&self) -> KvmFlavour {
         self.flavour
+    }
+
+    /// Whether a vCPU goes by page tables that were changed in its memory behind its back, once its TLB
+    /// was flushed: so with two-dimensional paging, not with a shadow MMU. Found out with a VM of its
+    /// own the first time, which takes some milliseconds.
+    pub fn sees_rewritten_tables(self: &Arc<Self>) -> Result<bool, VmError> {
+        if let Some(known) = self.sees_rewritten_tables.get() {
+            return Ok(*known);
+        }
+        let found = vm::sees_rewritten_tables(self)?;
+        Ok(*self.sees_rewritten_tables.get_or_init(|| found))
     }
 
     pub(crate) fn fd(&self) -> &kvm_ioctls::Kvm {

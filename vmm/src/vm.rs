@@ -16,17 +16,20 @@ use crate::memory::{MemoryError, Ram};
 use crate::vcpu::{RunError, StateError};
 
 mod objects;
+mod rewind;
 mod runner;
 mod shell;
 mod state;
 mod stats;
 mod summary;
+mod translation_probe;
 
 use objects::KvmObjects;
 pub use shell::Shell;
 pub use state::{HostError, MachineState};
 pub use stats::{KvmStats, StatsError};
 pub use summary::{MachineSummary, VcpuSummary};
+pub(crate) use translation_probe::sees_rewritten_tables;
 
 /// What a VM tells its owner. Called from vCPU threads: must not block, nor call back into the VM.
 pub type EventSink = Arc<dyn Fn(VmEvent) + Send + Sync>;
@@ -317,6 +320,12 @@ pub enum VmError {
     /// The state comes from another kind of host.
     #[error(transparent)]
     Host(#[from] HostError),
+    /// The guest that tells how this KVM translates did not do what it should.
+    #[error("asking a guest whether this KVM shadows page tables failed: {what}")]
+    Probe {
+        /// What was seen.
+        what: String,
+    },
     /// The shell is not of the shape that the state needs.
     #[error("the saved machine has {what} and this one was built otherwise")]
     Shape {

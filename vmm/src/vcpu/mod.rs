@@ -13,4 +13,4 @@ pub(crate) use named_pages::named_pages;
 pub use run::RunError;
 pub(crate) use run::{Stop, Vcpu};
 pub use state::StateError;
-pub(crate) use state::{Abilities, Clock, VcpuState, reading, writing};
+pub(crate) use state::{Abilities, Clock, VcpuState, flush_tlb, reading, writing};

@@ -13,7 +13,7 @@ use thiserror::Error;
 
 use super::MsrCatalogue;
 use super::kick::Kickable;
-use super::state::{Abilities, Clock, StateError, VcpuState, writing};
+use super::state::{Abilities, Clock, StateError, VcpuState, flush_tlb, writing};
 use crate::kvm::Kvm;
 use crate::machine::Buses;
 
@@ -62,6 +62,11 @@ impl Vcpu {
         &self.fd
     }
 
+    /// The same, to run it without devices.
+    pub(crate) fn fd_mut(&mut self) -> &mut VcpuFd {
+        &mut self.fd
+    }
+
     /// Lets kicks of the calling thread reach this vCPU as long as the value lives.
     pub(crate) fn kickable(&mut self) -> Kickable {
         let flag = &raw mut self.fd.get_kvm_run().immediate_exit;
@@ -107,15 +112,30 @@ impl Vcpu {
         Ok(())
     }
 
-    /// Takes over a state.
+    /// Takes over a state. The vCPU has not run yet.
     pub(crate) fn restore(
         &mut self,
         state: &VcpuState,
         saved: Clock,
         now: Clock,
     ) -> Result<(), StateError> {
-        let has = self.has.take();
+        let has = self.has.take().filter(|has| has.has_cpuid_of(state));
+        if has.is_none() {
+            state.set_cpuid(&self.fd)?;
+        }
         state.restore(&self.fd, self.abilities, has.as_ref(), saved, now)
+    }
+
+    /// Goes back to the state that it was started from, and forgets all translations. Its CPUID stays:
+    /// KVM fixes it with the first run.
+    pub(crate) fn rewind(
+        &mut self,
+        state: &VcpuState,
+        saved: Clock,
+        now: Clock,
+    ) -> Result<(), StateError> {
+        flush_tlb(&self.fd, state.sregs())?;
+        state.restore(&self.fd, self.abilities, None, saved, now)
     }
 
     /// Tells a guest that uses kvmclock that it was paused, so that its watchdogs do not bark

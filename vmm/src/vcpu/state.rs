@@ -78,6 +78,7 @@ pub(crate) struct Abilities {
 const LAPIC_INITIAL_COUNT: usize = 0x380;
 
 const CR4_PAE: u64 = 1 << 5;
+const CR4_PGE: u64 = 1 << 7;
 const CR0_PG: u64 = 1 << 31;
 const EFER_LMA: u64 = 1 << 10;
 
@@ -230,6 +231,11 @@ impl VcpuState {
         deadline.is_none_or(|msr| msr.1 == 0) && count.iter().all(|&byte| byte == 0)
     }
 
+    /// Whether a vCPU with this state has the CPUID of `other`.
+    pub(super) fn has_cpuid_of(&self, other: &VcpuState) -> bool {
+        self.cpuid == other.cpuid
+    }
+
     /// Decides which registers and MSRs exist.
     pub(super) fn set_cpuid(&self, vcpu: &VcpuFd) -> Result<(), StateError> {
         let cpuid = CpuId::from_entries(&self.cpuid)
@@ -237,9 +243,11 @@ impl VcpuState {
         vcpu.set_cpuid2(&cpuid).map_err(writing("CPUID2"))
     }
 
-    /// Puts the state into a vCPU that has not run. `saved` is when the machine was saved and `now`
-    /// one instant for all its vCPUs: the guest's TSC goes on from where it stood. What the vCPU `has`
-    /// already, by [`prime`](VcpuState::prime), is not set again.
+    /// Puts the state into a vCPU that has the state's CPUID already: it decides which registers and
+    /// MSRs exist. `saved` is when the machine was saved and `now` one instant for all its vCPUs: the
+    /// guest's TSC goes on from where it stood. What the vCPU `has` already, by
+    /// [`prime`](VcpuState::prime), is not set again; without that all of it is set, whatever the vCPU
+    /// has done so far.
     pub(crate) fn restore(
         &self,
         vcpu: &VcpuFd,
@@ -248,11 +256,6 @@ impl VcpuState {
         saved: Clock,
         now: Clock,
     ) -> Result<(), StateError> {
-        // First, since it decides which registers and MSRs exist.
-        let has = has.filter(|has| has.cpuid == self.cpuid);
-        if has.is_none() {
-            self.set_cpuid(vcpu)?;
-        }
         // The arithmetic of the offset below is in host ticks: scaling would need both rates.
         let here = match has {
             Some(has) => has.tsc_khz,
@@ -340,6 +343,17 @@ impl VcpuState {
         msrs::restore(vcpu, &deadline.collect::<Vec<_>>())?;
         Ok(())
     }
+}
+
+/// Gives the vCPU `sregs` and has it forget every translation that it holds. Where SREGS stay what they
+/// are, KVM has no reason to: hardware would go on with what it cached of page tables that were changed
+/// in memory meanwhile. Bit PGE of CR4 makes the difference: it may be set or not in any mode, and a
+/// change of it flushes all (Intel SDM volume 3, section 4.10.4.1; AMD APM volume 2, section 5.5.1).
+pub(crate) fn flush_tlb(vcpu: &VcpuFd, sregs: &kvm_sregs) -> Result<(), StateError> {
+    let mut toggled = *sregs;
+    toggled.cr4 ^= CR4_PGE;
+    vcpu.set_sregs(&toggled).map_err(writing("SREGS"))?;
+    vcpu.set_sregs(sregs).map_err(writing("SREGS"))
 }
 
 fn with_pdptrs(sregs: &kvm_sregs, pdptrs: [u64; 4]) -> kvm_sregs2 {

@@ -21,7 +21,7 @@ use super::{EventSink, VmError, call};
 use crate::gate::Gate;
 use crate::kvm::Kvm;
 use crate::machine::Machine;
-use crate::memory::Ram;
+use crate::memory::{Ram, RamRegion};
 use crate::vcpu::{Abilities, Kick, Vcpu, allow_kicks, prepare_signal};
 
 /// Three pages that real-mode emulation on Intel needs, out of the way of RAM and devices
@@ -35,6 +35,8 @@ pub(super) struct KvmObjects {
     pub(super) kvm: Arc<Kvm>,
     threads: Vec<VcpuThread>,
     pub(super) gate: Arc<Gate>,
+    /// Whether the owner was told of the first KVM_RUN.
+    pub(super) has_run: Arc<AtomicBool>,
     /// Stops the devices that will be there.
     pub(super) brake: Brake,
     pub(super) vcpus: Vec<Arc<Mutex<Vcpu>>>,
@@ -66,16 +68,9 @@ impl KvmObjects {
         let abilities = abilities(&vm)?;
         // Memory before the irqchip: the other way round costs 7 ms more (host-facts, section 3),
         // since the irqchip's private slots make KVM rebuild what it knows of memory.
-        for (slot, (region, address)) in ram.host_ranges().enumerate() {
-            let region = kvm_userspace_memory_region {
-                slot: slot as u32,
-                flags: 0,
-                guest_phys_addr: region.start,
-                memory_size: region.len,
-                userspace_addr: address as u64,
-            };
+        for slot in slots(&ram) {
             // SAFETY: the range is mapped by `ram`, which is dropped after the VM.
-            unsafe { vm.set_user_memory_region(region) }
+            unsafe { vm.set_user_memory_region(slot) }
                 .map_err(call("KVM_SET_USER_MEMORY_REGION"))?;
         }
         // Before the vCPUs, which get their LAPICs from it. No PIT: it makes the VM's end 20 ms
@@ -85,6 +80,7 @@ impl KvmObjects {
             kvm: kvm.clone(),
             threads: Vec::new(),
             gate: Arc::new(Gate::new(vcpus)),
+            has_run: Arc::default(),
             brake: Brake::default(),
             vcpus: Vec::new(),
             vm,
@@ -103,16 +99,32 @@ impl KvmObjects {
         Ok(objects)
     }
 
+    /// Deletes the memory slots and adds them again: whatever KVM has derived from the guest's memory,
+    /// the shadows of its page tables above all, goes. No vCPU may run meanwhile.
+    pub(super) fn readd_slots(&self) -> Result<(), VmError> {
+        for slot in slots(&self.ram) {
+            let deleted = kvm_userspace_memory_region {
+                memory_size: 0,
+                ..slot
+            };
+            for slot in [deleted, slot] {
+                // SAFETY: as in `build`.
+                unsafe { self.vm.set_user_memory_region(slot) }
+                    .map_err(call("KVM_SET_USER_MEMORY_REGION"))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Has the threads run their vCPUs on the devices of `machine`, as far as the gate lets them.
     pub(super) fn start_threads(&mut self, machine: &Machine, events: &EventSink) {
-        let has_run = Arc::new(AtomicBool::new(false));
         for (index, (thread, vcpu)) in (0..).zip(self.threads.iter_mut().zip(&self.vcpus)) {
             let runner = Box::new(Runner {
                 index,
                 vcpu: vcpu.clone(),
                 gate: self.gate.clone(),
                 events: events.clone(),
-                has_run: has_run.clone(),
+                has_run: self.has_run.clone(),
                 buses: machine.buses.clone(),
                 devices: machine.devices.clone(),
             });
@@ -179,6 +191,19 @@ impl VcpuThread {
             start: Some(start),
         })
     }
+}
+
+/// The memory slots of a machine with this RAM.
+fn slots(ram: &Ram) -> impl Iterator<Item = kvm_userspace_memory_region> + '_ {
+    let slot =
+        |(slot, (region, address)): (u32, (RamRegion, *mut u8))| kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start,
+            memory_size: region.len,
+            userspace_addr: address as u64,
+        };
+    (0..).zip(ram.host_ranges()).map(slot)
 }
 
 /// Has KVM refuse what its CPUID leaves do not offer (KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM API 7.23):

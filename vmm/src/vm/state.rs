@@ -165,10 +165,23 @@ impl Inner {
             let what = format!("the memory layout {:?}", state.layout);
             return Err(VmError::Shape { what });
         }
+        self.restore_with(state, Vcpu::restore)
+    }
+
+    /// The same for a machine that has run, and was started from this very state.
+    pub(super) fn rewind(&mut self, state: &MachineState) -> Result<(), VmError> {
+        self.restore_with(state, Vcpu::rewind)
+    }
+
+    fn restore_with(
+        &mut self,
+        state: &MachineState,
+        restore: impl Fn(&mut Vcpu, &VcpuState, Clock, Clock) -> Result<(), StateError>,
+    ) -> Result<(), VmError> {
         self.restore_vm(&state.vm)?;
         let now = Clock::now();
         for (vcpu, saved) in self.objects.vcpus.iter().zip(&state.vcpus) {
-            lock(vcpu).restore(saved, state.vm.saved, now)?;
+            restore(&mut lock(vcpu), saved, state.vm.saved, now)?;
         }
         let mut unread: Vec<&Section> = state.devices.iter().collect();
         self.machine.devices.each(|device| -> Result<(), VmError> {
