@@ -42,7 +42,7 @@ pub use forkvm_abi as abi;
 pub use forkvm_clone_engine as engine;
 pub use forkvm_clone_engine::{
     BootSpec, CloneSpec, DiskSource, DiskSpec, End, FamilyConfig, FaultConfig, Finished, ForkPoint,
-    FreezeKind, Identity, MemoryMode, Timeline,
+    FreezeKind, Identity, MemoryMode, RewindWay, Timeline,
 };
 pub use forkvm_devices as devices;
 pub use forkvm_vmm as vmm;

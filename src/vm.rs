@@ -7,7 +7,7 @@ use std::time::Duration;
 use forkvm_abi::doorbell::report;
 use forkvm_clone_engine::{
     BootSpec, CloneSpec, Family, FamilyConfig, Finished, ForkPoint, Identity, Member, MemberError,
-    StartError, Timeline,
+    RewindWay, StartError, Timeline,
 };
 use forkvm_vmm::{Kvm, KvmError};
 use thiserror::Error;
@@ -119,6 +119,20 @@ impl CloneVm {
     /// Its number among the clones of its fork, from 1: what the guest's fork call returned in it.
     pub fn id(&self) -> u32 {
         self.vm.identity().clone_id
+    }
+
+    /// Puts it back at its fork point, by the way that this host allows, which is returned: memory,
+    /// vCPUs, devices and disks are as in a fresh clone, and its fork call is answered once more. It
+    /// keeps its handle, name and id and gets a new generation id; its reports and timeline begin anew.
+    /// Clones of its own run on. On an error it runs on as it was, but after
+    /// [`RewindError::Broken`](forkvm_clone_engine::RewindError::Broken), with which it ends.
+    pub fn rewind(&self) -> Result<RewindWay, Error> {
+        self.rewind_by(RewindWay::Auto)
+    }
+
+    /// The same by this way; an error where the host does not allow it.
+    pub fn rewind_by(&self, way: RewindWay) -> Result<RewindWay, Error> {
+        Ok(self.vm.member.rewind(way)?)
     }
 }
 

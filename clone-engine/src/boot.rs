@@ -67,17 +67,17 @@ impl Family {
             disks: layers,
         };
         let inbox = Inbox::new(identity.clone());
-        let memory = VmMemory::new(&identity.name, &mut ram, self.faults(), inbox.lose());
+        let memory = VmMemory::new(&identity.name, &mut ram, self.faults(), inbox.life().lose());
         let shell = Shell::build(self.kvm(), config.vcpus, ram)?;
         memory.set_brake(shell.brake());
-        let (events, payload) = (inbox.event_sink(), &spec.payload);
+        let (events, payload) = (inbox.life().event_sink(), &spec.payload);
         let vm = shell.boot(config, peripherals, events, payload, &spec.cmdline)?;
         vm.doorbell()
             .announce(&identity.announcement())
             .map_err(VmError::from)?;
         let thread = Parked::new().map_err(StartError::Thread)?;
         let timeline = Timeline::default();
-        let waiting = Waiting::new(self, vm, memory, disks, inbox, timeline, thread);
+        let waiting = Waiting::new(self, vm, memory, disks, inbox, timeline, thread, None);
         Ok(waiting.start()?)
     }
 }

@@ -13,7 +13,7 @@ use crate::fork::{ForkError, MemoryMode};
 use crate::freeze::FreezeKind;
 use crate::identity::Identity;
 use crate::image::MemoryImage;
-use crate::limits::{self, Need};
+use crate::limits::{self, LimitError, Need};
 use crate::member::Member;
 use crate::phase::{self, Phase};
 use crate::pool::PoolError;
@@ -50,6 +50,12 @@ impl ForkPoint {
     /// Spawns `count` clones: all of them run, or none and an error says why. Each is expected to
     /// write as much as the spec of the fork said; the host must have room for that.
     pub fn spawn(self: &Arc<Self>, count: u32) -> Result<Vec<Arc<Member>>, ForkError> {
+        let granted = self.grant(count)?;
+        self.spawn_granted(granted)
+    }
+
+    /// Whether the host has room for `count` clones of it; that many, or an error says what runs out.
+    pub(crate) fn grant(&self, count: u32) -> Result<u32, LimitError> {
         let layout = self.state.layout();
         let need = Need {
             config: self.config(),
@@ -58,8 +64,7 @@ impl ForkPoint {
             copy_kib: 0,
             shells: self.family.pool().ready(layout, self.config().vcpus),
         };
-        let granted = limits::grant(&need, count, false)?;
-        self.spawn_granted(granted)
+        limits::grant(&need, count, false)
     }
 
     /// As [`ForkPoint::spawn`], for clones that there was room for when they were asked for.

@@ -52,6 +52,14 @@ impl Identity {
         })
     }
 
+    /// Of the same VM in another life, which is to be told from this one.
+    pub(crate) fn reborn(&self) -> io::Result<Identity> {
+        Ok(Identity {
+            generation: fresh_generation()?,
+            ..self.clone()
+        })
+    }
+
     /// As the doorbell page says it.
     pub(crate) fn announcement(&self) -> Announcement {
         Announcement {

@@ -61,7 +61,7 @@ pub const JOBS: &[Job] = &[
     Job {
         name: "registers",
         about: "forks with known values in every register class and compares them",
-        arguments: "n=1 seed=1",
+        arguments: "n=1 seed=1 stay=0",
     },
     Job {
         name: "ring",
@@ -96,12 +96,17 @@ pub const JOBS: &[Job] = &[
     Job {
         name: "tree",
         about: "a fork of a fork, so many deep; exits with the depth",
-        arguments: "depth=3 mib=1",
+        arguments: "depth=3 mib=1 stay=0",
     },
     Job {
         name: "triple-fault",
         about: "forks into n clones, the first of which triple-faults",
         arguments: "n=2",
+    },
+    Job {
+        name: "window",
+        about: "changes its page tables in each clone, and finds them as before after a rewind",
+        arguments: "mib=1 seed=1",
     },
     Job {
         name: "work",

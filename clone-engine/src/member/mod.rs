@@ -5,6 +5,8 @@
 //! are served one after the other, and nobody else ever touches the VM. What only has to be seen
 //! ([`seen`]) goes past it.
 
+mod life;
+mod rewinding;
 mod seen;
 mod serving;
 mod waiting;
@@ -17,7 +19,7 @@ use std::time::{Duration, Instant};
 use forkvm_devices::block::BlockLayer;
 use forkvm_devices::device::GuestCall;
 use forkvm_devices::virtio::blk::BlkCounters;
-use forkvm_vmm::{EndReason, EventSink, PauseError, PausedVm, VmConfig, VmEvent};
+use forkvm_vmm::{EndReason, PauseError, PausedVm, VmConfig};
 use thiserror::Error;
 
 use crate::accounting::{AccountingError, MemoryUse, VmCount};
@@ -25,10 +27,11 @@ use crate::end::End;
 use crate::fork::{CloneSpec, ForkError, Ticket};
 use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
+use crate::rewind::{RewindError, RewindWay};
 use crate::saved::SaveError;
 use crate::timeline::Timeline;
-use crate::vm_memory::Lose;
 
+pub(crate) use life::Life;
 use seen::{Seen, Watch};
 pub(crate) use waiting::Waiting;
 
@@ -60,13 +63,20 @@ type WithPaused = Box<dyn FnOnce(Result<&mut PausedVm<'_>, PauseError>) + Send>;
 
 enum Message {
     Call {
+        life: u32,
         vcpu: u32,
         call: GuestCall,
         at: Instant,
     },
-    Ended(EndReason),
+    Ended {
+        life: u32,
+        reason: EndReason,
+    },
     /// A page of its memory can never be had.
-    Lost(String),
+    Lost {
+        life: u32,
+        why: String,
+    },
     Fork(CloneSpec, Instant, Sender<Result<Ticket, ForkError>>),
     ForkPoint(
         CloneSpec,
@@ -75,6 +85,7 @@ enum Message {
     ),
     WithPaused(WithPaused),
     Save(Sender<Result<(), SaveError>>),
+    Rewind(RewindWay, Instant, Sender<Result<RewindWay, RewindError>>),
     MemoryUse(Sender<Result<VmCount, AccountingError>>),
     Input(Vec<u8>, Sender<usize>),
     ClonesEnded,
@@ -86,49 +97,36 @@ pub(crate) struct Inbox {
     sender: Sender<Message>,
     receiver: Receiver<Message>,
     watch: Arc<Watch>,
+    life: Life,
 }
 
 impl Inbox {
     /// For the VM `identity`.
     pub(crate) fn new(identity: Identity) -> Inbox {
         let (sender, receiver) = channel();
+        let watch = Arc::new(Watch::new(identity));
         Inbox {
+            life: Life::first(sender.clone(), watch.clone()),
             sender,
             receiver,
-            watch: Arc::new(Watch::new(identity)),
+            watch,
         }
     }
 
-    /// For the VM's vCPU threads.
-    pub(crate) fn event_sink(&self) -> EventSink {
-        let (sender, watch) = (self.sender.clone(), self.watch.clone());
-        let send = move |message| {
-            if sender.send(message).is_err() {
-                tracing::trace!("an event of a VM that is being torn down");
-            }
-        };
-        Arc::new(move |event| match event {
-            VmEvent::Running { at } => watch.ran(at),
-            VmEvent::Report { value, at } => watch.reported(value, at),
-            VmEvent::Call { vcpu, call, at } => {
-                watch.acted(at);
-                send(Message::Call { vcpu, call, at });
-            }
-            VmEvent::Ended(reason) => send(Message::Ended(reason)),
-        })
+    /// The life that begins with the VM's start.
+    pub(crate) fn life(&self) -> &Life {
+        &self.life
     }
 }
 
-impl Inbox {
-    /// For the VM's memory.
-    pub(crate) fn lose(&self) -> Lose {
-        let sender = self.sender.clone();
-        Box::new(move |why| {
-            if sender.send(Message::Lost(why.to_string())).is_err() {
-                tracing::trace!("memory of a VM that is being torn down is lost");
-            }
-        })
-    }
+/// What a clone came of, and goes back to when it is rewound.
+#[derive(Clone)]
+pub(crate) struct Origin {
+    pub(crate) point: Arc<ForkPoint>,
+    /// Who it was then. The generation id is of its first life.
+    pub(crate) identity: Identity,
+    /// Clones that the guest's call was granted.
+    pub(crate) granted: u32,
 }
 
 impl Member {
@@ -187,6 +185,15 @@ impl Member {
     /// Saves it to where its family saves, and ends it ([`End::Saved`]). On an error it runs on.
     pub fn save(&self) -> Result<(), MemberError> {
         self.ask(Message::Save)?.map_err(MemberError::Save)
+    }
+
+    /// Puts a clone back at its fork point by `way`, and says which way was taken. It begins another
+    /// life there: as a fresh clone of the same name and number, with a new generation id, and what was
+    /// seen of the old life ([`reports`](Member::reports), [`timeline`](Member::timeline)) is forgotten.
+    /// Clones that it made run on.
+    pub fn rewind(&self, way: RewindWay) -> Result<RewindWay, MemberError> {
+        self.ask(|reply| Message::Rewind(way, Instant::now(), reply))?
+            .map_err(MemberError::Rewind)
     }
 
     /// What it takes of the host's memory. It runs on while it is counted; while it is being forked the
@@ -319,6 +326,9 @@ pub enum MemberError {
     /// Its memory could not be counted.
     #[error("counting the VM's memory failed")]
     MemoryUse(#[from] AccountingError),
+    /// It could not be rewound.
+    #[error("the rewind failed")]
+    Rewind(#[source] RewindError),
     /// It could not be saved.
     #[error("saving failed, and the VM runs on")]
     Save(#[source] SaveError),

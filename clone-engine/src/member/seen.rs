@@ -22,6 +22,8 @@ type WhenEnded = Box<dyn FnOnce(&End) + Send>;
 
 /// See the module's text.
 pub(super) struct Seen {
+    /// The life that all but the end is of.
+    life: u32,
     pub(super) identity: Identity,
     pub(super) timeline: Timeline,
     /// The first [`REPORTS`] of them.
@@ -49,6 +51,7 @@ pub(super) struct Watch {
 impl Watch {
     pub(super) fn new(identity: Identity) -> Watch {
         let seen = Seen {
+            life: 0,
             identity,
             timeline: Timeline::default(),
             reports: Vec::new(),
@@ -67,19 +70,40 @@ impl Watch {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The first KVM_RUN is entered.
-    pub(super) fn ran(&self, at: Instant) {
-        self.lock().timeline.first_run.get_or_insert(at);
+    fn lock_in(&self, life: u32) -> Option<MutexGuard<'_, Seen>> {
+        let seen = self.lock();
+        (seen.life == life).then_some(seen)
+    }
+
+    /// Forgets what was seen of the life before; what is told of that late is not seen.
+    pub(super) fn begin_life(&self, life: u32, identity: Identity, timeline: Timeline) {
+        let mut seen = self.lock();
+        seen.life = life;
+        seen.identity = identity;
+        seen.timeline = timeline;
+        seen.reports.clear();
+        seen.counts.clear();
+    }
+
+    /// The first KVM_RUN of this life is entered.
+    pub(super) fn ran(&self, life: u32, at: Instant) {
+        if let Some(mut seen) = self.lock_in(life) {
+            seen.timeline.first_run.get_or_insert(at);
+        }
     }
 
     /// The guest did something that is seen outside.
-    pub(super) fn acted(&self, at: Instant) {
-        self.lock().timeline.first_action.get_or_insert(at);
+    pub(super) fn acted(&self, life: u32, at: Instant) {
+        if let Some(mut seen) = self.lock_in(life) {
+            seen.timeline.first_action.get_or_insert(at);
+        }
     }
 
     /// The guest reported something.
-    pub(super) fn reported(&self, value: u32, at: Instant) {
-        let mut seen = self.lock();
+    pub(super) fn reported(&self, life: u32, value: u32, at: Instant) {
+        let Some(mut seen) = self.lock_in(life) else {
+            return;
+        };
         seen.timeline.first_action.get_or_insert(at);
         if value == report::ANSWER {
             seen.timeline.first_answer.get_or_insert(at);

@@ -6,6 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use forkvm_abi::errno;
@@ -14,7 +15,7 @@ use forkvm_devices::doorbell::Answer;
 use forkvm_vmm::memory::PAGE;
 use forkvm_vmm::{Disk, PausedVm, Vm};
 
-use super::{Finished, Member, Message, PAUSE_DEADLINE};
+use super::{Finished, Life, Member, Message, Origin, PAUSE_DEADLINE};
 use crate::accounting::VmCount;
 use crate::disks::{DiskSource, DisksError};
 use crate::end::End;
@@ -27,24 +28,30 @@ use crate::vm_memory::VmMemory;
 
 /// The thread that serves a VM.
 pub(super) struct Serving {
-    family: Arc<Family>,
-    member: Arc<Member>,
-    vm: Vm,
-    memory: Arc<VmMemory>,
-    disks: Vec<DiskSource>,
+    pub(super) family: Arc<Family>,
+    pub(super) member: Arc<Member>,
+    pub(super) vm: Vm,
+    pub(super) memory: Arc<VmMemory>,
+    pub(super) disks: Vec<DiskSource>,
     inbox: Receiver<Message>,
+    /// Messages of other lives are of the past.
+    pub(super) life: Life,
+    /// What a clone came of.
+    pub(super) origin: Option<Origin>,
+    /// The thread that takes the VM of the life before apart.
+    pub(super) undertaker: Option<JoinHandle<()>>,
     /// Clones so far; shared with the fork points, which go on counting.
     numbers: Arc<AtomicU32>,
     /// The guest's forks that it has not joined yet.
-    tickets: HashMap<u32, Arc<Brood>>,
+    pub(super) tickets: HashMap<u32, Arc<Brood>>,
     last_ticket: u32,
-    joins: Vec<Join>,
+    pub(super) joins: Vec<Join>,
     /// Where it was stopped: this VM's own memory is that image, which is sealed once the VM is gone.
     stopped_at: Option<Arc<ForkPoint>>,
 }
 
 /// A vCPU that waits for clones.
-struct Join {
+pub(super) struct Join {
     vcpu: u32,
     slot: u32,
     clones: Arc<Brood>,
@@ -53,7 +60,7 @@ struct Join {
 /// What the parent keeps of the clones of one fork: not the clones, whose disks go with their last
 /// holder, but what JOIN has to answer.
 #[derive(Default)]
-struct Brood {
+pub(super) struct Brood {
     left: AtomicU32,
     worst: AtomicU32,
 }
@@ -93,6 +100,8 @@ impl Serving {
         memory: Arc<VmMemory>,
         disks: Vec<DiskSource>,
         inbox: Receiver<Message>,
+        life: Life,
+        origin: Option<Origin>,
     ) -> Serving {
         Serving {
             family,
@@ -101,6 +110,9 @@ impl Serving {
             memory,
             disks,
             inbox,
+            life,
+            origin,
+            undertaker: None,
             numbers: Arc::default(),
             tickets: HashMap::new(),
             last_ticket: 0,
@@ -138,9 +150,10 @@ impl Serving {
     }
 
     /// Takes the VM apart; returns what is left of it.
-    fn tear_down(self, end: End) -> Finished {
+    fn tear_down(mut self, end: End) -> Finished {
         let span = tracing::debug_span!("end", vm = self.member.name, %end);
         let _in_span = span.enter();
+        self.join_undertaker();
         let Serving {
             vm,
             memory,
@@ -150,16 +163,10 @@ impl Serving {
             ..
         } = self;
         let devices = vm.disks().to_vec();
-        // Images that take pages from this memory must have them before it goes.
-        memory.close();
-        // No thread of the VM may be held up by a page that does not come.
-        vm.condemn();
-        memory.abandon();
         // The VM goes before anybody hears of its end: who waited may count on its memory. And before
         // its devices are looked at: a guest can keep one of them busy until then.
-        drop((vm, inbox));
-        // After the memory was closed: what watches it goes last.
-        drop(memory);
+        take_apart(vm, memory);
+        drop(inbox);
         for disk in &disks {
             // What the guest wrote is there, also when it did not live to flush it, and whether or
             // not anybody drops the disk before the process ends.
@@ -190,9 +197,16 @@ impl Serving {
     /// Serves one message; `Some` when the VM has ended.
     fn handle(&mut self, message: Message) -> Option<End> {
         match message {
-            Message::Call { vcpu, call, at } => return self.call(vcpu, call, at),
-            Message::Ended(reason) => return Some(reason.into()),
-            Message::Lost(why) => return Some(End::Failed(why)),
+            Message::Call { life, .. }
+            | Message::Ended { life, .. }
+            | Message::Lost { life, .. }
+                if life != self.life.number() =>
+            {
+                tracing::trace!(vm = self.member.name, life, "a message of an old life");
+            }
+            Message::Call { vcpu, call, at, .. } => return self.call(vcpu, call, at),
+            Message::Ended { reason, .. } => return Some(reason.into()),
+            Message::Lost { why, .. } => return Some(End::Failed(why)),
             Message::Fork(spec, at, reply) => {
                 let (forked, end) = self.fork(&spec, None, at);
                 answer(reply, forked);
@@ -222,6 +236,11 @@ impl Serving {
                 let saved = self.save();
                 let end = saved.is_ok().then_some(End::Saved);
                 answer(reply, saved);
+                return end;
+            }
+            Message::Rewind(way, asked, reply) => {
+                let (rewound, end) = self.rewind(way, asked);
+                answer(reply, rewound);
                 return end;
             }
             Message::MemoryUse(reply) => answer(reply, VmCount::of(&self.vm)),
@@ -421,6 +440,18 @@ impl Serving {
     }
 }
 
+/// Takes a VM apart, which has ended or will do nothing that counts.
+pub(super) fn take_apart(vm: Vm, memory: Arc<VmMemory>) {
+    // Images that take pages from this memory must have them before it goes.
+    memory.close();
+    // No thread of the VM may be held up by a page that does not come.
+    vm.condemn();
+    memory.abandon();
+    drop(vm);
+    // After the memory was closed: what watches it goes last.
+    drop(memory);
+}
+
 /// Whoever asked may be gone.
 fn answer<T>(reply: Sender<T>, answer: T) {
     if reply.send(answer).is_err() {
@@ -429,7 +460,7 @@ fn answer<T>(reply: Sender<T>, answer: T) {
 }
 
 /// An error with its causes, on one line.
-fn with_causes(error: &dyn std::error::Error) -> String {
+pub(super) fn with_causes(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes
         .map(ToString::to_string)

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use forkvm_vmm::ReadyVm;
 
 use super::serving::Serving;
-use super::{Inbox, Member, Message};
+use super::{Inbox, Life, Member, Message, Origin};
 use crate::disks::DiskSource;
 use crate::family::Family;
 use crate::parked::Parked;
@@ -27,10 +27,12 @@ pub(crate) struct Waiting {
     disks: Vec<DiskSource>,
     inbox: Receiver<Message>,
     thread: Parked,
+    life: Life,
+    origin: Option<Origin>,
 }
 
 impl Waiting {
-    /// Of a VM whose state is in place; `thread` will serve it.
+    /// Of a VM whose state is in place; `thread` will serve it. `origin` is what a clone came of.
     pub(crate) fn new(
         family: &Arc<Family>,
         vm: ReadyVm,
@@ -39,6 +41,7 @@ impl Waiting {
         inbox: Inbox,
         timeline: Timeline,
         thread: Parked,
+        origin: Option<Origin>,
     ) -> Waiting {
         let mut seen = inbox.watch.lock();
         seen.timeline = timeline;
@@ -59,6 +62,8 @@ impl Waiting {
             disks,
             inbox: inbox.receiver,
             thread,
+            life: inbox.life,
+            origin,
         }
     }
 
@@ -72,6 +77,8 @@ impl Waiting {
             disks,
             inbox,
             thread,
+            life,
+            origin,
         } = self;
         // Before it runs: what a family that ends has not heard of it could not end.
         family.enter(&member)?;
@@ -80,7 +87,7 @@ impl Waiting {
         let vm = vm.start();
         let serving = {
             let (family, member) = (family.clone(), member.clone());
-            move || Serving::new(family, member, vm, memory, disks, inbox).serve()
+            move || Serving::new(family, member, vm, memory, disks, inbox, life, origin).serve()
         };
         *joins = Some(thread.begin(&format!("vm-{}", member.name), serving));
         drop(joins);

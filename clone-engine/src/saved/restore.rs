@@ -62,7 +62,8 @@ impl Family {
                 let file = memory::memfd(c"forkvm-ram", layout.len())?;
                 machine.memory.load_into(&file, progress)?;
                 let mut ram = Ram::map(layout, Backing::Shared(Arc::new(file)))?;
-                let memory = VmMemory::new(&identity.name, &mut ram, self.faults(), inbox.lose());
+                let memory =
+                    VmMemory::new(&identity.name, &mut ram, self.faults(), inbox.life().lose());
                 (ram, memory)
             }
             MemoryMode::Lazy => {
@@ -71,7 +72,7 @@ impl Family {
                     image: image.clone(),
                 };
                 let mut ram = Ram::map(layout, Backing::Private(Arc::new(base)))?;
-                let (name, lose) = (identity.name.as_str(), inbox.lose());
+                let (name, lose) = (identity.name.as_str(), inbox.life().lose());
                 let memory = VmMemory::of_clone(name, &mut ram, &image, self.faults(), lose)?;
                 self.faults().fill_in_background(&image);
                 (ram, memory)
@@ -89,12 +90,12 @@ impl Family {
         };
         let shell = Shell::build(self.kvm(), state.config().vcpus, ram)?;
         memory.set_brake(shell.brake());
-        let vm = shell.restore(&state, peripherals, inbox.event_sink())?;
+        let vm = shell.restore(&state, peripherals, inbox.life().event_sink())?;
         tell(&vm, &identity)?;
         let disks = machine.disks;
         let thread = Parked::new().map_err(RestoreError::Thread)?;
         let timeline = Timeline::default();
-        let waiting = Waiting::new(self, vm, memory, disks, inbox, timeline, thread);
+        let waiting = Waiting::new(self, vm, memory, disks, inbox, timeline, thread, None);
         Ok(waiting.start()?)
     }
 

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use forkvm_abi::errno;
 use forkvm_devices::DeviceError;
-use forkvm_devices::doorbell::Answer;
+use forkvm_devices::doorbell::{Answer, Doorbell};
 use forkvm_vmm::{Backing, Peripherals, ReadyVm};
 
 use super::{Prepared, SpawnError, Spawner};
@@ -16,7 +16,8 @@ use crate::disks::DiskSource;
 use crate::family::Family;
 use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
-use crate::member::{Inbox, Member, Waiting};
+use crate::member::{Inbox, Life, Member, Origin, Waiting};
+use crate::parked::Parked;
 use crate::phase::{self, Observer, Phase};
 use crate::pool::Pooled;
 use crate::timeline::Timeline;
@@ -34,62 +35,120 @@ impl Spawner for InProcess {
     fn prepare(
         &self,
         family: &Arc<Family>,
-        point: &ForkPoint,
+        point: &Arc<ForkPoint>,
         identity: Identity,
         granted: u32,
         observer: &dyn Observer,
     ) -> Result<Box<dyn Prepared>, SpawnError> {
-        let mut timeline = Timeline {
+        let inbox = Inbox::new(identity.clone());
+        let told = Told {
+            identity: &identity,
+            granted,
+            life: inbox.life(),
+        };
+        let timeline = Timeline {
             fork_requested: Some(point.requested),
             spawn_requested: Some(Instant::now()),
             ..Timeline::default()
         };
-        let phase = phase::begin(observer, Phase::Spawn, None)?;
-        let inbox = Inbox::new(identity.clone());
-        let disks = point.disks.for_clone();
-        let console = family.config().consoles.open(&identity);
-        let console = console.map_err(|source| SpawnError::Host {
-            what: "a console",
-            source,
-        })?;
-        let peripherals = Peripherals {
-            console,
-            disks: disks.iter().map(DiskSource::layer).collect(),
+        let Furnished {
+            vm,
+            memory,
+            disks,
+            timeline,
+            thread,
+        } = furnish(point, &told, timeline, observer)?;
+        let origin = Origin {
+            point: point.clone(),
+            identity,
+            granted,
         };
-        let Pooled { mut shell, thread } = family.pool().take(&point.state)?;
-        timeline.built = Some(Instant::now());
-        phase.done();
-
-        let phase = phase::begin(observer, Phase::Memory, None)?;
-        let (name, lose, ram) = (identity.name.as_str(), inbox.lose(), shell.ram_mut());
-        let image = point.image.clone();
-        ram.remap(Backing::Private(Arc::new(ImageBase { image })))?;
-        let memory = VmMemory::of_clone(name, ram, &point.image, family.faults(), lose)?;
-        memory.set_brake(shell.brake());
-        phase.done();
-
-        let phase = phase::begin(observer, Phase::Restore, None)?;
-        let vm = shell.restore(&point.state, peripherals, inbox.event_sink())?;
-        timeline.restored = Some(Instant::now());
-        phase.done();
-
-        let phase = phase::begin(observer, Phase::Identity, None)?;
-        tell(&vm, &identity, point.forker, granted)?;
-        phase.done();
-
-        let waiting = Waiting::new(family, vm, memory, disks, inbox, timeline, thread);
-        Ok(Box::new(waiting))
+        Ok(Box::new(Waiting::new(
+            family,
+            vm,
+            memory,
+            disks,
+            inbox,
+            timeline,
+            thread,
+            Some(origin),
+        )))
     }
 }
 
-/// Writes into the clone's doorbell page who it is, and answers the calls that its state holds.
-fn tell(
-    vm: &ReadyVm,
+/// What a clone is told, and where it tells what.
+pub(crate) struct Told<'a> {
+    pub(crate) identity: &'a Identity,
+    /// Clones that the guest's call was granted.
+    pub(crate) granted: u32,
+    pub(crate) life: &'a Life,
+}
+
+/// A VM at a fork point, with all that belongs to it.
+pub(crate) struct Furnished {
+    pub(crate) vm: ReadyVm,
+    // After the VM: what watches its memory goes last.
+    pub(crate) memory: Arc<VmMemory>,
+    pub(crate) disks: Vec<DiskSource>,
+    pub(crate) timeline: Timeline,
+    pub(crate) thread: Parked,
+}
+
+/// Makes a VM that stands at `point`. Dropped, all of it goes.
+pub(crate) fn furnish(
+    point: &ForkPoint,
+    told: &Told<'_>,
+    mut timeline: Timeline,
+    observer: &dyn Observer,
+) -> Result<Furnished, SpawnError> {
+    let (family, identity) = (&point.family, told.identity);
+    let phase = phase::begin(observer, Phase::Spawn, None)?;
+    let disks = point.disks.for_clone();
+    let console = family.config().consoles.open(identity);
+    let console = console.map_err(|source| SpawnError::Host {
+        what: "a console",
+        source,
+    })?;
+    let peripherals = Peripherals {
+        console,
+        disks: disks.iter().map(DiskSource::layer).collect(),
+    };
+    let Pooled { mut shell, thread } = family.pool().take(&point.state)?;
+    timeline.built = Some(Instant::now());
+    phase.done();
+
+    let phase = phase::begin(observer, Phase::Memory, None)?;
+    let (lose, ram) = (told.life.lose(), shell.ram_mut());
+    let image = point.image.clone();
+    ram.remap(Backing::Private(Arc::new(ImageBase { image })))?;
+    let memory = VmMemory::of_clone(&identity.name, ram, &point.image, family.faults(), lose)?;
+    memory.set_brake(shell.brake());
+    phase.done();
+
+    let phase = phase::begin(observer, Phase::Restore, None)?;
+    let vm = shell.restore(&point.state, peripherals, told.life.event_sink())?;
+    timeline.restored = Some(Instant::now());
+    phase.done();
+
+    let phase = phase::begin(observer, Phase::Identity, None)?;
+    tell(&mut vm.doorbell(), identity, point.forker, told.granted)?;
+    phase.done();
+    Ok(Furnished {
+        vm,
+        memory,
+        disks,
+        timeline,
+        thread,
+    })
+}
+
+/// Writes into a clone's doorbell page who it is, and answers the calls that its state holds.
+pub(crate) fn tell(
+    doorbell: &mut Doorbell,
     identity: &Identity,
     forker: Option<u32>,
     granted: u32,
 ) -> Result<(), DeviceError> {
-    let mut doorbell = vm.doorbell();
     doorbell.announce(&identity.announcement())?;
     if let Some(slot) = forker {
         let result = i64::from(identity.clone_id);

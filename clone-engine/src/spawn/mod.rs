@@ -30,7 +30,7 @@ pub trait Spawner: Send + Sync {
     fn prepare(
         &self,
         family: &Arc<Family>,
-        point: &ForkPoint,
+        point: &Arc<ForkPoint>,
         identity: Identity,
         granted: u32,
         observer: &dyn Observer,

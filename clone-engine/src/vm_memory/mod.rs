@@ -16,6 +16,7 @@ mod faults;
 mod feeding;
 mod give_back;
 mod mappings;
+mod rewind;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -36,6 +37,7 @@ use crate::fault::{FaultHandler, Notice};
 use crate::image::{
     Content, EmptyImage, MemoryImage, OwnerTable, Provided, Which, complete, distinct,
 };
+use crate::rewind::Break;
 use crate::source::SourceError;
 use crate::userfault::{UserfaultError, Watch};
 

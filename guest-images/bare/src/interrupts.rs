@@ -135,6 +135,13 @@ pub fn wait_for_any(seen: u32) {
     ring0::wait_while(&TOTAL, seen);
 }
 
+/// Halts the calling vCPU for good.
+pub fn halt() -> ! {
+    loop {
+        wait_for_any(total());
+    }
+}
+
 /// Physical id of the calling vCPU's local APIC.
 pub fn lapic_id() -> u32 {
     lapic_read(LAPIC_ID) >> 24

@@ -14,6 +14,8 @@ use alloc::boxed::Box;
 
 use forkvm_abi::{HIGH_RAM_START, LOW_RAM_END};
 
+use crate::pages::{self, Page};
+
 /// Entries of a table.
 const ENTRIES: usize = 512;
 /// Bytes that an entry of a page directory maps.
@@ -93,6 +95,43 @@ static PDPT: Table = Table::new()
 
 /// Root of the page tables of every vCPU.
 pub static PML4: Table = Table::new().link(0, &raw const PDPT);
+
+/// Addresses of 2 MiB that pages of the low 4 GiB are shown at, one by one; far from where everything is.
+pub struct Window {
+    table: &'static Table,
+}
+
+impl Window {
+    /// Where windows are: an address that only this job's tables know.
+    const START: u64 = 1 << 39;
+    /// Pages of a window.
+    pub const PAGES: usize = ENTRIES;
+
+    /// Nothing is shown yet. There is one window.
+    pub fn open() -> Window {
+        let table: &Table = Box::leak(Box::new(Table::new()));
+        let directory: &Table = Box::leak(Box::new(Table::new()));
+        let pointers: &Table = Box::leak(Box::new(Table::new()));
+        directory.set(0, (&raw const *table).addr() as u64 | TABLE);
+        pointers.set(0, (&raw const *directory).addr() as u64 | TABLE);
+        PML4.set(1, (&raw const *pointers).addr() as u64 | TABLE);
+        Window { table }
+    }
+
+    /// Shows `page` at place `index`, once translations are flushed
+    /// ([`flush_translations`](crate::ring0::flush_translations)).
+    pub fn show(&self, index: usize, page: &'static Page) {
+        self.table
+            .set(index, (&raw const *page).addr() as u64 | TABLE);
+    }
+
+    /// What is seen at place `index`, where a page is shown.
+    pub fn page(&self, index: usize) -> &'static Page {
+        let address = Window::START as usize + index * pages::PAGE;
+        // SAFETY: a page that lives for good is shown there, which any vCPU may read and write.
+        unsafe { &*core::ptr::with_exposed_provenance(address) }
+    }
+}
 
 /// Maps RAM up to `end` (an address above 4 GiB, at most 512 GiB) from the heap below 4 GiB.
 /// Called once, before that RAM is used.

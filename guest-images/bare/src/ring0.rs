@@ -61,6 +61,12 @@ ring0_refused:
     mov eax, 1
     iretq
 
+    # Drops all translations but those of global pages, of which there are none.
+ring0_flush:
+    mov rax, cr3
+    mov cr3, rax
+    iretq
+
     # Leaves no gate for the exception that follows, nor for those that this raises.
 ring0_triple_fault:
     lidt [rdi]
@@ -79,6 +85,7 @@ unsafe extern "C" {
     static ring0_wait: u8;
     static ring0_enable_interrupts: u8;
     static ring0_triple_fault: u8;
+    static ring0_flush: u8;
     static ring0_write_msr: u8;
     static ring0_read_msr: u8;
 }
@@ -92,6 +99,12 @@ pub fn entry() -> usize {
 pub fn enable_interrupts() {
     // SAFETY: the routine changes one flag; the gates that interrupts go through are set.
     unsafe { call(&raw const ring0_enable_interrupts, 0, 0) };
+}
+
+/// Has this vCPU go by its page tables as they are now.
+pub fn flush_translations() {
+    // SAFETY: the routine loads the CR3 that is there.
+    unsafe { call(&raw const ring0_flush, 0, 0) };
 }
 
 /// Ends this vCPU by a triple fault (Intel SDM volume 3, chapter 6.15, interrupt 8).

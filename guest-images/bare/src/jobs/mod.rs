@@ -18,6 +18,7 @@ mod sweep;
 mod touch;
 mod tree;
 mod triple_fault;
+mod window;
 mod work;
 
 use crate::args::Args;
@@ -54,6 +55,7 @@ const JOBS: &[(&str, Job)] = &[
     ("touch", touch::run),
     ("tree", tree::run),
     ("triple-fault", triple_fault::run),
+    ("window", window::run),
     ("work", work::run),
 ];
 

@@ -1,13 +1,15 @@
-//! `registers n=1 seed=1`: every register class of every vCPU over a fork from inside.
+//! `registers n=1 seed=1 stay=0`: every register class of every vCPU over a fork from inside.
 //!
 //! All vCPUs fill their registers; the first forks by an `out` with everything loaded, while the
 //! others hold theirs. Parent and clones compare afterwards and name the first register that
-//! differs. A clone exits 0, the parent with the joined status.
+//! differs. A clone exits 0, the parent with the joined status; with `stay=1` a clone reports ANSWER
+//! instead and halts.
 
 use alloc::string::String;
 use core::hint::spin_loop;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
+use forkvm_abi::doorbell::report;
 use spin::Mutex;
 
 use crate::args::Args;
@@ -15,7 +17,7 @@ use crate::doorbell::Forked;
 use crate::jobs::{OK, WRONG};
 use crate::machine::{self, Machine};
 use crate::registers::{Hold, Registers, release};
-use crate::{println, smp};
+use crate::{interrupts, println, smp};
 
 /// Fills, forks, compares.
 pub fn run(machine: &Machine, args: Args<'_>) -> u32 {
@@ -60,8 +62,11 @@ pub fn run(machine: &Machine, args: Args<'_>) -> u32 {
     }
     println!("registers ok clone={} vcpus={}", forked.id, smp::count());
     if forked.id == 0 {
-        machine.join(0, forked)
-    } else {
-        OK
+        return machine.join(0, forked);
     }
+    if args.flag("stay") {
+        machine.doorbell().report(report::ANSWER);
+        interrupts::halt();
+    }
+    OK
 }

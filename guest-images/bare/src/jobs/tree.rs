@@ -1,15 +1,16 @@
-//! `tree depth=3 mib=1`: a fork of a fork of a fork.
+//! `tree depth=3 mib=1 stay=0`: a fork of a fork of a fork.
 //!
 //! Each generation writes `mib` MiB of its own, forks one clone, and joins it. Each verifies what
 //! it and all its ancestors wrote, the clone before it forks and the parent after the join. A
-//! status is the child's plus one, so the root ends with `depth`.
+//! status is the child's plus one, so the root ends with `depth`. With `stay=1` the last one halts instead
+//! of ending, so that all others wait.
 
 use alloc::vec::Vec;
 
 use crate::args::Args;
 use crate::machine::{self, Machine};
 use crate::pages::{self, Page};
-use crate::println;
+use crate::{interrupts, println};
 
 /// Exit status of a generation that found something wrong: more than any depth.
 const WRONG: u32 = 200;
@@ -34,6 +35,9 @@ pub fn run(machine: &Machine, args: Args<'_>) -> u32 {
             println!("generation {generation}: {below} below the child");
             return if below >= WRONG { below } else { below + 1 };
         }
+    }
+    if args.flag("stay") {
+        interrupts::halt();
     }
     0
 }
