@@ -77,7 +77,7 @@ impl Family {
             .map_err(VmError::from)?;
         let thread = Parked::new().map_err(StartError::Thread)?;
         let timeline = Timeline::default();
-        let waiting = Waiting::new(self, vm, memory, disks, inbox, timeline, thread, None);
+        let waiting = Waiting::new(self, vm, memory, disks, inbox, timeline, thread);
         Ok(waiting.start()?)
     }
 }

@@ -106,7 +106,7 @@ pub const JOBS: &[Job] = &[
     Job {
         name: "window",
         about: "changes its page tables in each clone, and finds them as before after a rewind",
-        arguments: "mib=1 seed=1",
+        arguments: "mib=1 shown=512 seed=1",
     },
     Job {
         name: "work",

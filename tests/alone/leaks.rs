@@ -1,9 +1,12 @@
 //! Forks in a row, as a service does them for days: nothing accumulates.
 
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use forkvm::{CloneSpec, End, FreezeKind, MemoryMode};
+use forkvm::abi::doorbell::report;
+use forkvm::vmm::Kvm;
+use forkvm::{CloneSpec, End, FreezeKind, MemoryMode, RewindWay};
 
 use crate::alone;
 use crate::census::{Census, expect_again, mapping_count, status_kib};
@@ -97,6 +100,49 @@ fn lazy_forks(freeze: FreezeKind, times: u32) {
     // The test itself keeps lines of console and a report of each fork.
     let kept = 1024 + u64::from(times) / 2;
     assert!(more_rss <= kept, "{more_rss} KiB more are resident");
+}
+
+#[test]
+fn two_hundred_rewinds_by_each_way_leak_nothing() {
+    need_kvm!();
+    let _turn = alone();
+    let in_place = Arc::new(Kvm::open().unwrap())
+        .sees_rewritten_tables()
+        .unwrap();
+    let mut ways = vec![RewindWay::FreshShell, RewindWay::SlotReadd];
+    ways.extend(in_place.then_some(RewindWay::InPlace));
+    let folder = tempfile::tempdir().unwrap();
+    let vm = Setup::new("job=window mib=1")
+        .memory_mib(32)
+        .unlogged()
+        .boot();
+    vm.wait_ready(LONG).unwrap();
+    let clone = vm.fork(CloneSpec::new(1)).unwrap().remove(0);
+    let take = || Census::take(folder.path());
+    for way in ways {
+        let rewind = |times: u32| {
+            for _ in 0..times {
+                clone.rewind_by(way).unwrap();
+                clone.member().wait_report(report::ANSWER, 1, LONG).unwrap();
+            }
+        };
+        rewind(WARM_UP);
+        let census = settled_census(take);
+        let (mappings, rss) = (mapping_count(), status_kib("VmRSS"));
+        let times = scaled(200, 10);
+        rewind(times);
+
+        expect_again(&census, take, &format!("after {times} rewinds by {way}"));
+        let (more_mappings, more_rss) = (
+            mapping_count().saturating_sub(mappings),
+            status_kib("VmRSS").saturating_sub(rss),
+        );
+        println!(
+            "{times} rewinds by {way}: {more_mappings} mappings more, {more_rss} KiB resident more"
+        );
+        assert!(more_mappings <= 8, "{more_mappings} more mappings");
+        assert!(more_rss <= 1024, "{more_rss} KiB more are resident");
+    }
 }
 
 /// What there is once what a fork leaves to other threads is done.

@@ -103,6 +103,7 @@ fn every_scenario_has_rows_and_files_to_show_them() {
         ("depth", "3/first_action"),
         ("fault", "cow/first"),
         ("memory", "idle/private"),
+        ("rewind", "slot-readd/512-pages"),
     ] {
         let dir = tempdir().unwrap();
         let args = [

@@ -31,6 +31,7 @@ fn every_check_has_a_purpose_and_every_lack_a_remedy() {
         "max_map_count",
         "memory",
         "userfaultfd",
+        "rewind",
     ] {
         assert!(names.contains(&name), "{name} is not in {names:?}");
     }

@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use forkvm::engine::source::{PageSink, PageSource, SourceError, Sources};
-use forkvm::{End, FaultConfig, FreezeKind, MemoryMode};
+use forkvm::{End, FaultConfig, FreezeKind, MemoryMode, RewindWay};
 
 use crate::common::{LONG, Obedient, Setup, expect_end, fork_by, need_kvm, scaled};
 
@@ -125,6 +125,38 @@ fn a_clone_killed_as_it_waits_for_a_page_ends_and_leaves_its_siblings_every_page
         Obedient::new(&vm, sibling.member()).expect(0, VALUE, pages);
     }
     parent.expect(0, VALUE, pages);
+}
+
+#[test]
+fn a_clone_rewound_as_it_waits_for_a_page_begins_anew_and_gets_every_page() {
+    need_kvm!();
+    for way in [RewindWay::Auto, RewindWay::SlotReadd, RewindWay::FreshShell] {
+        let pages = u64::from(scaled(256, 64));
+        let gates = Gates::default();
+        let gate = gates.0.clone();
+        let vm = Setup::new(format!("job=obey pages={pages}"))
+            .faults(patient())
+            .sources(gates)
+            .boot();
+        vm.wait_ready(LONG).unwrap();
+        Obedient::new(&vm, vm.member()).write(0, VALUE, pages);
+        let fork = fork_by(FreezeKind::WriteProtect, MemoryMode::Lazy, 1);
+        let clone = vm.fork(fork).unwrap().remove(0);
+        // It is at its prompt, with what it needs for that.
+        Obedient::new(&vm, clone.member()).say("f");
+
+        gate.set_closed(true);
+        let asked = gate.asked.load(Ordering::SeqCst);
+        Obedient::new(&vm, clone.member()).begin(&format!("r 0 {pages}"));
+        let start = Instant::now();
+        while gate.asked.load(Ordering::SeqCst) == asked {
+            assert!(start.elapsed() < LONG, "the clone asks for no page");
+            thread::yield_now();
+        }
+        clone.rewind_by(way).unwrap();
+        gate.set_closed(false);
+        Obedient::new(&vm, clone.member()).expect(0, VALUE, pages);
+    }
 }
 
 /// Without a stage: one clone after the other is killed at any moment while all of them read, and

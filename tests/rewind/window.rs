@@ -71,7 +71,8 @@ fn the_plain_way_is_refused_where_translations_would_survive_and_is_taken_where_
 #[test]
 fn a_thousand_rewinds_find_every_page_and_every_translation_as_it_was() {
     need_kvm!();
-    let vm = Setup::new("job=window mib=1").pool(1).boot();
+    // Each page table entry that it writes is an exit on a shadow MMU: here the number of rewinds counts.
+    let vm = Setup::new("job=window mib=1 shown=8").pool(1).boot();
     vm.wait_ready(LONG).unwrap();
     let clone = clone_of(&vm, MemoryMode::Cow);
     expect_old_world(&vm, &clone);

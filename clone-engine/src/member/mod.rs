@@ -98,6 +98,7 @@ pub(crate) struct Inbox {
     receiver: Receiver<Message>,
     watch: Arc<Watch>,
     life: Life,
+    origin: Option<Origin>,
 }
 
 impl Inbox {
@@ -110,6 +111,15 @@ impl Inbox {
             sender,
             receiver,
             watch,
+            origin: None,
+        }
+    }
+
+    /// For a clone.
+    pub(crate) fn of_clone(origin: Origin) -> Inbox {
+        Inbox {
+            origin: Some(origin.clone()),
+            ..Inbox::new(origin.identity)
         }
     }
 

@@ -81,7 +81,7 @@ impl Serving {
             watch: &self.member.watch,
             identity,
         };
-        if let Err(error) = put_back.into_same(&mut paused, timeline, way) {
+        if let Err(error) = put_back.all(&mut paused, timeline, way) {
             paused.stay();
             return Err(error.into());
         }
@@ -165,7 +165,7 @@ struct PutBack<'a> {
 }
 
 impl PutBack<'_> {
-    fn into_same(
+    fn all(
         &self,
         paused: &mut PausedVm<'_>,
         timeline: Timeline,

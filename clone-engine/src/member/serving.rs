@@ -15,7 +15,7 @@ use forkvm_devices::doorbell::Answer;
 use forkvm_vmm::memory::PAGE;
 use forkvm_vmm::{Disk, PausedVm, Vm};
 
-use super::{Finished, Life, Member, Message, Origin, PAUSE_DEADLINE};
+use super::{Finished, Inbox, Life, Member, Message, Origin, PAUSE_DEADLINE};
 use crate::accounting::VmCount;
 use crate::disks::{DiskSource, DisksError};
 use crate::end::End;
@@ -99,17 +99,21 @@ impl Serving {
         vm: Vm,
         memory: Arc<VmMemory>,
         disks: Vec<DiskSource>,
-        inbox: Receiver<Message>,
-        life: Life,
-        origin: Option<Origin>,
+        inbox: Inbox,
     ) -> Serving {
+        let Inbox {
+            receiver,
+            life,
+            origin,
+            ..
+        } = inbox;
         Serving {
             family,
             member,
             vm,
             memory,
             disks,
-            inbox,
+            inbox: receiver,
             life,
             origin,
             undertaker: None,

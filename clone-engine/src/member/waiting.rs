@@ -1,12 +1,11 @@
 //! A VM between its restore and its start.
 
-use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 
 use forkvm_vmm::ReadyVm;
 
 use super::serving::Serving;
-use super::{Inbox, Life, Member, Message, Origin};
+use super::{Inbox, Member};
 use crate::disks::DiskSource;
 use crate::family::Family;
 use crate::parked::Parked;
@@ -25,14 +24,12 @@ pub(crate) struct Waiting {
     // After the VM: what watches its memory goes last.
     memory: Arc<VmMemory>,
     disks: Vec<DiskSource>,
-    inbox: Receiver<Message>,
+    inbox: Inbox,
     thread: Parked,
-    life: Life,
-    origin: Option<Origin>,
 }
 
 impl Waiting {
-    /// Of a VM whose state is in place; `thread` will serve it. `origin` is what a clone came of.
+    /// Of a VM whose state is in place; `thread` will serve it.
     pub(crate) fn new(
         family: &Arc<Family>,
         vm: ReadyVm,
@@ -41,7 +38,6 @@ impl Waiting {
         inbox: Inbox,
         timeline: Timeline,
         thread: Parked,
-        origin: Option<Origin>,
     ) -> Waiting {
         let mut seen = inbox.watch.lock();
         seen.timeline = timeline;
@@ -50,8 +46,8 @@ impl Waiting {
         let member = Arc::new(Member {
             name,
             config: vm.config().clone(),
-            inbox: inbox.sender,
-            watch: inbox.watch,
+            inbox: inbox.sender.clone(),
+            watch: inbox.watch.clone(),
             thread: Mutex::new(None),
         });
         Waiting {
@@ -60,10 +56,8 @@ impl Waiting {
             vm,
             memory,
             disks,
-            inbox: inbox.receiver,
+            inbox,
             thread,
-            life: inbox.life,
-            origin,
         }
     }
 
@@ -77,8 +71,6 @@ impl Waiting {
             disks,
             inbox,
             thread,
-            life,
-            origin,
         } = self;
         // Before it runs: what a family that ends has not heard of it could not end.
         family.enter(&member)?;
@@ -87,7 +79,7 @@ impl Waiting {
         let vm = vm.start();
         let serving = {
             let (family, member) = (family.clone(), member.clone());
-            move || Serving::new(family, member, vm, memory, disks, inbox, life, origin).serve()
+            move || Serving::new(family, member, vm, memory, disks, inbox).serve()
         };
         *joins = Some(thread.begin(&format!("vm-{}", member.name), serving));
         drop(joins);

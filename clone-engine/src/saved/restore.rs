@@ -95,7 +95,7 @@ impl Family {
         let disks = machine.disks;
         let thread = Parked::new().map_err(RestoreError::Thread)?;
         let timeline = Timeline::default();
-        let waiting = Waiting::new(self, vm, memory, disks, inbox, timeline, thread, None);
+        let waiting = Waiting::new(self, vm, memory, disks, inbox, timeline, thread);
         Ok(waiting.start()?)
     }
 

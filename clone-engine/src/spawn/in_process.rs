@@ -40,7 +40,11 @@ impl Spawner for InProcess {
         granted: u32,
         observer: &dyn Observer,
     ) -> Result<Box<dyn Prepared>, SpawnError> {
-        let inbox = Inbox::new(identity.clone());
+        let inbox = Inbox::of_clone(Origin {
+            point: point.clone(),
+            identity: identity.clone(),
+            granted,
+        });
         let told = Told {
             identity: &identity,
             granted,
@@ -58,21 +62,8 @@ impl Spawner for InProcess {
             timeline,
             thread,
         } = furnish(point, &told, timeline, observer)?;
-        let origin = Origin {
-            point: point.clone(),
-            identity,
-            granted,
-        };
-        Ok(Box::new(Waiting::new(
-            family,
-            vm,
-            memory,
-            disks,
-            inbox,
-            timeline,
-            thread,
-            Some(origin),
-        )))
+        let waiting = Waiting::new(family, vm, memory, disks, inbox, timeline, thread);
+        Ok(Box::new(waiting))
     }
 }
 

@@ -9,6 +9,7 @@ mod instantiate;
 mod memory;
 mod overhead;
 mod pause;
+mod rewind;
 
 use super::Scenario;
 
@@ -20,6 +21,7 @@ pub const SCENARIOS: &[&Scenario] = &[
     &fanout::SCENARIO,
     &pause::SCENARIO,
     &fault::SCENARIO,
+    &rewind::SCENARIO,
     &memory::SCENARIO,
     &depth::SCENARIO,
     &overhead::SCENARIO,

@@ -5,6 +5,7 @@ mod limits;
 mod userfault;
 
 use std::io::Write;
+use std::sync::Arc;
 
 use clap::Args;
 use comfy_table::{ContentArrangement, Table, presets};
@@ -90,6 +91,7 @@ impl Doctor {
             limits::mappings(),
             limits::memory(),
             userfault::check(),
+            Check::new("rewind", false, "rewinding clones in place", rewind()),
         ];
         print(&mut output.text(), &checks)?;
         let lacks = checks.iter().any(|check| check.required && !check.ok);
@@ -116,6 +118,21 @@ fn kvm() -> Result<String, Lack> {
                 "use a host kernel with KVM of Linux 6.1 or newer",
             ))
         }
+    }
+}
+
+/// How a clone goes back to its fork point here; none of the ways is a lack.
+fn rewind() -> Result<String, Lack> {
+    let asked = Kvm::open()
+        .map_err(anyhow::Error::from)
+        .and_then(|kvm| Ok(Arc::new(kvm).sees_rewritten_tables()?));
+    match asked {
+        Ok(true) => Ok("in place: a guest goes by its page tables as they are in memory".into()),
+        Ok(false) => Ok("by a fresh shell: this KVM shadows page tables".into()),
+        Err(error) => Err(Lack::new(
+            format!("{error:#}"),
+            "look for a KVM problem in the host's kernel log (`dmesg`)",
+        )),
     }
 }
 

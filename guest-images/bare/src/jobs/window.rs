@@ -1,7 +1,7 @@
-//! `window mib=1 seed=1`: changes its page tables after a fork, and tells whether they are as before.
+//! `window mib=1 shown=512 seed=1`: changes its page tables after a fork, and tells whether they are as before.
 //!
-//! Fills `mib` MiB, shows the first pages in a window ([`Window`]), each at the place of its number, reports
-//! READY and halts. After a fork a clone reports ACTION and checks every page, and what each place of the
+//! Fills `mib` MiB, shows the first `shown` pages in a window ([`Window`]), each at the place of its number,
+//! reports READY and halts. After a fork a clone reports ACTION and checks every page, and what each place of the
 //! window shows. Then it overwrites all pages, shows them in reverse order, checks that as well, reports
 //! ANSWER and halts: a clone that is put back to its fork point finds the first state and does all of
 //! it again. Exit status 1: the console says what differs. Only the first vCPU works.
@@ -21,12 +21,14 @@ pub fn run(machine: &Machine, args: Args<'_>) -> u32 {
     let seed = args.number("seed", 1);
     let memory = pages::allocate(args.number("mib", 1) as usize * pages::PER_MIB);
     let window = Window::open();
-    let shown = &memory[..memory.len().min(Window::PAGES)];
+    let shown = args.number("shown", Window::PAGES as u64) as usize;
+    let shown = &memory[..shown.clamp(1, memory.len().min(Window::PAGES))];
     fill(memory, seed);
     show(&window, shown.iter());
     doorbell.want_interrupt();
-    doorbell.report(report::READY);
+    // A fork may come with the report.
     let mut seen = doorbell.fork_count();
+    doorbell.report(report::READY);
     loop {
         doorbell.wait_for_fork(seen);
         seen = doorbell.fork_count();
