@@ -10,9 +10,9 @@ use crate::fault::{FaultConfig, FaultHandler};
 use crate::fork::CloneSpec;
 use crate::identity::Identity;
 use crate::image::MemoryImage;
-use crate::member::Member;
+use crate::member::{Member, MemberError};
 use crate::phase::{NoObserver, Observer};
-use crate::pool::{Pool, PoolConfig};
+use crate::pool::{Pool, PoolConfig, PoolError};
 use crate::saved::Saver;
 use crate::source::Sources;
 use crate::spawn::Spawner;
@@ -120,6 +120,15 @@ impl Family {
     /// The shells that wait for its clones.
     pub fn pool(&self) -> &Pool {
         &self.pool
+    }
+
+    /// Has `count` shells ready for clones of `member`, a VM of this family, which stands still for a
+    /// moment to show its state. Returns how many are ready then. As
+    /// [`ForkPoint::fill_pool`](crate::ForkPoint::fill_pool), before the first fork.
+    pub fn fill_pool(&self, member: &Member, count: u32) -> Result<u32, MemberError> {
+        let state = member.with_paused(|paused| paused.save())?;
+        let state = Arc::new(state.map_err(PoolError::from)?);
+        Ok(self.pool.fill(&state, count)?)
     }
 
     pub(crate) fn kvm(&self) -> &Arc<Kvm> {

@@ -25,6 +25,7 @@ use crate::end::End;
 use crate::fork::{CloneSpec, ForkError, Ticket};
 use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
+use crate::pool::PoolError;
 use crate::saved::SaveError;
 use crate::timeline::Timeline;
 use crate::vm_memory::Lose;
@@ -313,6 +314,9 @@ pub enum MemberError {
     /// It could not be paused.
     #[error(transparent)]
     Pause(#[from] PauseError),
+    /// No shells for its clones.
+    #[error("no shells could be built for its clones")]
+    Pool(#[from] PoolError),
     /// It could not be forked.
     #[error("the fork failed, and the VM runs on")]
     Fork(#[source] ForkError),
