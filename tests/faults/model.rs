@@ -272,6 +272,7 @@ fn follow(seed: u64, steps: u32) {
     let mut random = Random(seed);
     let faults = FaultConfig {
         chunk: random.of(&[1, 4, 16]) * PAGE,
+        readahead: random.of(&[0, 64 << 10, 1 << 20]),
         shards: random.of(&[1, 2]),
         background: random.of(&[None, Some(1), Some(16), Some(4096)]),
         page_deadline: LONG,

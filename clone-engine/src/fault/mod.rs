@@ -12,6 +12,7 @@
 mod copier;
 pub(crate) mod counters;
 pub(crate) mod fetcher;
+pub(crate) mod readahead;
 pub(crate) mod shard;
 
 use std::num::NonZeroUsize;
@@ -32,6 +33,7 @@ use crate::vm_memory::VmMemory;
 use copier::Copier;
 use counters::FaultCounters;
 pub use counters::FaultFigures;
+use readahead::Readahead;
 use shard::Shard;
 
 /// How lazy memory is served.
@@ -39,6 +41,8 @@ use shard::Shard;
 pub struct FaultConfig {
     /// Bytes that are brought together when a page is missing: 4 KiB to 2 MiB, a power of two.
     pub chunk: u64,
+    /// Most bytes that are brought ahead of a VM that touches its memory in order; 0 for none.
+    pub readahead: u64,
     /// Threads that answer faults, 1 or more.
     pub shards: usize,
     /// MiB a second that incomplete images are filled with in the background; `None` leaves them to
@@ -54,6 +58,7 @@ impl Default for FaultConfig {
         let cpus = thread::available_parallelism().map_or(1, NonZeroUsize::get);
         FaultConfig {
             chunk: 64 << 10,
+            readahead: 1 << 20,
             shards: cpus.min(8),
             background: Some(256),
             page_deadline: Duration::from_secs(5),
@@ -111,6 +116,11 @@ impl FaultHandler {
     /// What was done so far.
     pub fn figures(&self) -> FaultFigures {
         self.counters.figures()
+    }
+
+    /// What one VM will touch next.
+    pub(crate) fn readahead(&self) -> Readahead {
+        Readahead::new(self.config.chunk, self.config.readahead)
     }
 
     pub(crate) fn notices(&self) -> Sender<Notice> {

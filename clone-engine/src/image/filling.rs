@@ -15,7 +15,7 @@ use super::content::LineSink;
 use super::{Content, Filling, MemoryImage, Owner, insert_error, pages};
 use crate::fault::Notice;
 use crate::fault::counters::Cause;
-use crate::fault::fetcher::{Arrival, Fetcher, Waiter};
+use crate::fault::fetcher::{Arrival, Fetcher, Nobody, Waiter};
 use crate::source::local_image::LocalImage;
 use crate::source::{PageSource, SourceError};
 
@@ -26,8 +26,8 @@ pub(crate) enum Provided {
     Here(Range<u64>),
     /// It is zero, as is this range, and is nowhere stored.
     Zero(Range<u64>),
-    /// Its source is far; whoever waits will be told.
-    Coming,
+    /// Its source is far and was asked for this range; whoever waits will be told.
+    Coming(Range<u64>),
 }
 
 /// Which missing pages are to be brought.
@@ -69,8 +69,28 @@ impl MemoryImage {
         Ok(if here {
             Provided::Here(chunk)
         } else {
-            Provided::Coming
+            Provided::Coming(chunk)
         })
+    }
+
+    /// Brings `range` before a clone misses it. Never waits: what is far is asked for. Zero pages are
+    /// left to faults.
+    pub(crate) fn provide_ahead(self: &Arc<Self>, range: &Range<u64>) -> Result<(), SourceError> {
+        let Some(filling) = &self.filling else {
+            return Ok(());
+        };
+        filling.check_sound()?;
+        let nobody: Arc<dyn Waiter> = Arc::new(Nobody);
+        for (owner, run) in self.known_table().within(range.clone()) {
+            match owner {
+                Owner::Zero => true,
+                Owner::Own => self.bring_own(filling, &run, Cause::Prefetch, &nobody)?,
+                Owner::Base(base) => {
+                    self.bring_from(filling, base, &run, Cause::Prefetch, &nobody)?
+                }
+            };
+        }
+        Ok(())
     }
 
     /// Brings own pages of one run from the source. `false` when it is far and `waiter` will be told.

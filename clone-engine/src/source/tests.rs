@@ -34,6 +34,7 @@ fn has_userfaultfd() -> bool {
 fn faults() -> FaultHandler {
     let config = FaultConfig {
         chunk: 4 * PAGE,
+        readahead: 0,
         shards: 1,
         background: None,
         page_deadline: DEADLINE,

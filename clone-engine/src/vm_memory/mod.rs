@@ -20,7 +20,7 @@ mod mappings;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, OnceLock, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 use std::time::Instant;
 
 use forkvm_devices::{Brake, GuestMemory};
@@ -31,6 +31,7 @@ use vm_memory::VolatileSlice;
 
 use crate::fault::counters::Cause;
 use crate::fault::fetcher::Waiter;
+use crate::fault::readahead::Readahead;
 use crate::fault::shard::Shard;
 use crate::fault::{FaultHandler, Notice};
 use crate::image::{
@@ -59,6 +60,8 @@ pub(crate) struct VmMemory {
     shard: OnceLock<Arc<Shard>>,
     notices: Sender<Notice>,
     lose: Lose,
+    /// Of the fault thread alone.
+    readahead: Mutex<Readahead>,
     brake: OnceLock<Brake>,
     lost: AtomicBool,
     abandoned: AtomicBool,
@@ -107,6 +110,7 @@ impl VmMemory {
             shard: OnceLock::new(),
             notices: faults.notices(),
             lose,
+            readahead: Mutex::new(faults.readahead()),
             brake: OnceLock::new(),
             lost: AtomicBool::new(false),
             abandoned: AtomicBool::new(false),
