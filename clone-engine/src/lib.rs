@@ -30,6 +30,7 @@ pub mod spawn;
 mod timeline;
 mod userfault;
 mod vm_memory;
+mod working_set;
 
 pub use boot::{BootSpec, DiskSpec, StartError};
 pub use disks::{DiskSource, DisksError};
@@ -44,3 +45,4 @@ pub use member::{Finished, Member, MemberError};
 pub use phase::{ForkLog, NoObserver, Observer, Phase, Vetoed};
 pub use timeline::Timeline;
 pub use userfault::{UserfaultError, check_userfaultfd};
+pub use working_set::{WorkingSet, WorkingSetPolicy};

@@ -18,6 +18,7 @@ use crate::fault::counters::Cause;
 use crate::fault::fetcher::{Arrival, Fetcher, Nobody, Waiter};
 use crate::source::local_image::LocalImage;
 use crate::source::{PageSource, SourceError};
+use crate::working_set::WorkingSet;
 
 /// What became of a missing page.
 #[derive(Debug)]
@@ -91,6 +92,40 @@ impl MemoryImage {
             };
         }
         Ok(())
+    }
+
+    /// Brings what is missing of `set`, wherever the clones of this image look for it, without waiting
+    /// for what is far: its source is told of all of it at once, and asked for it behind the faults.
+    pub(crate) fn replay(self: &Arc<Self>, set: &WorkingSet) -> Result<(), SourceError> {
+        for (part, image) in self.mapped() {
+            let within = set.ranges().iter().filter_map(|range| {
+                let both = range.start.max(part.start)..range.end.min(part.end);
+                (!both.is_empty()).then_some(both)
+            });
+            let within: Vec<Range<u64>> = within.collect();
+            image.hint(&within);
+            for range in &within {
+                image.provide_ahead(range)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the source which of its pages in `ranges` will be asked for.
+    fn hint(&self, ranges: &[Range<u64>]) {
+        let Some(filling) = &self.filling else { return };
+        let source = filling
+            .source
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(source) = &*source {
+            let missing = ranges.iter().flat_map(|range| {
+                let runs = self.known_table().within(range.clone());
+                let own = runs.filter(|(owner, _)| matches!(owner, Owner::Own));
+                own.flat_map(|(_, run)| filling.present.missing(run))
+            });
+            source.hint(&missing.collect::<Vec<_>>());
+        }
     }
 
     /// Brings own pages of one run from the source. `false` when it is far and `waiter` will be told.

@@ -50,6 +50,9 @@ impl Spawner for InProcess {
         let inbox = Inbox::new(identity.clone());
         let (name, lose) = (identity.name.as_str(), inbox.lose());
         let memory = VmMemory::of_clone(name, &mut ram, &point.image, family.faults(), lose)?;
+        if let Some(touches) = &point.touches {
+            memory.record(touches.clone());
+        }
         phase.done();
 
         let phase = phase::begin(observer, Phase::Spawn, None)?;

@@ -60,6 +60,9 @@ impl VmMemory {
 
     /// A fault has brought `range`. Whether pages should be brought ahead of the next.
     fn missed(&self, mapping: &Range<u64>, range: &Range<u64>) -> bool {
+        if let Some(touches) = self.touches.get() {
+            touches.touched(range);
+        }
         let end = mapping.end.min(self.range_of(range.start).end());
         self.readahead().missed(range, end)
     }
@@ -73,7 +76,13 @@ impl VmMemory {
             return false;
         };
         match image.provide_ahead(&range) {
-            Ok(()) => true,
+            Ok(()) => {
+                // As good as touched: whoever reads on does not fault there.
+                if let Some(touches) = self.touches.get() {
+                    touches.touched(&range);
+                }
+                true
+            }
             Err(why) => {
                 // Whoever touches it will hear of it.
                 tracing::debug!(%why, vm = self.name, "nothing is brought ahead");

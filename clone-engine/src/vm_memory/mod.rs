@@ -39,6 +39,7 @@ use crate::image::{
 };
 use crate::source::SourceError;
 use crate::userfault::{UserfaultError, Watch};
+use crate::working_set::{Recorder, WorkingSet};
 
 use mappings::HostRange;
 
@@ -62,6 +63,10 @@ pub(crate) struct VmMemory {
     lose: Lose,
     /// Of the fault thread alone.
     readahead: Mutex<Readahead>,
+    /// Where its first touches are recorded, of a clone.
+    touches: OnceLock<Arc<Recorder>>,
+    /// What the clones of its last lazy fork point touched first.
+    touched_by_clones: Mutex<Arc<Recorder>>,
     brake: OnceLock<Brake>,
     lost: AtomicBool,
     abandoned: AtomicBool,
@@ -111,6 +116,8 @@ impl VmMemory {
             notices: faults.notices(),
             lose,
             readahead: Mutex::new(faults.readahead()),
+            touches: OnceLock::new(),
+            touched_by_clones: Mutex::default(),
             brake: OnceLock::new(),
             lost: AtomicBool::new(false),
             abandoned: AtomicBool::new(false),
@@ -201,6 +208,23 @@ impl VmMemory {
             .mapped
             .iter()
             .all(|(_, image)| image.is_whole())
+    }
+
+    /// Has its first touches recorded from now on.
+    pub(crate) fn record(&self, recorder: Arc<Recorder>) {
+        self.touches.get_or_init(|| recorder);
+    }
+
+    /// A record for the clones of the next fork point of this VM, and what is known before of what
+    /// they will touch.
+    pub(crate) fn expect_touches(&self) -> (WorkingSet, Arc<Recorder>) {
+        let mut last = self
+            .touched_by_clones
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let known = last.working_set();
+        *last = Recorder::after(&known);
+        (known, last.clone())
     }
 
     /// Brings all that the images under it miss, waiting for it.
