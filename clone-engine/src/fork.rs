@@ -29,6 +29,7 @@ use crate::pool::Pool;
 use crate::source::SourceError;
 use crate::spawn::SpawnError;
 use crate::vm_memory::VmMemory;
+use crate::working_set::Recorder;
 
 /// How a clone's memory hangs on the image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -211,8 +212,8 @@ impl Parent<'_> {
             doorbell: doorbell_page,
         };
         let published = parent.publish(observer, freeze, &image, mode, granted, &first_pages);
-        let published = published.and_then(|populated| Ok((populated, state.to_sections()?)));
-        let (populated, sections) = match published {
+        let published = published.and_then(|published| Ok((published, state.to_sections()?)));
+        let ((populated, touches), sections) = match published {
             Ok(published) => published,
             Err(error) => {
                 if !freeze.parent_goes_on() {
@@ -230,6 +231,7 @@ impl Parent<'_> {
             populated,
             freeze: freeze.kind(),
             memory_mode: mode,
+            touches,
             disks,
             forker: request.forker,
             requested: request.at,
@@ -248,7 +250,7 @@ impl Parent<'_> {
 
 impl ParentMemory<'_> {
     /// Ends the making of `image`: from here on clones may map it. Returns the bytes of memory that
-    /// are populated.
+    /// are populated, and where first touches of the clones are recorded.
     fn publish(
         &self,
         observer: &dyn Observer,
@@ -257,8 +259,9 @@ impl ParentMemory<'_> {
         mode: MemoryMode,
         clones: u32,
         first_pages: &FirstPages<'_>,
-    ) -> Result<u64, ForkError> {
+    ) -> Result<(u64, Option<Arc<Recorder>>), ForkError> {
         let phase = phase::begin(observer, Phase::Publish, None)?;
+        let mut touches = None;
         let below = self.memory.mapped();
         let plan = if image.is_whole() || below.is_empty() {
             Plan::whole(image.len())
@@ -273,6 +276,11 @@ impl ParentMemory<'_> {
             MemoryMode::Cow => image.complete()?,
             MemoryMode::Lazy => {
                 first_pages.bring(image)?;
+                if self.faults.replays() {
+                    let (known, recorder) = self.memory.expect_touches();
+                    self.faults.replay(image, known);
+                    touches = Some(recorder);
+                }
                 self.faults.fill_in_background(image);
             }
         }
@@ -282,7 +290,7 @@ impl ParentMemory<'_> {
             image.seal()?;
         }
         phase.done();
-        Ok(image.populated()?)
+        Ok((image.populated()?, touches))
     }
 }
 

@@ -17,6 +17,7 @@ use crate::limits::{self, Need};
 use crate::member::Member;
 use crate::phase::{self, Phase};
 use crate::pool::PoolError;
+use crate::working_set::{Recorder, WorkingSet};
 
 /// A VM at one instant: image, state and frozen disks. It lives as long as anybody holds it; the
 /// parent may go on, or be gone.
@@ -34,6 +35,8 @@ pub struct ForkPoint {
     pub(crate) freeze: FreezeKind,
     /// How its clones map the image while it is not whole.
     pub(crate) memory_mode: MemoryMode,
+    /// What its clones touch first, if that is recorded.
+    pub(crate) touches: Option<Arc<Recorder>>,
     pub(crate) disks: DisksAtFork,
     /// Doorbell slot of the guest's call that asked for it; `None` when the host asked.
     pub(crate) forker: Option<u32>,
@@ -123,6 +126,13 @@ impl ForkPoint {
     /// The image of its memory.
     pub fn image(&self) -> &Arc<MemoryImage> {
         &self.image
+    }
+
+    /// What its clones have touched first until now, behind what was replayed from earlier fork
+    /// points; empty if it is not recorded, or the image was whole.
+    pub fn working_set(&self) -> WorkingSet {
+        let touches = self.touches.as_ref();
+        touches.map_or_else(WorkingSet::default, |touches| touches.working_set())
     }
 
     /// Whether the guest asked for it, rather than the host.

@@ -33,6 +33,7 @@ pub mod spawn;
 mod timeline;
 mod userfault;
 mod vm_memory;
+mod working_set;
 
 pub use boot::{BootSpec, DiskSpec, StartError};
 pub use disks::{DiskSource, DisksError};
@@ -48,3 +49,4 @@ pub use phase::{ForkLog, NoObserver, Observer, Phase, Vetoed};
 pub use pool::{Pool, PoolConfig, PoolError};
 pub use timeline::Timeline;
 pub use userfault::{UserfaultError, check_userfaultfd};
+pub use working_set::{WorkingSet, WorkingSetPolicy};

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use forkvm::engine::source::Sources;
-use forkvm::engine::{Consoles, ForkLog, Member, NoObserver, Observer, Phase, PoolConfig, Vetoed};
+use forkvm::engine::{
+    Consoles, ForkLog, Member, NoObserver, Observer, Phase, PoolConfig, Vetoed, WorkingSetPolicy,
+};
 use forkvm::vmm::PausedVm;
 use forkvm::{
     BootSpec, CloneSpec, DiskSource, DiskSpec, FamilyConfig, FaultConfig, ForkPoint, FreezeKind,
@@ -148,6 +150,7 @@ impl Setup {
     pub fn no_copier(self) -> Setup {
         self.faults(FaultConfig {
             background: None,
+            working_set: WorkingSetPolicy::Off,
             ..FaultConfig::default()
         })
     }

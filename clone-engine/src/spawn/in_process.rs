@@ -66,6 +66,9 @@ impl Spawner for InProcess {
         ram.remap(Backing::Private(Arc::new(ImageBase { image })))?;
         let memory = VmMemory::of_clone(name, ram, &point.image, family.faults(), lose)?;
         memory.set_brake(shell.brake());
+        if let Some(touches) = &point.touches {
+            memory.record(touches.clone());
+        }
         phase.done();
 
         let phase = phase::begin(observer, Phase::Restore, None)?;
