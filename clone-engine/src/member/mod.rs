@@ -29,6 +29,7 @@ use crate::pool::PoolError;
 use crate::saved::SaveError;
 use crate::timeline::Timeline;
 use crate::vm_memory::Lose;
+use crate::working_set::{Recorder, WorkingSet};
 
 use seen::{Seen, Watch};
 pub(crate) use waiting::Waiting;
@@ -42,6 +43,7 @@ pub struct Member {
     config: VmConfig,
     inbox: Sender<Message>,
     watch: Arc<Watch>,
+    touches: Option<Arc<Recorder>>,
     /// The thread that serves it, until somebody has waited for its end.
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -136,6 +138,13 @@ impl Member {
     /// Its name, such as `X.1`.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What it and those that share its image have touched first until now: the clones of one fork
+    /// point, or a VM that was restored with lazy memory. Empty if that is not recorded.
+    pub fn working_set(&self) -> WorkingSet {
+        let touches = self.touches.as_ref();
+        touches.map_or_else(WorkingSet::default, |touches| touches.working_set())
     }
 
     /// Who it is.

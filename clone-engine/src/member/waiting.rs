@@ -49,6 +49,7 @@ impl Waiting {
             config: vm.config().clone(),
             inbox: inbox.sender,
             watch: inbox.watch,
+            touches: memory.touches(),
             thread: Mutex::new(None),
         });
         Waiting {

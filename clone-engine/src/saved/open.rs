@@ -17,6 +17,7 @@ use thiserror::Error;
 use super::disk::{DiskKind, SavedDisk, SavedFile, SavedOverlay};
 use super::{disk_section, sectors_file};
 use crate::disks::DiskSource;
+use crate::working_set::WorkingSet;
 
 /// A saved machine with everything that it needs open: what
 /// [`Family::restore`](crate::Family::restore) takes.
@@ -27,6 +28,10 @@ pub struct OpenMachine {
     pub memory: MemoryFile,
     /// Its disks, in the order of its configuration.
     pub disks: Vec<DiskSource>,
+    /// What it will probably touch first, to be read at once by a restore with lazy memory: what
+    /// [`Member::working_set`](crate::Member::working_set) said of an earlier restore of the same
+    /// machine. Empty at first.
+    pub working_set: WorkingSet,
 }
 
 impl OpenMachine {
@@ -52,6 +57,7 @@ impl OpenMachine {
             sections,
             memory,
             disks,
+            working_set: WorkingSet::default(),
         })
     }
 

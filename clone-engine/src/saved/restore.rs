@@ -28,6 +28,7 @@ use crate::spawn::SpawnError;
 use crate::timeline::Timeline;
 use crate::userfault::UserfaultError;
 use crate::vm_memory::{ImageBase, VmMemory};
+use crate::working_set::Recorder;
 
 impl Family {
     /// Starts a saved machine as the first VM of this family, under `name` or the name that it had.
@@ -73,6 +74,10 @@ impl Family {
                 let mut ram = Ram::map(layout, Backing::Private(Arc::new(base)))?;
                 let (name, lose) = (identity.name.as_str(), inbox.lose());
                 let memory = VmMemory::of_clone(name, &mut ram, &image, self.faults(), lose)?;
+                if self.faults().replays() {
+                    memory.record(Recorder::after(&machine.working_set));
+                    self.faults().replay(&image, machine.working_set);
+                }
                 self.faults().fill_in_background(&image);
                 (ram, memory)
             }

@@ -215,6 +215,11 @@ impl VmMemory {
         self.touches.get_or_init(|| recorder);
     }
 
+    /// Where its first touches are recorded.
+    pub(crate) fn touches(&self) -> Option<Arc<Recorder>> {
+        self.touches.get().cloned()
+    }
+
     /// A record for the clones of the next fork point of this VM, and what is known before of what
     /// they will touch.
     pub(crate) fn expect_touches(&self) -> (WorkingSet, Arc<Recorder>) {
