@@ -14,6 +14,7 @@ use crate::disks::DiskSource;
 use crate::family::Family;
 use crate::identity::Identity;
 use crate::member::{Inbox, Member, Waiting};
+use crate::parked::Parked;
 use crate::spawn::SpawnError;
 use crate::timeline::Timeline;
 use crate::vm_memory::VmMemory;
@@ -67,13 +68,17 @@ impl Family {
         };
         let inbox = Inbox::new(identity.clone());
         let memory = VmMemory::new(&identity.name, &mut ram, self.faults(), inbox.lose());
-        let shell = Shell::build(self.kvm(), config, ram, peripherals, inbox.event_sink())?;
+        let shell = Shell::build(self.kvm(), config.vcpus, ram)?;
         memory.set_brake(shell.brake());
-        let vm = shell.boot(&spec.payload, &spec.cmdline)?;
+        let (events, payload) = (inbox.event_sink(), &spec.payload);
+        let vm = shell.boot(config, peripherals, events, payload, &spec.cmdline)?;
         vm.doorbell()
             .announce(&identity.announcement())
             .map_err(VmError::from)?;
-        Ok(Waiting::new(self, vm, memory, disks, inbox, Timeline::default())?.start()?)
+        let thread = Parked::new().map_err(StartError::Thread)?;
+        let timeline = Timeline::default();
+        let waiting = Waiting::new(self, vm, memory, disks, inbox, timeline, thread);
+        Ok(waiting.start()?)
     }
 }
 
@@ -103,6 +108,9 @@ pub enum StartError {
     /// No random bytes for its identity.
     #[error("reading random bytes for the VM's identity failed")]
     Identity(#[source] io::Error),
+    /// No thread to serve it.
+    #[error("the host allows no more threads, see `ulimit -u`")]
+    Thread(#[source] io::Error),
     /// No console.
     #[error("opening the VM's console failed")]
     Console(#[source] io::Error),

@@ -1,7 +1,7 @@
 //! A family: all VMs that came of one, and what they have in common.
 
 use std::io::{self, Write};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use forkvm_vmm::Kvm;
 use thiserror::Error;
@@ -9,8 +9,10 @@ use thiserror::Error;
 use crate::fault::{FaultConfig, FaultHandler};
 use crate::fork::CloneSpec;
 use crate::identity::Identity;
-use crate::member::Member;
+use crate::image::MemoryImage;
+use crate::member::{Member, MemberError};
 use crate::phase::{NoObserver, Observer};
+use crate::pool::{Pool, PoolConfig, PoolError};
 use crate::saved::Saver;
 use crate::source::Sources;
 use crate::spawn::Spawner;
@@ -46,6 +48,8 @@ pub struct FamilyConfig {
     /// The same for a guest whose VM still maps its memory shared, one that was booted and never
     /// remapped: freeze `delta` does not go with it. Without it, as `guest_forks` says.
     pub guest_forks_while_shared: Option<CloneSpec>,
+    /// How many shells wait for clones.
+    pub pool: PoolConfig,
     /// How page faults of lazy memory are served.
     pub faults: FaultConfig,
     /// What stands between images and the sources of their pages; nothing by default.
@@ -62,6 +66,7 @@ impl Default for FamilyConfig {
             spawner: Arc::new(InProcess),
             guest_forks: CloneSpec::default(),
             guest_forks_while_shared: None,
+            pool: PoolConfig::default(),
             faults: FaultConfig::default(),
             sources: None,
             saver: None,
@@ -74,7 +79,10 @@ pub struct Family {
     kvm: Arc<Kvm>,
     config: FamilyConfig,
     running: Mutex<Running>,
+    pool: Pool,
     faults: FaultHandler,
+    /// What VMs of it map or may come to map.
+    images: Mutex<Vec<Weak<MemoryImage>>>,
 }
 
 #[derive(Default)]
@@ -90,10 +98,12 @@ impl Family {
     pub fn new(kvm: Arc<Kvm>, config: FamilyConfig) -> Arc<Family> {
         let faults = FaultHandler::new(config.faults, config.sources.clone());
         Arc::new(Family {
+            pool: Pool::new(kvm.clone(), config.pool),
             kvm,
             faults,
             config,
             running: Mutex::default(),
+            images: Mutex::default(),
         })
     }
 
@@ -105,6 +115,20 @@ impl Family {
     /// What serves the page faults of its VMs.
     pub fn faults(&self) -> &FaultHandler {
         &self.faults
+    }
+
+    /// The shells that wait for its clones.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// Has `count` shells ready for clones of `member`, a VM of this family, which stands still for a
+    /// moment to show its state. Returns how many are ready then. As
+    /// [`ForkPoint::fill_pool`](crate::ForkPoint::fill_pool), before the first fork.
+    pub fn fill_pool(&self, member: &Member, count: u32) -> Result<u32, MemberError> {
+        let state = member.with_paused(|paused| paused.save())?;
+        let state = Arc::new(state.map_err(PoolError::from)?);
+        Ok(self.pool.fill(&state, count)?)
     }
 
     pub(crate) fn kvm(&self) -> &Arc<Kvm> {
@@ -138,6 +162,19 @@ impl Family {
         } else {
             Ok(())
         }
+    }
+
+    /// `image` holds memory of its VMs from now on.
+    pub(crate) fn keep_account_of(&self, image: &Arc<MemoryImage>) {
+        let mut images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
+        images.retain(|image| image.strong_count() > 0);
+        images.push(Arc::downgrade(image));
+    }
+
+    /// The images that hold memory of its VMs.
+    pub(crate) fn images(&self) -> Vec<Arc<MemoryImage>> {
+        let images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
+        images.iter().filter_map(Weak::upgrade).collect()
     }
 
     /// The VMs that run now.

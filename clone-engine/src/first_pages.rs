@@ -6,27 +6,25 @@
 
 use std::sync::Arc;
 
-use forkvm_devices::{SectionError, Sections};
-use forkvm_vmm::{MemoryLayout, named_pages};
+use forkvm_vmm::MachineState;
 
-use crate::fork::ForkError;
 use crate::image::MemoryImage;
 use crate::source::SourceError;
 
 /// See the module's text.
 pub(crate) struct FirstPages<'a> {
-    pub(crate) layout: &'a MemoryLayout,
-    pub(crate) state: &'a Sections,
+    pub(crate) state: &'a MachineState,
     /// Guest-physical address.
     pub(crate) doorbell: Option<u64>,
 }
 
 impl FirstPages<'_> {
     /// Brings them into `image`, waiting for those that are far.
-    pub(crate) fn bring(&self, image: &Arc<MemoryImage>) -> Result<(), FirstPagesError> {
+    pub(crate) fn bring(&self, image: &Arc<MemoryImage>) -> Result<(), SourceError> {
+        let layout = self.state.layout();
         let mut failed = Ok(());
         let mut read = |address: u64| -> Option<u64> {
-            let offset = self.layout.offset_of(address)?;
+            let offset = layout.offset_of(address)?;
             match image.read_word(offset) {
                 Ok(word) => Some(word),
                 Err(error) => {
@@ -35,31 +33,13 @@ impl FirstPages<'_> {
                 }
             }
         };
-        let pages = named_pages(self.state, &mut read)?;
+        let pages = self.state.named_pages(&mut read);
         failed?;
         for address in pages.into_iter().chain(self.doorbell) {
-            if let Some(offset) = self.layout.offset_of(address) {
+            if let Some(offset) = layout.offset_of(address) {
                 image.prefetch(offset)?;
             }
         }
         Ok(())
-    }
-}
-
-/// Why they could not be brought.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum FirstPagesError {
-    #[error(transparent)]
-    Section(#[from] SectionError),
-    #[error(transparent)]
-    Source(#[from] SourceError),
-}
-
-impl From<FirstPagesError> for ForkError {
-    fn from(error: FirstPagesError) -> ForkError {
-        match error {
-            FirstPagesError::Section(error) => ForkError::FirstPages(error),
-            FirstPagesError::Source(error) => ForkError::Source(error),
-        }
     }
 }

@@ -22,9 +22,10 @@ use crate::fork_point::ForkPoint;
 use crate::freeze::{Freeze, FreezeError, FreezeKind, ParentMemory};
 use crate::identity::Identity;
 use crate::image::{MemoryImage, Plan};
-use crate::limits::{self, LimitError};
+use crate::limits::{self, LimitError, Need};
 use crate::member::Member;
 use crate::phase::{self, Observer, Phase, Vetoed};
+use crate::pool::Pool;
 use crate::source::SourceError;
 use crate::spawn::SpawnError;
 use crate::vm_memory::VmMemory;
@@ -160,7 +161,7 @@ impl Parent<'_> {
         let lazy = || faults.shard().is_ok();
         let (freeze, why) = request.spec.freeze.choose(backing, mode, lazy)?;
         tracing::debug!(asked = %request.spec.freeze, chosen = %freeze.kind(), why, "freeze");
-        let granted = grant(self.vm, request.spec, freeze)?;
+        let granted = grant(self.family.pool(), self.vm, request.spec, freeze)?;
         self.disks.iter().try_for_each(DiskSource::flush)?;
         let prepared = freeze.prepare(self.vm, &parent)?;
         phase.done();
@@ -196,7 +197,7 @@ impl Parent<'_> {
             return Err(ForkError::Ended);
         }
         let disks = disks.keep();
-        let (config, layout) = (paused.config().clone(), paused.ram().layout().clone());
+        self.family.keep_account_of(&image);
         if freeze.parent_goes_on() {
             paused.resume();
             observer.parent_paused(stands_since.elapsed());
@@ -206,13 +207,13 @@ impl Parent<'_> {
         phase.done();
 
         let first_pages = FirstPages {
-            layout: &layout,
             state: &state,
             doorbell: doorbell_page,
         };
         let published = parent.publish(observer, freeze, &image, mode, granted, &first_pages);
-        let populated = match published {
-            Ok(populated) => populated,
+        let published = published.and_then(|populated| Ok((populated, state.to_sections()?)));
+        let (populated, sections) = match published {
+            Ok(published) => published,
             Err(error) => {
                 if !freeze.parent_goes_on() {
                     self.vm.pause(request.spec.pause_deadline)?.resume();
@@ -223,9 +224,8 @@ impl Parent<'_> {
         let point = ForkPoint {
             family: self.family.clone(),
             parent: self.identity.clone(),
-            config,
-            layout,
-            state,
+            state: Arc::new(state),
+            sections,
             image,
             populated,
             freeze: freeze.kind(),
@@ -287,7 +287,7 @@ impl ParentMemory<'_> {
 }
 
 /// How many clones the host has room for, within what was asked.
-fn grant(vm: &Vm, spec: &CloneSpec, freeze: &dyn Freeze) -> Result<u32, ForkError> {
+fn grant(pool: &Pool, vm: &Vm, spec: &CloneSpec, freeze: &dyn Freeze) -> Result<u32, ForkError> {
     let copy_kib = match freeze.kind() {
         FreezeKind::Copy => {
             vm.ram()
@@ -299,14 +299,16 @@ fn grant(vm: &Vm, spec: &CloneSpec, freeze: &dyn Freeze) -> Result<u32, ForkErro
         }
         _ => 0,
     };
-    let (write_mib, fewer) = (spec.expected_write_mib, spec.accept_fewer);
-    Ok(limits::grant(
-        vm.config(),
-        spec.count,
-        fewer,
-        write_mib,
+    let layout = vm.ram().layout();
+    let need = Need {
+        config: vm.config(),
+        expected_write_mib: spec.expected_write_mib,
+        // What a plan adds comes out of what is to spare.
+        pieces: layout.regions().len() as u64,
         copy_kib,
-    )?)
+        shells: pool.ready(layout, vm.config().vcpus),
+    };
+    Ok(limits::grant(&need, spec.count, spec.accept_fewer)?)
 }
 
 /// Why nothing was forked. The parent runs on.
@@ -333,9 +335,9 @@ pub enum ForkError {
     /// Memory that the clones need from the start cannot be had.
     #[error("phase publish")]
     Source(#[from] SourceError),
-    /// The state names memory in a way that cannot be read.
-    #[error("phase publish: finding the pages that the state names")]
-    FirstPages(#[from] SectionError),
+    /// The state could not be encoded.
+    #[error("phase publish: encoding the state")]
+    State(#[from] SectionError),
     /// A clone could not be made.
     #[error("phase spawn")]
     Spawn(#[from] SpawnError),

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
 use forkvm_devices::Sections;
-use forkvm_vmm::{MemoryLayout, VmConfig};
+use forkvm_vmm::{MachineState, VmConfig};
 
 use crate::disks::DisksAtFork;
 use crate::family::Family;
@@ -13,9 +13,10 @@ use crate::fork::{ForkError, MemoryMode};
 use crate::freeze::FreezeKind;
 use crate::identity::Identity;
 use crate::image::MemoryImage;
-use crate::limits;
+use crate::limits::{self, Need};
 use crate::member::Member;
 use crate::phase::{self, Phase};
+use crate::pool::PoolError;
 
 /// A VM at one instant: image, state and frozen disks. It lives as long as anybody holds it; the
 /// parent may go on, or be gone.
@@ -23,9 +24,9 @@ pub struct ForkPoint {
     pub(crate) family: Arc<Family>,
     /// Who the parent was at that instant.
     pub(crate) parent: Identity,
-    pub(crate) config: VmConfig,
-    pub(crate) layout: MemoryLayout,
-    pub(crate) state: Sections,
+    pub(crate) state: Arc<MachineState>,
+    /// The same as sections.
+    pub(crate) sections: Sections,
     pub(crate) image: Arc<MemoryImage>,
     /// Bytes of it that were populated at the freeze; clones that touch holes add to that.
     pub(crate) populated: u64,
@@ -49,7 +50,15 @@ impl ForkPoint {
     /// Spawns `count` clones: all of them run, or none and an error says why. Each is expected to
     /// write as much as the spec of the fork said; the host must have room for that.
     pub fn spawn(self: &Arc<Self>, count: u32) -> Result<Vec<Arc<Member>>, ForkError> {
-        let granted = limits::grant(&self.config, count, false, self.expected_write_mib, 0)?;
+        let layout = self.state.layout();
+        let need = Need {
+            config: self.config(),
+            expected_write_mib: self.expected_write_mib,
+            pieces: self.image.mapped().len().max(layout.regions().len()) as u64,
+            copy_kib: 0,
+            shells: self.family.pool().ready(layout, self.config().vcpus),
+        };
+        let granted = limits::grant(&need, count, false)?;
         self.spawn_granted(granted)
     }
 
@@ -98,7 +107,7 @@ impl ForkPoint {
 
     /// What the clones are.
     pub fn config(&self) -> &VmConfig {
-        &self.config
+        self.state.config()
     }
 
     /// How the parent's memory was kept; never [`FreezeKind::Auto`].
@@ -133,7 +142,7 @@ impl ForkPoint {
 
     /// Bytes of the state of one clone, as a state file would hold it.
     pub fn state_bytes(&self) -> usize {
-        self.state
+        self.sections
             .iter()
             .map(|section| section.kind.len() + section.body.len() + 11)
             .sum()
@@ -141,6 +150,12 @@ impl ForkPoint {
 
     /// State of one clone, without memory.
     pub fn state(&self) -> &Sections {
-        &self.state
+        &self.sections
+    }
+
+    /// Has `count` shells ready for clones of this fork point, or of any of its shape, and says how
+    /// many there are then. The fork's request and the spawn's find them in the family's pool.
+    pub fn fill_pool(&self, count: u32) -> Result<u32, PoolError> {
+        self.family.pool().fill(&self.state, count)
     }
 }

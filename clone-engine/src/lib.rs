@@ -10,6 +10,7 @@
 //! restores the state and writes the clone's own answer into its doorbell page; the vCPU goes on
 //! behind the `out` instruction with which the parent asked, or wherever it was paused.
 
+pub mod accounting;
 mod boot;
 mod disks;
 mod end;
@@ -23,7 +24,9 @@ mod identity;
 pub mod image;
 pub mod limits;
 mod member;
+mod parked;
 mod phase;
+mod pool;
 pub mod saved;
 pub mod source;
 pub mod spawn;
@@ -42,5 +45,6 @@ pub use freeze::FreezeKind;
 pub use identity::Identity;
 pub use member::{Finished, Member, MemberError};
 pub use phase::{ForkLog, NoObserver, Observer, Phase, Vetoed};
+pub use pool::{Pool, PoolConfig, PoolError};
 pub use timeline::Timeline;
 pub use userfault::{UserfaultError, check_userfaultfd};

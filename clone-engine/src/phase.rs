@@ -25,11 +25,11 @@ pub enum Phase {
     Resume,
     /// The image is sealed.
     Publish,
-    /// A clone's memory is mapped. Before the VM, since KVM wants its memory slots first.
-    Memory,
-    /// A clone's VM, vCPUs, devices and threads are built.
+    /// A clone's shell is taken from the pool, or built: VM, vCPUs, threads.
     Spawn,
-    /// The saved state is put in.
+    /// Its memory is mapped.
+    Memory,
+    /// Devices and the saved state are put in.
     Restore,
     /// The clone learns who it is; calls that were pending in the parent are answered.
     Identity,
@@ -46,8 +46,8 @@ impl Phase {
         Phase::Freeze,
         Phase::Resume,
         Phase::Publish,
-        Phase::Memory,
         Phase::Spawn,
+        Phase::Memory,
         Phase::Restore,
         Phase::Identity,
         Phase::Run,
@@ -62,8 +62,8 @@ impl Phase {
             Phase::Freeze => "freeze",
             Phase::Resume => "resume",
             Phase::Publish => "publish",
-            Phase::Memory => "memory",
             Phase::Spawn => "spawn",
+            Phase::Memory => "memory",
             Phase::Restore => "restore",
             Phase::Identity => "identity",
             Phase::Run => "run",

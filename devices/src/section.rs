@@ -125,6 +125,12 @@ impl<'a> SectionsReader<'a> {
         }
     }
 
+    /// Takes all sections whose names begin with `prefix`, in order.
+    pub fn take_all(&mut self, prefix: &str) -> Vec<&'a Section> {
+        let is_one = |section: &mut &Section| section.kind.starts_with(prefix);
+        self.unread.extract_if(.., is_one).collect()
+    }
+
     /// Takes and decodes the section named `kind`.
     pub fn decode<T: SavedState>(&mut self, kind: &str) -> Result<T, SectionError> {
         self.take(kind)?.decode()

@@ -5,7 +5,7 @@ use std::io;
 use std::time::Duration;
 
 use forkvm_abi::doorbell::report;
-use forkvm_clone_engine::{End, ForkError, MemberError, UserfaultError};
+use forkvm_clone_engine::{End, ForkError, MemberError, PoolError, UserfaultError};
 use forkvm_vmm::{KvmError, MemoryError, PauseError, VmError};
 use serde::Serialize;
 use thiserror::Error;
@@ -164,6 +164,9 @@ pub enum BenchError {
     /// A fork point spawned no clone.
     #[error("spawning failed")]
     Fork(#[from] ForkError),
+    /// The pool could not be filled.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
     /// A bare machine could not be built.
     #[error(transparent)]
     Machine(#[from] VmError),

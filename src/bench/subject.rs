@@ -14,7 +14,7 @@ use forkvm_clone_engine::{
 use forkvm_vmm::PausedVm;
 
 use super::measure::BenchError;
-use super::setting::Setting;
+use super::setting::{Pool, Setting};
 use crate::{Vm, guest};
 
 /// Pages of a MiB.
@@ -105,6 +105,7 @@ impl SubjectSpec {
 pub struct Subject {
     vm: Vm,
     trace: Arc<Trace>,
+    pool: Pool,
     /// Times that it was ready so far.
     ready: usize,
 }
@@ -125,6 +126,7 @@ impl Subject {
         let subject = Subject {
             vm: Vm::boot_with(boot, config)?,
             trace,
+            pool: spec.setting.pool,
             ready: 1,
         };
         subject.vm.wait_ready(DEADLINE)?;
@@ -134,6 +136,11 @@ impl Subject {
     /// The VM itself.
     pub fn member(&self) -> &Arc<Member> {
         self.vm.member()
+    }
+
+    /// Has what is set up before a clone is asked for ready for `count` of them.
+    pub fn get_ready(&self, count: u32) -> Result<(), BenchError> {
+        self.pool.fill(&self.vm, count)
     }
 
     /// What the engine did since this was asked last.

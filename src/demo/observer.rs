@@ -1,11 +1,11 @@
 //! Watches the demo's forks: the engine's trace, and the memory that clones take.
 
 use std::collections::HashMap;
-use std::fs;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, ThreadId};
 use std::time::Duration;
 
+use forkvm_clone_engine::accounting::{AccountingError, HostKernelUse, ProcessUse};
 use forkvm_clone_engine::{ForkPoint, Member, Observer, Phase, Vetoed};
 use forkvm_vmm::PausedVm;
 
@@ -18,7 +18,7 @@ const SAMPLE_EVERY: Duration = Duration::from_millis(25);
 pub struct Growth {
     /// Anonymous memory of this process: what the VMs wrote since the fork.
     pub private_kib: u64,
-    /// Kernel memory of the host: page tables, slabs, stacks.
+    /// Kernel memory of the host, as [`HostKernelUse`] counts it.
     pub kernel_kib: u64,
 }
 
@@ -94,8 +94,9 @@ impl DemoObserver {
         let sample = move || {
             while let (Some(growth), Some(now)) = (growth.upgrade(), Usage::now()) {
                 let mut growth = growth.lock().unwrap_or_else(PoisonError::into_inner);
-                let private_kib = now.anonymous_kib.saturating_sub(before.anonymous_kib);
-                let kernel_kib = now.kernel_kib.saturating_sub(before.kernel_kib);
+                let grown = |now: u64, before: u64| now.saturating_sub(before);
+                let private_kib = grown(now.process.anonymous_kib, before.process.anonymous_kib);
+                let kernel_kib = grown(now.kernel.total_kib(), before.kernel.total_kib());
                 growth.private_kib = growth.private_kib.max(private_kib);
                 growth.kernel_kib = growth.kernel_kib.max(kernel_kib);
                 drop(growth);
@@ -152,24 +153,20 @@ impl Observer for DemoObserver {
 /// What the kernel accounts at one instant.
 #[derive(Clone, Copy)]
 struct Usage {
-    anonymous_kib: u64,
-    kernel_kib: u64,
+    process: ProcessUse,
+    kernel: HostKernelUse,
 }
 
 impl Usage {
     fn now() -> Option<Usage> {
-        let own = fs::read_to_string("/proc/self/smaps_rollup").ok()?;
-        let host = fs::read_to_string("/proc/meminfo").ok()?;
-        let kernel = ["Slab:", "KernelStack:", "PageTables:", "SecPageTables:"];
-        Some(Usage {
-            anonymous_kib: field(&own, "Anonymous:")?,
-            // Older kernels do not have all of them.
-            kernel_kib: kernel.iter().filter_map(|name| field(&host, name)).sum(),
-        })
+        let read = || {
+            Ok::<_, AccountingError>(Usage {
+                process: ProcessUse::now()?,
+                kernel: HostKernelUse::now()?,
+            })
+        };
+        read()
+            .inspect_err(|error| tracing::warn!(%error, "the clones' memory is not measured"))
+            .ok()
     }
-}
-
-fn field(text: &str, name: &str) -> Option<u64> {
-    let value = text.lines().find_map(|line| line.strip_prefix(name))?;
-    value.trim().strip_suffix("kB")?.trim().parse().ok()
 }

@@ -36,7 +36,7 @@ struct Failure {
 }
 
 /// Phases that each clone goes through by itself.
-const OF_EACH_CLONE: [Phase; 4] = [Phase::Memory, Phase::Spawn, Phase::Restore, Phase::Identity];
+const OF_EACH_CLONE: [Phase; 4] = [Phase::Spawn, Phase::Memory, Phase::Restore, Phase::Identity];
 
 fn failures() -> Vec<Failure> {
     let first = Phase::ALL.map(|phase| Failure { phase, time: 1 });

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use forkvm::engine::source::Sources;
-use forkvm::engine::{Consoles, ForkLog, Member, NoObserver, Observer, Phase, Vetoed};
+use forkvm::engine::{Consoles, ForkLog, Member, NoObserver, Observer, Phase, PoolConfig, Vetoed};
 use forkvm::vmm::PausedVm;
 use forkvm::{
     BootSpec, CloneSpec, DiskSource, DiskSpec, FamilyConfig, FaultConfig, ForkPoint, FreezeKind,
@@ -135,6 +135,12 @@ impl Setup {
     /// How page faults of lazy memory are served.
     pub fn faults(mut self, faults: FaultConfig) -> Setup {
         self.config.faults = faults;
+        self
+    }
+
+    /// Shells that are kept ready for clones.
+    pub fn pool(mut self, shells: u32) -> Setup {
+        self.config.pool = PoolConfig { shells };
         self
     }
 

@@ -1,6 +1,7 @@
 //! A VM is forked by its host, at any moment and in every way; the guest is an oracle that knows
 //! what every page, counter, register and sector must be, and which interrupt is due. Parent and
-//! clones verify all of it afterwards; the parent of a `stop` has ended by then.
+//! clones verify all of it afterwards; the parent of a `stop` has ended by then. So does a clone that
+//! comes later, of a shell from the pool.
 //!
 //! One test per cell: `fork_matrix::FREEZE_VCPUS_LOAD` for a booted parent and clones that map
 //! its memory copy-on-write from a whole image, and `fork_matrix::MODE_FREEZE_VCPUS_LOAD` for the
@@ -11,7 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use forkvm::abi::{HIGH_RAM_START, LOW_RAM_END, TEST_GSI};
-use forkvm::engine::{Phase, Vetoed};
+use forkvm::engine::{Phase, Ticket, Vetoed};
 use forkvm::{CloneSpec, DiskSource, End, FreezeKind, MemoryMode};
 
 use crate::common::{
@@ -102,11 +103,12 @@ fn check(way: Way, vcpus: u32, memory_mib: u64, load: Load) {
         // Into the middle of the work.
         thread::sleep(Duration::from_millis(3));
     }
-    let clones = vm.fork(fork_by(way.freeze, way.mode, CLONES)).unwrap();
+    let spec = fork_by(way.freeze, way.mode, CLONES);
+    let Ticket { clones, point, .. } = vm.member().fork(spec).unwrap();
     forks += 1;
     assert_eq!(clones.len(), CLONES as usize);
     for clone in &clones {
-        expect_end(&vm, clone.member(), End::Exited(0));
+        expect_end(&vm, clone, End::Exited(0));
     }
     if way.freeze == FreezeKind::Stop {
         expect_end(&vm, vm.member(), End::Stopped);
@@ -114,6 +116,9 @@ fn check(way: Way, vcpus: u32, memory_mib: u64, load: Load) {
         expect_oracle_ok(&vm, vm.member(), forks);
         finish_oracle(&vm, vm.member());
     }
+    assert_eq!(point.fill_pool(1).unwrap(), 1);
+    let late = point.spawn(1).unwrap().remove(0);
+    expect_end(&vm, &late, End::Exited(0));
 }
 
 const REMAP: Way = way(Mapped::Shared, MemoryMode::Cow, FreezeKind::Remap);

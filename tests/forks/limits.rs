@@ -1,6 +1,11 @@
 //! More clones than the host has room for: asked n, told m. Nothing is lost by having asked.
 
+mod test_group;
+mod test_mappings;
+
 use std::env;
+use std::fs;
+use std::ops::RangeBounds;
 use std::process::Command;
 
 use forkvm::abi::doorbell::report;
@@ -9,7 +14,11 @@ use forkvm::engine::limits::{Limit, LimitError, available_kib};
 use forkvm::engine::{ForkError, MemberError};
 use forkvm::{CloneSpec, End, Error};
 
-use crate::common::{LONG, Setup, expect_end, expect_oracle_ok, finish_oracle, need_kvm};
+use crate::common::{
+    Guest, LONG, Setup, expect_end, expect_oracle_ok, finish_oracle, need_kvm, scaled,
+};
+use test_group::TestGroup;
+use test_mappings::{make_readable, map_nothing, mapping_count};
 
 /// Exit status of a guest whose fork was refused (guest-images/bare/README.md).
 const REFUSED: u32 = 3;
@@ -35,11 +44,12 @@ fn a_host_that_asks_for_too_many_is_told_how_many_would_do() {
     let ForkError::Limits(LimitError::TooMany {
         asked: 1000,
         room,
-        limit: Limit::Memory,
+        limit,
     }) = *fork_error
     else {
         panic!("{fork_error:?}");
     };
+    assert!(limit.is_memory(), "{limit:?}");
     assert!((1..=4).contains(&room), "{room}");
     let text = fork_error.to_string();
     assert!(
@@ -112,59 +122,151 @@ fn a_guest_for_whose_fork_there_is_no_memory_gets_enomem_and_runs_on() {
     assert!(vm.log.clones().is_empty());
 }
 
-/// Set for the part of a test that runs in a process with few descriptors.
-const FEW_DESCRIPTORS: &str = "FORKVM_TEST_FEW_DESCRIPTORS";
+/// Set, to the name of the test, for the part of it that runs in a process of its own.
+const PART: &str = "FORKVM_TEST_PART";
+
+/// Whether this is the process in which the part `name` is to run; says so if not.
+fn is_part(name: &str) -> bool {
+    let here = env::var(PART).is_ok_and(|part| part == name);
+    if !here {
+        println!("skipped: only a part of another test");
+    }
+    here
+}
+
+/// Runs the ignored test `name` of this file in a process of its own, after the shell did `before`.
+fn run_part(name: &str, before: &str) {
+    let child = Command::new("sh")
+        .args(["-c", &format!("{before} && exec \"$0\" \"$@\"")])
+        .arg(env::current_exe().unwrap())
+        .args([
+            "--exact",
+            &format!("limits::{name}"),
+            "--ignored",
+            "--nocapture",
+        ])
+        .env(PART, name)
+        .output();
+    let output = child.unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    print!("{text}");
+    assert!(output.status.success(), "{text}\n{errors}");
+    assert!(text.contains("1 passed"), "{text}");
+}
+
+/// Has a guest fork until it is granted fewer than it asks for, and then the host ask for 200: that is
+/// refused by `limit`, and what it names as possible is possible.
+fn expect_bounded_by(limit: Limit, granted: impl RangeBounds<u32>) {
+    let vm = Setup::new("job=fork n=200").boot();
+    let end = vm.join().end;
+    let m = vm.log.clones().len() as u32;
+    assert_eq!(end, End::Exited(m), "{}", vm.consoles.text());
+    assert!(granted.contains(&m), "{m} clones");
+    vm.log.clones().iter().for_each(|clone| drop(clone.wait()));
+
+    let vm = Setup::new("job=touch mib=1 idle=1").boot();
+    vm.wait_ready(LONG).unwrap();
+    let (error, room) = refused(&vm, 200, limit);
+    let text = error.to_string();
+    assert!(text.contains(limit.mend()), "{text}");
+    let clones = vm.fork(CloneSpec::new(room)).unwrap();
+    for clone in &clones {
+        clone.member().wait_report(report::ACTION, 1, LONG).unwrap();
+    }
+}
+
+/// A fork into `asked` that is refused by `limit`, and how many it says would do.
+fn refused(vm: &Guest, asked: u32, limit: Limit) -> (ForkError, u32) {
+    let error = vm.fork(CloneSpec::new(asked)).err().unwrap();
+    let Error::Member(MemberError::Fork(error)) = error else {
+        panic!("{error:?}")
+    };
+    let ForkError::Limits(LimitError::TooMany {
+        room: room @ 1..,
+        limit: named,
+        ..
+    }) = error
+    else {
+        panic!("{error:?}");
+    };
+    assert_eq!(named, limit, "{error}");
+    (error, room)
+}
 
 #[test]
 fn few_file_descriptors_bound_the_clones_and_are_named() {
     need_kvm!();
-    let this = env::current_exe().unwrap();
-    let mut child = Command::new("sh");
     // Soft and hard limit: the soft one alone is raised.
-    child
-        .args(["-c", "ulimit -n 80 && exec \"$0\" \"$@\""])
-        .arg(this);
-    child.args([
-        "--exact",
-        "limits::in_a_process_with_few_descriptors",
-        "--ignored",
-    ]);
-    child.arg("--nocapture").env(FEW_DESCRIPTORS, "1");
-    let output = child.output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{text}\n{errors}");
-    assert!(text.contains("1 passed"), "{text}");
+    run_part("in_a_process_with_few_descriptors", "ulimit -n 80");
 }
 
 #[test]
 #[ignore = "few_file_descriptors_bound_the_clones_and_are_named runs it in a process of its own"]
 fn in_a_process_with_few_descriptors() {
-    if env::var_os(FEW_DESCRIPTORS).is_none() {
-        println!("skipped: only a part of another test");
+    if is_part("in_a_process_with_few_descriptors") {
+        expect_bounded_by(Limit::Descriptors, 1..40);
+    }
+}
+
+#[test]
+fn few_mappings_bound_the_clones_and_are_named() {
+    need_kvm!();
+    run_part("in_a_process_with_few_mappings", "true");
+}
+
+#[test]
+#[ignore = "few_mappings_bound_the_clones_and_are_named runs it in a process of its own"]
+fn in_a_process_with_few_mappings() {
+    if !is_part("in_a_process_with_few_mappings") {
         return;
     }
-    let vm = Setup::new("job=fork n=200").boot();
-    let end = vm.join().end;
-    let m = vm.log.clones().len() as u32;
-    assert_eq!(end, End::Exited(m), "{}", vm.consoles.text());
-    assert!((1..40).contains(&m), "{m} clones with 80 descriptors");
-    vm.log.clones().iter().for_each(|clone| drop(clone.wait()));
+    let most = fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
+    let most: usize = most.trim().parse().unwrap();
+    // No two neighbours with the same access: each is a mapping.
+    let left = scaled(1000, 600) as usize;
+    let wanted = most - left - mapping_count();
+    let page = 4096;
+    let start = map_nothing(wanted * page);
+    for index in (0..wanted).step_by(2) {
+        make_readable(start, index * page, page);
+    }
+    assert!(mapping_count() > most - left - 100, "{}", mapping_count());
+    expect_bounded_by(Limit::Mappings, 1..120);
+}
 
-    let vm = Setup::new("job=oracle mib=1").boot();
-    vm.wait_ready(LONG).unwrap();
-    let error = vm.fork(CloneSpec::new(200)).err().unwrap();
-    let Error::Member(MemberError::Fork(error)) = error else {
-        panic!("{error:?}")
+#[test]
+fn threads_of_the_cgroup_bound_the_clones_and_are_named() {
+    need_kvm!();
+    let Some(group) = TestGroup::new("pids") else {
+        return;
     };
-    let ForkError::Limits(LimitError::TooMany {
-        asked: 200,
-        room: 1..,
-        limit,
-    }) = error
-    else {
-        panic!("{error:?}");
+    group.set("pids.max", "100");
+    run_part("in_a_cgroup_with_few_threads", &group.enter());
+}
+
+#[test]
+#[ignore = "threads_of_the_cgroup_bound_the_clones_and_are_named runs it in a cgroup of its own"]
+fn in_a_cgroup_with_few_threads() {
+    if is_part("in_a_cgroup_with_few_threads") {
+        expect_bounded_by(Limit::ThreadsOfCgroup, 1..34);
+    }
+}
+
+#[test]
+fn memory_of_the_cgroup_bounds_the_clones_and_is_named_before_anything_is_killed() {
+    need_kvm!();
+    let Some(group) = TestGroup::new("memory") else {
+        return;
     };
-    assert_eq!(limit, Limit::Descriptors);
-    assert!(error.to_string().contains("ulimit"), "{error}");
+    group.set(group.memory_limit(), &(256 << 20).to_string());
+    run_part("in_a_cgroup_with_little_memory", &group.enter());
+}
+
+#[test]
+#[ignore = "memory_of_the_cgroup_bounds_the_clones_… runs it in a cgroup of its own"]
+fn in_a_cgroup_with_little_memory() {
+    if is_part("in_a_cgroup_with_little_memory") {
+        expect_bounded_by(Limit::MemoryOfCgroup, 1..50);
+    }
 }

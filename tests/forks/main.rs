@@ -10,6 +10,8 @@ mod fork_matrix;
 mod hostile_guest;
 mod limits;
 mod lineage;
+mod memory_use;
+mod pool;
 mod registers;
 mod several_vcpus_ring_at_once;
 mod state_size;

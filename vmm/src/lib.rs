@@ -2,7 +2,7 @@
 //!
 //! A machine's life is a chain of types. [`Shell::build`] makes the KVM objects, in the one order
 //! that is fast and right, with vCPU threads that wait. [`Shell::boot`] or [`Shell::restore`] puts
-//! a state in and gives a [`ReadyVm`]; [`ReadyVm::start`] lets it run as a [`Vm`]. Only a
+//! devices and a state in and gives a [`ReadyVm`]; [`ReadyVm::start`] lets it run as a [`Vm`]. Only a
 //! [`PausedVm`], from [`Vm::pause`], can be [saved](PausedVm::save); dropping it lets the VM run on.
 //!
 //! This crate knows no clones: `forkvm-clone-engine` forks what is here.
@@ -27,8 +27,8 @@ pub use kvm::{Kvm, KvmError, KvmFlavour};
 pub use machine::{Disk, DiskConfig, MachineError, Peripherals, VmConfig};
 pub use memory::{Backing, MemoryError, MemoryLayout, Ram, RamRegion};
 pub use vcpu::kick;
-pub use vcpu::{RunError, StateError, named_pages};
+pub use vcpu::{RunError, StateError};
 pub use vm::{
-    EndReason, EventSink, HostError, MachineSummary, PausedVm, ReadyVm, Shell, VcpuSummary, Vm,
-    VmError, VmEvent,
+    EndReason, EventSink, HostError, KvmStats, MachineState, MachineSummary, PausedVm, ReadyVm,
+    Shell, StatsError, VcpuSummary, Vm, VmError, VmEvent,
 };

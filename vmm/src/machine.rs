@@ -55,10 +55,16 @@ impl VmConfig {
         }
     }
 
-    pub(crate) fn check(&self) -> Result<(), MachineError> {
-        if !(1..=MAX_VCPUS).contains(&self.vcpus) {
-            return Err(MachineError::Vcpus { asked: self.vcpus });
+    pub(crate) fn check_vcpus(vcpus: u32) -> Result<(), MachineError> {
+        if (1..=MAX_VCPUS).contains(&vcpus) {
+            Ok(())
+        } else {
+            Err(MachineError::Vcpus { asked: vcpus })
         }
+    }
+
+    pub(crate) fn check(&self) -> Result<(), MachineError> {
+        VmConfig::check_vcpus(self.vcpus)?;
         if self.disks.len() > slot::DISKS as usize {
             return Err(MachineError::Disks {
                 asked: self.disks.len(),
@@ -111,16 +117,22 @@ pub type Disk = Arc<Mutex<MmioTransport<Blk>>>;
 
 /// All devices, and the buses that lead to them.
 pub(crate) struct Machine {
-    pub(crate) pio: Bus,
-    pub(crate) mmio: Bus,
+    pub(crate) buses: Buses,
     pub(crate) serial: Arc<Mutex<Serial>>,
     pub(crate) doorbell: Arc<Mutex<Doorbell>>,
     pub(crate) disks: Vec<Disk>,
     pub(crate) devices: Devices,
 }
 
+/// Where a vCPU's accesses go.
+#[derive(Clone)]
+pub(crate) struct Buses {
+    pub(crate) pio: Bus,
+    pub(crate) mmio: Bus,
+}
+
 /// Every device of a machine, in the order in which it is saved.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub(crate) struct Devices {
     list: Vec<SharedDevice>,
     /// Stops their work when the machine is to stand still.
@@ -128,12 +140,13 @@ pub(crate) struct Devices {
 }
 
 impl Machine {
-    /// Builds the devices in their places.
+    /// Builds the devices in their places. `brake` stops them.
     pub(crate) fn build(
         vm: &Arc<VmFd>,
         config: &VmConfig,
         memory: &GuestMemory,
         peripherals: Peripherals,
+        brake: Brake,
     ) -> Result<Machine, MachineError> {
         let line = |gsi| -> Arc<dyn InterruptLine> {
             Arc::new(Gsi {
@@ -153,19 +166,22 @@ impl Machine {
             line(SERIAL_GSI),
             peripherals.console,
         )));
-        let devices = Devices::default();
         let mut machine = Machine {
-            pio: Bus::new(devices.brake.clone()),
-            mmio: Bus::new(devices.brake.clone()),
+            buses: Buses {
+                pio: Bus::new(brake.clone()),
+                mmio: Bus::new(brake.clone()),
+            },
             serial: serial.clone(),
             doorbell: doorbell.clone(),
             disks: Vec::new(),
-            devices,
+            devices: Devices {
+                list: Vec::new(),
+                brake: brake.clone(),
+            },
         };
         machine.add_port(SERIAL_PORT, SERIAL_PORT_LEN, serial)?;
         machine.add_port(EXIT_PORT, EXIT_PORT_LEN, Arc::new(Mutex::new(ExitDevice)))?;
         machine.add_port(doorbell::PORT, doorbell::PORT_LEN, doorbell)?;
-        let brake = machine.devices.brake.clone();
         let rng = MmioTransport::new(
             "rng".into(),
             Rng,
@@ -199,14 +215,16 @@ impl Machine {
     }
 
     fn add_port(&mut self, port: u16, len: u16, device: SharedDevice) -> Result<(), MachineError> {
-        self.pio
+        self.buses
+            .pio
             .insert(u64::from(port), u64::from(len), device.clone())?;
         self.devices.list.push(device);
         Ok(())
     }
 
     fn add_slot(&mut self, index: u32, device: SharedDevice) -> Result<(), MachineError> {
-        self.mmio
+        self.buses
+            .mmio
             .insert(slot::base(index), slot::MMIO_STRIDE, device.clone())?;
         self.devices.list.push(device);
         Ok(())

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use forkvm_vmm::boot::Payload;
 use forkvm_vmm::{
-    EndReason, EventSink, Kvm, MemoryLayout, Peripherals, Ram, Shell, VmConfig, VmEvent,
+    EndReason, EventSink, Kvm, MemoryLayout, Peripherals, Ram, ReadyVm, Shell, VmConfig, VmEvent,
 };
 
 const LONG: Duration = Duration::from_secs(60);
@@ -31,7 +31,7 @@ impl Write for Console {
     }
 }
 
-fn shell(memory_mib: u64, vcpus: u32) -> (Shell, Console, Receiver<VmEvent>) {
+fn boot(memory_mib: u64, vcpus: u32) -> (ReadyVm, Console, Receiver<VmEvent>) {
     let kvm = Arc::new(Kvm::open().unwrap());
     let (tell, told) = channel();
     let events: EventSink = Arc::new(move |event| tell.send(event).unwrap_or_default());
@@ -41,12 +41,13 @@ fn shell(memory_mib: u64, vcpus: u32) -> (Shell, Console, Receiver<VmEvent>) {
         disks: Vec::new(),
     };
     let ram = Ram::new(MemoryLayout::new(memory_mib).unwrap()).unwrap();
+    let payload = Payload::Bytes(forkvm_guest_images::BARE);
     let config = VmConfig::new(memory_mib, vcpus);
-    (
-        Shell::build(&kvm, config, ram, peripherals, events).unwrap(),
-        console,
-        told,
-    )
+    let shell = Shell::build(&kvm, vcpus, ram).unwrap();
+    let vm = shell
+        .boot(config, peripherals, events, &payload, "job=hello")
+        .unwrap();
+    (vm, console, told)
 }
 
 fn exit_status(told: &Receiver<VmEvent>, console: &Console) -> u32 {
@@ -61,10 +62,7 @@ fn exit_status(told: &Receiver<VmEvent>, console: &Console) -> u32 {
 }
 
 fn boots(memory_mib: u64, vcpus: u32) -> String {
-    let (shell, console, told) = shell(memory_mib, vcpus);
-    let vm = shell
-        .boot(&Payload::Bytes(forkvm_guest_images::BARE), "job=hello")
-        .unwrap();
+    let (vm, console, told) = boot(memory_mib, vcpus);
     let _running = vm.start();
     assert_eq!(exit_status(&told, &console), 0, "{}", console.text());
     console.text()

@@ -5,22 +5,19 @@
 //! what did not change then needs neither a copy nor, if the earlier image is whole, a fault. Every
 //! part costs each clone a mapping, of which a process has a limited number.
 
-use std::fs;
 use std::ops::Range;
 use std::sync::Arc;
 
 use forkvm_vmm::memory::PAGE;
 
 use super::MemoryImage;
+use crate::limits::mappings;
 
 /// Parts that are nearer to each other than this are one: the pages between them are copied instead.
 const GAP: u64 = 16 * PAGE;
 
 /// Most parts of a plan: mapping one costs a clone about 5 us at its start.
 const MOST_PARTS: usize = 256;
-
-/// What a process may map by default (vm.max_map_count).
-const MAX_MAP_COUNT: usize = 65_530;
 
 /// See the module's text. Offsets are file offsets of RAM in bytes.
 #[derive(Debug)]
@@ -47,7 +44,11 @@ impl Plan {
         len: u64,
         clones: u32,
     ) -> Plan {
-        let most = (mappings_left() / clones.max(1) as usize).min(MOST_PARTS);
+        let spare = mappings::spare(clones).unwrap_or_else(|error| {
+            tracing::warn!(%error, "mappings that are left are not known: none is taken");
+            0
+        });
+        let most = spare.min(MOST_PARTS as u64) as usize;
         let mut own: Vec<Range<u64>> = Vec::new();
         for range in changed {
             match own.last_mut() {
@@ -82,6 +83,7 @@ impl Plan {
                 }
             }
         }
+        mappings::promise(parts.len() as u64 * u64::from(clones));
         Plan { len, parts }
     }
 
@@ -125,16 +127,6 @@ impl Plan {
         let end = self.parts.get(index + 1).map_or(self.len, |next| next.0);
         self.parts[index].0..end
     }
-}
-
-/// Mappings that this process may still make, of which half are left to everybody else.
-fn mappings_left() -> usize {
-    let read = |path| fs::read_to_string(path).ok();
-    let most = read("/proc/sys/vm/max_map_count")
-        .and_then(|text| text.trim().parse().ok())
-        .unwrap_or(MAX_MAP_COUNT);
-    let used = read("/proc/self/maps").map_or(0, |maps| maps.lines().count());
-    most.saturating_sub(used) / 2
 }
 
 #[cfg(test)]

@@ -20,10 +20,12 @@ use forkvm_devices::virtio::blk::BlkCounters;
 use forkvm_vmm::{EndReason, EventSink, PauseError, PausedVm, VmConfig, VmEvent};
 use thiserror::Error;
 
+use crate::accounting::{AccountingError, MemoryUse, VmCount};
 use crate::end::End;
 use crate::fork::{CloneSpec, ForkError, Ticket};
 use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
+use crate::pool::PoolError;
 use crate::saved::SaveError;
 use crate::timeline::Timeline;
 use crate::vm_memory::Lose;
@@ -74,6 +76,7 @@ enum Message {
     ),
     WithPaused(WithPaused),
     Save(Sender<Result<(), SaveError>>),
+    MemoryUse(Sender<Result<VmCount, AccountingError>>),
     Input(Vec<u8>, Sender<usize>),
     ClonesEnded,
     Kill,
@@ -150,7 +153,7 @@ impl Member {
         self.watch.lock().timeline
     }
 
-    /// What the guest has reported so far, and when it was seen.
+    /// What the guest has reported so far, and when it was seen: the first 4,096 reports.
     pub fn reports(&self) -> Vec<(u32, Instant)> {
         self.watch.lock().reports.clone()
     }
@@ -185,6 +188,17 @@ impl Member {
     /// Saves it to where its family saves, and ends it ([`End::Saved`]). On an error it runs on.
     pub fn save(&self) -> Result<(), MemberError> {
         self.ask(Message::Save)?.map_err(MemberError::Save)
+    }
+
+    /// What it takes of the host's memory. It runs on while it is counted; while it is being forked the
+    /// answer waits, so not to be asked by the observer of that fork.
+    pub fn memory_use(&self) -> Result<MemoryUse, MemberError> {
+        Ok(self.count_memory()?.taken)
+    }
+
+    /// The same, with the memory file that is its own.
+    pub(crate) fn count_memory(&self) -> Result<VmCount, MemberError> {
+        Ok(self.ask(Message::MemoryUse)??)
     }
 
     /// Sends bytes to its serial console; returns how many it took.
@@ -241,13 +255,7 @@ impl Member {
         times: usize,
         deadline: Duration,
     ) -> Result<(), MemberError> {
-        let reported = |seen: &Seen| {
-            seen.reports
-                .iter()
-                .filter(|report| report.0 == value)
-                .count()
-                >= times
-        };
+        let reported = |seen: &Seen| seen.count(value) >= times;
         let seen = self.watch.wait_until(Some(deadline), |seen| {
             reported(seen) || seen.finished.is_some()
         });
@@ -306,9 +314,15 @@ pub enum MemberError {
     /// It could not be paused.
     #[error(transparent)]
     Pause(#[from] PauseError),
+    /// No shells for its clones.
+    #[error("no shells could be built for its clones")]
+    Pool(#[from] PoolError),
     /// It could not be forked.
     #[error("the fork failed, and the VM runs on")]
     Fork(#[source] ForkError),
+    /// Its memory could not be counted.
+    #[error("counting the VM's memory failed")]
+    MemoryUse(#[from] AccountingError),
     /// It could not be saved.
     #[error("saving failed, and the VM runs on")]
     Save(#[source] SaveError),

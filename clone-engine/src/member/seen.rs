@@ -3,6 +3,7 @@
 //! vCPU threads write here what they see (a start, a report), so that a guest that reports without
 //! end is slowed by the lock and fills no queue. What needs an answer goes through the inbox.
 
+use std::collections::HashMap;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use crate::end::End;
 use crate::identity::Identity;
 use crate::timeline::Timeline;
 
-/// Reports that are kept: the first ones.
+/// Reports that are kept: the first ones. And values that are counted, likewise.
 const REPORTS: usize = 4096;
 
 /// Told of an end.
@@ -25,9 +26,18 @@ pub(super) struct Seen {
     pub(super) timeline: Timeline,
     /// The first [`REPORTS`] of them.
     pub(super) reports: Vec<(u32, Instant)>,
+    /// How often each value was reported, of the first [`REPORTS`] values.
+    counts: HashMap<u32, usize>,
     pub(super) finished: Option<Finished>,
     /// Called once at the end.
     pub(super) when_ended: Vec<WhenEnded>,
+}
+
+impl Seen {
+    /// How often `value` was reported.
+    pub(super) fn count(&self, value: u32) -> usize {
+        self.counts.get(&value).copied().unwrap_or(0)
+    }
 }
 
 /// A [`Seen`] that can be waited for.
@@ -42,6 +52,7 @@ impl Watch {
             identity,
             timeline: Timeline::default(),
             reports: Vec::new(),
+            counts: HashMap::new(),
             finished: None,
             when_ended: Vec::new(),
         };
@@ -75,6 +86,9 @@ impl Watch {
         }
         if seen.reports.len() < REPORTS {
             seen.reports.push((value, at));
+        }
+        if seen.counts.len() < REPORTS || seen.counts.contains_key(&value) {
+            *seen.counts.entry(value).or_default() += 1;
             drop(seen);
             self.changed.notify_all();
         }

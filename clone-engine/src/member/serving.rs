@@ -15,12 +15,13 @@ use forkvm_vmm::memory::PAGE;
 use forkvm_vmm::{Disk, PausedVm, Vm};
 
 use super::{Finished, Member, Message, PAUSE_DEADLINE};
+use crate::accounting::VmCount;
 use crate::disks::{DiskSource, DisksError};
 use crate::end::End;
 use crate::family::Family;
 use crate::fork::{CloneSpec, ForkError, Frozen, Parent, Request, Ticket};
 use crate::fork_point::ForkPoint;
-use crate::limits::{Limit, LimitError};
+use crate::limits::LimitError;
 use crate::saved::SaveError;
 use crate::vm_memory::VmMemory;
 
@@ -223,6 +224,7 @@ impl Serving {
                 answer(reply, saved);
                 return end;
             }
+            Message::MemoryUse(reply) => answer(reply, VmCount::of(&self.vm)),
             Message::Input(bytes, reply) => answer(reply, self.vm.console_input(&bytes)),
             Message::ClonesEnded => self.finish_joins(),
             Message::Kill => return Some(End::Killed),
@@ -438,10 +440,7 @@ fn with_causes(error: &dyn std::error::Error) -> String {
 fn errno_of(error: &ForkError) -> i64 {
     match error {
         ForkError::Limits(LimitError::NoClones) => errno::EINVAL,
-        ForkError::Limits(LimitError::TooMany {
-            limit: Limit::Memory,
-            ..
-        }) => errno::ENOMEM,
+        ForkError::Limits(LimitError::TooMany { limit, .. }) if limit.is_memory() => errno::ENOMEM,
         ForkError::Limits(LimitError::TooMany { .. })
         | ForkError::Disks(DisksError::TooDeep { .. }) => errno::ENOSPC,
         ForkError::Pause(_) | ForkError::Ending(_) => errno::EBUSY,

@@ -1,16 +1,15 @@
 //! A VM between its restore and its start.
 
-use std::io;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
-use std::thread;
 
-use forkvm_vmm::{ReadyVm, Vm};
+use forkvm_vmm::ReadyVm;
 
 use super::serving::Serving;
-use super::{Inbox, Member};
+use super::{Inbox, Member, Message};
 use crate::disks::DiskSource;
 use crate::family::Family;
+use crate::parked::Parked;
 use crate::spawn::SpawnError;
 use crate::timeline::Timeline;
 use crate::vm_memory::VmMemory;
@@ -22,13 +21,16 @@ use crate::vm_memory::VmMemory;
 pub(crate) struct Waiting {
     family: Arc<Family>,
     member: Arc<Member>,
-    vm: Option<ReadyVm>,
-    /// Where the thread waits for the running VM.
-    serve: Option<Sender<Vm>>,
+    vm: ReadyVm,
+    // After the VM: what watches its memory goes last.
+    memory: Arc<VmMemory>,
+    disks: Vec<DiskSource>,
+    inbox: Receiver<Message>,
+    thread: Parked,
 }
 
 impl Waiting {
-    /// Of a VM whose state is in place.
+    /// Of a VM whose state is in place; `thread` will serve it.
     pub(crate) fn new(
         family: &Arc<Family>,
         vm: ReadyVm,
@@ -36,65 +38,52 @@ impl Waiting {
         disks: Vec<DiskSource>,
         inbox: Inbox,
         timeline: Timeline,
-    ) -> Result<Waiting, SpawnError> {
-        let name = inbox.watch.lock().identity.name.clone();
-        inbox.watch.lock().timeline = timeline;
+        thread: Parked,
+    ) -> Waiting {
+        let mut seen = inbox.watch.lock();
+        seen.timeline = timeline;
+        let name = seen.identity.name.clone();
+        drop(seen);
         let member = Arc::new(Member {
-            name: name.clone(),
+            name,
             config: vm.config().clone(),
             inbox: inbox.sender,
             watch: inbox.watch,
             thread: Mutex::new(None),
         });
-        let (serve, started) = channel();
-        let serving = {
-            let (family, member) = (family.clone(), member.clone());
-            move || {
-                let Ok(vm) = started.recv() else { return };
-                Serving::new(family, member, vm, memory, disks, inbox.receiver).serve();
-            }
-        };
-        let thread = thread::Builder::new()
-            .name(format!("vm-{name}"))
-            .spawn(serving);
-        let thread = thread.map_err(|source| SpawnError::Host {
-            what: "a thread to serve the VM",
-            source,
-        })?;
-        *member.thread() = Some(thread);
-        Ok(Waiting {
+        Waiting {
             family: family.clone(),
             member,
-            vm: Some(vm),
-            serve: Some(serve),
-        })
+            vm,
+            memory,
+            disks,
+            inbox: inbox.receiver,
+            thread,
+        }
     }
 
     /// Lets it run.
-    pub(crate) fn start(mut self) -> Result<Arc<Member>, SpawnError> {
+    pub(crate) fn start(self) -> Result<Arc<Member>, SpawnError> {
+        let Waiting {
+            family,
+            member,
+            vm,
+            memory,
+            disks,
+            inbox,
+            thread,
+        } = self;
         // Before it runs: what a family that ends has not heard of it could not end.
-        self.family.enter(&self.member)?;
-        let (Some(vm), Some(serve)) = (self.vm.take(), self.serve.take()) else {
-            unreachable!("both are there until the start or the drop");
+        family.enter(&member)?;
+        // Before its thread can have waited for its end: who waits for that joins the thread.
+        let mut joins = member.thread();
+        let vm = vm.start();
+        let serving = {
+            let (family, member) = (family.clone(), member.clone());
+            move || Serving::new(family, member, vm, memory, disks, inbox).serve()
         };
-        if serve.send(vm.start()).is_err() {
-            self.family.leave(&self.member);
-            let source = io::Error::other("it is gone");
-            return Err(SpawnError::Host {
-                what: "to the thread that should serve the VM",
-                source,
-            });
-        }
-        Ok(self.member.clone())
-    }
-}
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        // After a start there is nothing left to drop, and the thread has its own work.
-        if let Some(serve) = self.serve.take() {
-            drop((serve, self.vm.take()));
-            self.member.join_thread();
-        }
+        *joins = Some(thread.begin(&format!("vm-{}", member.name), serving));
+        drop(joins);
+        Ok(member)
     }
 }

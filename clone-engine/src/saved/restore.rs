@@ -6,21 +6,22 @@ use std::sync::Arc;
 use forkvm_abi::errno;
 use forkvm_devices::device::GuestOp;
 use forkvm_devices::doorbell::Answer;
-use forkvm_devices::{DeviceError, SectionError, Sections};
+use forkvm_devices::{DeviceError, SectionError};
 use forkvm_vmm::memory_file::{MemoryFile, MemoryFileError, Progress};
 use forkvm_vmm::{
-    Backing, MemoryError, MemoryLayout, Peripherals, Ram, ReadyVm, Shell, VmError, memory,
+    Backing, MachineState, MemoryError, Peripherals, Ram, ReadyVm, Shell, VmError, memory,
 };
 use thiserror::Error;
 
 use super::{IDENTITY, OpenMachine, disk_section};
 use crate::disks::DiskSource;
 use crate::family::Family;
-use crate::first_pages::{FirstPages, FirstPagesError};
+use crate::first_pages::FirstPages;
 use crate::fork::MemoryMode;
 use crate::identity::Identity;
 use crate::image::{MemoryImage, OwnerTable, Plan, StoreError};
 use crate::member::{Inbox, Member, Waiting};
+use crate::parked::Parked;
 use crate::source::SourceError;
 use crate::source::saved_memory::SavedMemory;
 use crate::spawn::SpawnError;
@@ -42,14 +43,15 @@ impl Family {
         memory_mode: MemoryMode,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Arc<Member>, RestoreError> {
-        let config = machine.config()?;
-        let layout = MemoryLayout::new(config.memory_mib)?;
-        machine.memory.check_len(layout.len())?;
         let mut sections = machine.sections.reader();
+        let state = MachineState::take_from(&mut sections)?;
         let saved: Identity = sections.decode(IDENTITY)?;
-        for disk in &config.disks {
+        for disk in &state.config().disks {
             sections.take(&disk_section(&disk.name))?;
         }
+        sections.finish()?;
+        let layout = state.layout().clone();
+        machine.memory.check_len(layout.len())?;
         let mut identity =
             Identity::root(name.unwrap_or(&saved.name)).map_err(RestoreError::Identity)?;
         identity.fork_count = saved.fork_count;
@@ -64,7 +66,7 @@ impl Family {
                 (ram, memory)
             }
             MemoryMode::Lazy => {
-                let image = self.image_of_saved(machine.memory, &layout, &machine.sections)?;
+                let image = self.image_of_saved(machine.memory, &state)?;
                 let base = ImageBase {
                     image: image.clone(),
                 };
@@ -85,13 +87,14 @@ impl Family {
             console,
             disks: layers,
         };
-        let shell = Shell::build(self.kvm(), config, ram, peripherals, inbox.event_sink())?;
+        let shell = Shell::build(self.kvm(), state.config().vcpus, ram)?;
         memory.set_brake(shell.brake());
-        let vm = shell.restore(&mut sections)?;
-        sections.finish()?;
+        let vm = shell.restore(&state, peripherals, inbox.event_sink())?;
         tell(&vm, &identity)?;
         let disks = machine.disks;
-        let waiting = Waiting::new(self, vm, memory, disks, inbox, Timeline::default())?;
+        let thread = Parked::new().map_err(RestoreError::Thread)?;
+        let timeline = Timeline::default();
+        let waiting = Waiting::new(self, vm, memory, disks, inbox, timeline, thread);
         Ok(waiting.start()?)
     }
 
@@ -99,16 +102,16 @@ impl Family {
     fn image_of_saved(
         &self,
         memory: MemoryFile,
-        layout: &MemoryLayout,
-        state: &Sections,
+        state: &MachineState,
     ) -> Result<Arc<MemoryImage>, RestoreError> {
+        let len = state.layout().len();
         let source = SavedMemory::new(memory);
-        let table = OwnerTable::own(layout.len(), &source.data());
-        let empty = self.faults().empty_image(layout.len())?;
+        let table = OwnerTable::own(len, &source.data());
+        let empty = self.faults().empty_image(len)?;
         let image = self.faults().image_of(empty, table, Arc::new(source));
-        image.publish(Plan::whole(layout.len()))?;
+        self.keep_account_of(&image);
+        image.publish(Plan::whole(len))?;
         let first_pages = FirstPages {
-            layout,
             state,
             doorbell: None,
         };
@@ -163,16 +166,10 @@ pub enum RestoreError {
     /// No random bytes for its identity.
     #[error("reading random bytes for the VM's identity failed")]
     Identity(#[source] io::Error),
+    /// No thread to serve it.
+    #[error("the host allows no more threads, see `ulimit -u`")]
+    Thread(#[source] io::Error),
     /// No console.
     #[error("opening the VM's console failed")]
     Console(#[source] io::Error),
-}
-
-impl From<FirstPagesError> for RestoreError {
-    fn from(error: FirstPagesError) -> RestoreError {
-        match error {
-            FirstPagesError::Section(error) => RestoreError::Section(error),
-            FirstPagesError::Source(error) => RestoreError::Source(error),
-        }
-    }
 }

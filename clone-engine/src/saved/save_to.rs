@@ -60,7 +60,7 @@ impl Saver for SaveTo {
             return Err(SaveError::Ended);
         }
         let save = SaveDir::create(&self.dir_of(identity))?;
-        let mut sections = vm.save()?;
+        let mut sections = vm.save()?.to_sections()?;
         sections.push(Section::encode(IDENTITY, identity)?)?;
         let names = vm.config().disks.iter().map(|disk| disk.name.clone());
         for (index, (name, source)) in names.zip(disks).enumerate() {

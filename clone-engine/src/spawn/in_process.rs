@@ -9,7 +9,7 @@ use std::time::Instant;
 use forkvm_abi::errno;
 use forkvm_devices::DeviceError;
 use forkvm_devices::doorbell::Answer;
-use forkvm_vmm::{Backing, Peripherals, Ram, ReadyVm, Shell};
+use forkvm_vmm::{Backing, Peripherals, ReadyVm};
 
 use super::{Prepared, SpawnError, Spawner};
 use crate::disks::DiskSource;
@@ -18,6 +18,7 @@ use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
 use crate::member::{Inbox, Member, Waiting};
 use crate::phase::{self, Observer, Phase};
+use crate::pool::Pooled;
 use crate::timeline::Timeline;
 use crate::vm_memory::{ImageBase, VmMemory};
 
@@ -43,16 +44,8 @@ impl Spawner for InProcess {
             spawn_requested: Some(Instant::now()),
             ..Timeline::default()
         };
-        let phase = phase::begin(observer, Phase::Memory, None)?;
-        let image = point.image.clone();
-        let backing = Backing::Private(Arc::new(ImageBase { image }));
-        let mut ram = Ram::map(point.layout.clone(), backing)?;
-        let inbox = Inbox::new(identity.clone());
-        let (name, lose) = (identity.name.as_str(), inbox.lose());
-        let memory = VmMemory::of_clone(name, &mut ram, &point.image, family.faults(), lose)?;
-        phase.done();
-
         let phase = phase::begin(observer, Phase::Spawn, None)?;
+        let inbox = Inbox::new(identity.clone());
         let disks = point.disks.for_clone();
         let console = family.config().consoles.open(&identity);
         let console = console.map_err(|source| SpawnError::Host {
@@ -63,16 +56,20 @@ impl Spawner for InProcess {
             console,
             disks: disks.iter().map(DiskSource::layer).collect(),
         };
-        let config = point.config().clone();
-        let shell = Shell::build(family.kvm(), config, ram, peripherals, inbox.event_sink())?;
-        memory.set_brake(shell.brake());
+        let Pooled { mut shell, thread } = family.pool().take(&point.state)?;
         timeline.built = Some(Instant::now());
         phase.done();
 
+        let phase = phase::begin(observer, Phase::Memory, None)?;
+        let (name, lose, ram) = (identity.name.as_str(), inbox.lose(), shell.ram_mut());
+        let image = point.image.clone();
+        ram.remap(Backing::Private(Arc::new(ImageBase { image })))?;
+        let memory = VmMemory::of_clone(name, ram, &point.image, family.faults(), lose)?;
+        memory.set_brake(shell.brake());
+        phase.done();
+
         let phase = phase::begin(observer, Phase::Restore, None)?;
-        let mut sections = point.state().reader();
-        let vm = shell.restore(&mut sections)?;
-        sections.finish()?;
+        let vm = shell.restore(&point.state, peripherals, inbox.event_sink())?;
         timeline.restored = Some(Instant::now());
         phase.done();
 
@@ -80,9 +77,8 @@ impl Spawner for InProcess {
         tell(&vm, &identity, point.forker, granted)?;
         phase.done();
 
-        Ok(Box::new(Waiting::new(
-            family, vm, memory, disks, inbox, timeline,
-        )?))
+        let waiting = Waiting::new(family, vm, memory, disks, inbox, timeline, thread);
+        Ok(Box::new(waiting))
     }
 }
 

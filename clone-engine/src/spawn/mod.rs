@@ -18,6 +18,7 @@ use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
 use crate::member::Member;
 use crate::phase::{Observer, Vetoed};
+use crate::pool::PoolError;
 use crate::userfault::UserfaultError;
 
 /// Makes clones.
@@ -45,14 +46,17 @@ pub trait Prepared {
 /// Why a clone could not be made.
 #[derive(Debug, Error)]
 pub enum SpawnError {
+    /// It got no shell.
+    #[error("building a shell for the clone failed")]
+    Shell(#[from] PoolError),
     /// Its memory could not be mapped.
     #[error("mapping the clone's memory failed")]
     Memory(#[from] MemoryError),
     /// Its page faults cannot be served.
     #[error("watching the clone's memory failed")]
     Userfault(#[from] UserfaultError),
-    /// Its VM could not be built, restored or started.
-    #[error("building, restoring or starting the clone's VM failed")]
+    /// Its VM could not be restored or started.
+    #[error("restoring or starting the clone's VM failed")]
     Vm(#[from] VmError),
     /// Its doorbell page could not be written.
     #[error("telling the clone who it is failed")]

@@ -67,7 +67,7 @@ impl VmMemory {
     /// The bytes of `range`, which lies in one region.
     pub(super) fn slice(&self, range: &Range<u64>) -> VolatileSlice<'_> {
         let host = self.host(range);
-        // SAFETY: the range lies in a region that `_guest` keeps mapped; others write it meanwhile,
+        // SAFETY: the range lies in a region whose addresses `_addresses` holds; others write it meanwhile,
         // which is what volatile access is for.
         unsafe { VolatileSlice::new(host.start as *mut u8, (host.end - host.start) as usize) }
     }

@@ -23,8 +23,8 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, Weak};
 use std::time::Instant;
 
-use forkvm_devices::{Brake, GuestMemory};
-use forkvm_vmm::memory::{Base, PAGE, Piece};
+use forkvm_devices::Brake;
+use forkvm_vmm::memory::{Base, Held, PAGE, Piece};
 use forkvm_vmm::{MemoryError, Ram};
 use roaring::RoaringBitmap;
 use vm_memory::VolatileSlice;
@@ -50,8 +50,8 @@ pub(crate) type Lose = Box<dyn Fn(&SourceError) + Send + Sync>;
 /// See the module's text. Offsets are file offsets of RAM in bytes.
 pub(crate) struct VmMemory {
     name: String,
-    /// Keeps the addresses below mapped.
-    _guest: GuestMemory,
+    /// Keeps the addresses below from being another VM's.
+    _addresses: Held,
     ranges: Vec<HostRange>,
     under: RwLock<Under>,
     feeds: RwLock<Feeds>,
@@ -100,7 +100,7 @@ impl VmMemory {
         });
         let memory = Arc::new(VmMemory {
             name: name.to_owned(),
-            _guest: ram.guest().clone(),
+            _addresses: ram.hold_addresses(),
             ranges: ranges.collect(),
             under: RwLock::default(),
             feeds: RwLock::default(),

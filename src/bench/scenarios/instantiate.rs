@@ -120,6 +120,9 @@ impl Experiment for Instantiate {
         let Some(point) = cold.as_ref().or(self.point.as_ref()) else {
             return Ok(());
         };
+        if let Some(subject) = &self.subject {
+            subject.get_ready(1)?;
+        }
         let (clone, asked) = spawn_one(point)?;
         let name = self.name();
         for (end_point, took) in end_points(&clone, asked)? {

@@ -5,8 +5,10 @@
 //! file, nor why: that is the clone engine's business.
 #![allow(unsafe_code)] // mmap over a live range, memfd_create, seals: calls into the kernel.
 
+mod addresses;
 mod own_pages;
 mod populated;
+mod residency;
 mod source;
 
 use std::ffi::CStr;
@@ -21,10 +23,11 @@ use forkvm_abi::{HIGH_RAM_START, LOW_RAM_END};
 use forkvm_devices::GuestMemory;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
+use addresses::Addresses;
 pub use populated::data_extents;
+pub use residency::Residency;
 pub use source::RamSource;
 
 /// Bytes of a page, the unit in which RAM is populated, copied and freed.
@@ -109,6 +112,8 @@ impl MemoryLayout {
 /// How a machine's RAM hangs on what backs it.
 #[derive(Clone, Debug)]
 pub enum Backing {
+    /// Nothing yet: addresses alone. An access is a crash.
+    Reserved,
     /// Mapped shared: the machine's writes go to the file, which is its alone.
     Shared(Arc<File>),
     /// Mapped privately: the machine's writes are copied, the files below never change by them.
@@ -120,13 +125,14 @@ impl Backing {
     pub fn shared(&self) -> Option<&Arc<File>> {
         match self {
             Backing::Shared(file) => Some(file),
-            Backing::Private(_) => None,
+            Backing::Reserved | Backing::Private(_) => None,
         }
     }
 
     /// The files behind it, as [`Base::pieces`].
     fn pieces(&self, len: u64) -> Vec<Piece> {
         match self {
+            Backing::Reserved => Vec::new(),
             Backing::Shared(file) => whole(file.clone(), len),
             Backing::Private(base) => base.pieces(len),
         }
@@ -137,7 +143,7 @@ impl Backing {
         libc::MAP_NORESERVE
             | match self {
                 Backing::Shared(_) => libc::MAP_SHARED,
-                Backing::Private(_) => libc::MAP_PRIVATE,
+                Backing::Reserved | Backing::Private(_) => libc::MAP_PRIVATE,
             }
     }
 }
@@ -185,7 +191,15 @@ pub struct Ram {
     guest: GuestMemory,
     backing: Backing,
     when_closed: Option<WhenClosed>,
+    closed: bool,
+    // After `guest`, which points there.
+    addresses: Held,
 }
+
+/// Addresses of a [`Ram`], held. What is mapped there goes with the last holder.
+#[derive(Clone, Debug)]
+#[expect(dead_code, reason = "held, never looked at")]
+pub struct Held(Arc<Vec<Addresses>>);
 
 type WhenClosed = Box<dyn FnOnce() + Send + Sync>;
 
@@ -207,56 +221,59 @@ impl Ram {
 
     /// Maps the files of `backing`, which must be as long as the layout says.
     pub fn map(layout: MemoryLayout, backing: Backing) -> Result<Ram, MemoryError> {
-        let pieces = backing.pieces(layout.len());
-        for piece in &pieces {
-            let found = piece.file.metadata().map_err(MemoryError::Stat)?.len();
-            if found != layout.len() {
-                return Err(MemoryError::Length {
-                    found,
-                    needed: layout.len(),
-                });
-            }
-        }
+        let mut ram = Ram::reserve(layout)?;
+        ram.remap(backing)?;
+        Ok(ram)
+    }
+
+    /// Addresses for RAM, with nothing behind them until [`Ram::remap`]. KVM takes them for its memory
+    /// slots all the same, so that a VM can be built before it is known what it will hold.
+    pub fn reserve(layout: MemoryLayout) -> Result<Ram, MemoryError> {
         let mut regions = Vec::with_capacity(layout.regions().len());
+        let mut addresses = Vec::with_capacity(layout.regions().len());
         for region in layout.regions() {
-            let first = piece_at(&pieces, region.offset);
-            let mapping = MmapRegionBuilder::new(region.len as usize)
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(backing.mmap_flags())
-                .with_file_offset(FileOffset::from_arc(first.file.clone(), region.offset))
-                .build()
-                .map_err(|error| MemoryError::Map {
-                    len: region.len,
-                    what: error.to_string(),
-                })?;
+            let held = Addresses::take(region.len)?;
+            // SAFETY: the range belongs to `held`, which lives as long as anybody may touch the
+            // region; that nothing is mapped there yet is why `backing` says so.
+            let mapping = unsafe {
+                MmapRegion::build_raw(
+                    held.start(),
+                    region.len as usize,
+                    libc::PROT_READ | libc::PROT_WRITE,
+                    libc::MAP_NORESERVE,
+                )
+            };
+            let mapping = mapping.map_err(|error| MemoryError::Regions {
+                what: error.to_string(),
+            })?;
             let mapped = GuestRegionMmap::new(mapping, GuestAddress(region.start)).ok_or(
                 MemoryError::Wraps {
                     start: region.start,
                 },
             )?;
             regions.push(mapped);
+            addresses.push(held);
         }
         let guest = GuestMemory::from_regions(regions).map_err(|error| MemoryError::Regions {
             what: error.to_string(),
         })?;
-        let ram = Ram {
+        Ok(Ram {
             layout,
             guest,
-            backing,
+            backing: Backing::Reserved,
             when_closed: None,
-        };
-        if pieces.len() > 1 {
-            ram.map_pieces(&pieces, ram.backing.mmap_flags())?;
-        }
-        if let Backing::Private(_) = ram.backing {
-            for (region, address) in ram.host_ranges() {
-                no_huge_pages(address, region.len);
-            }
-        }
-        Ok(ram)
+            closed: false,
+            addresses: Held(Arc::new(addresses)),
+        })
     }
 
-    /// Maps `pieces` over the live ranges.
+    /// Keeps the addresses of this RAM from being dealt out to others, for whoever may still name them
+    /// when the machine is gone.
+    pub fn hold_addresses(&self) -> Held {
+        self.addresses.clone()
+    }
+
+    /// Maps `pieces` to the ranges.
     fn map_pieces(&self, pieces: &[Piece], flags: i32) -> Result<(), MemoryError> {
         for (region, address) in self.host_ranges() {
             let end = region.offset + region.len;
@@ -286,21 +303,45 @@ impl Ram {
         &self.backing
     }
 
-    /// Maps `backing` over the live ranges, in place: KVM and devices keep their addresses. The
-    /// machine must be paused. What was written to a private mapping is gone afterwards.
+    /// Maps `backing` in place: KVM and devices keep their addresses. Its files
+    /// must be as long as the layout says, and the machine paused or not yet running. What was written
+    /// to a private mapping is gone afterwards.
     ///
     /// An error leaves some of it mapped in the new way and some in the old one; call it again
     /// with the former backing to go back. If that fails too, what the RAM holds is unknown.
     pub fn remap(&mut self, backing: Backing) -> Result<(), MemoryError> {
-        self.map_pieces(&backing.pieces(self.layout.len()), backing.mmap_flags())?;
+        let pieces = backing.pieces(self.layout.len());
+        for piece in &pieces {
+            let found = piece.file.metadata().map_err(MemoryError::Stat)?.len();
+            if found != self.layout.len() {
+                return Err(MemoryError::Length {
+                    found,
+                    needed: self.layout.len(),
+                });
+            }
+        }
+        let onto = match self.backing {
+            // Whatever is mapped there is somebody else's.
+            Backing::Reserved => libc::MAP_FIXED_NOREPLACE,
+            Backing::Shared(_) | Backing::Private(_) => libc::MAP_FIXED,
+        };
+        self.map_pieces(&pieces, onto | backing.mmap_flags())?;
+        if let Backing::Private(_) = backing {
+            for (region, address) in self.host_ranges() {
+                no_huge_pages(address, region.len);
+            }
+        }
         self.backing = backing;
         Ok(())
     }
 
     /// Takes the content away and leaves the ranges inaccessible: the last act of a machine whose
     /// threads have ended, before anything that watches the ranges (a userfaultfd) goes. From then on
-    /// a stray access is a crash rather than a page that comes to be in a file that others map.
+    /// a stray access is a crash rather than a page that comes to be in a file that others map. Once.
     pub(crate) fn close(&mut self) -> Result<(), MemoryError> {
+        if std::mem::replace(&mut self.closed, true) {
+            return Ok(());
+        }
         let closed = self.make_inaccessible();
         if let Some(then) = self.when_closed.take() {
             then();
@@ -342,7 +383,7 @@ impl Ram {
     pub fn drop_pages(&self, part: &Range<u64>) -> Result<(), MemoryError> {
         let advice = match self.backing {
             Backing::Shared(_) => libc::MADV_REMOVE,
-            Backing::Private(_) => libc::MADV_DONTNEED,
+            Backing::Reserved | Backing::Private(_) => libc::MADV_DONTNEED,
         };
         let address = self.host_address_of(part.start);
         // SAFETY: the range lies in a mapping that `self.guest` owns; all users reach it by volatile
@@ -379,12 +420,7 @@ fn host_address(region: &GuestRegionMmap<()>) -> *mut u8 {
         .expect("a region is not empty")
 }
 
-fn piece_at(pieces: &[Piece], offset: u64) -> &Piece {
-    let next = pieces.partition_point(|piece| piece.range.end <= offset);
-    &pieces[next]
-}
-
-/// Maps a part of `file` over the live range that begins at `address`.
+/// Maps a part of `file` at `address`; `flags` say whether over what is there.
 fn map_over(
     address: *mut u8,
     part: &Range<u64>,
@@ -399,7 +435,7 @@ fn map_over(
             address.cast(),
             len as usize,
             libc::PROT_READ | libc::PROT_WRITE,
-            flags | libc::MAP_FIXED,
+            flags,
             file.as_raw_fd(),
             part.start as libc::off_t,
         )
@@ -556,6 +592,12 @@ pub enum MemoryError {
         len: u64,
         /// What mmap said.
         what: String,
+    },
+    /// No addresses of this process are left.
+    #[error("this process has no {len} bytes of addresses left for guest RAM: end other VMs first")]
+    Addresses {
+        /// Bytes asked for.
+        len: u64,
     },
     /// A region at the end of the address space.
     #[error("the RAM region at {start:#x} wraps around")]

@@ -16,6 +16,7 @@ impl Ram {
     /// The populated pages as ranges of file offsets, rising and apart.
     pub fn populated(&self) -> Result<Vec<Range<u64>>, MemoryError> {
         match &self.backing {
+            Backing::Reserved => Ok(Vec::new()),
             Backing::Shared(file) => data_extents_beside(file, &self.mapped_pages()?),
             Backing::Private(base) => Ok(union(base.populated()?, self.own_pages()?)),
         }

@@ -8,8 +8,10 @@
 
 use std::cell::Cell;
 use std::io;
+use std::os::unix::thread::JoinHandleExt;
 use std::ptr;
 use std::sync::OnceLock;
+use std::thread::JoinHandle;
 
 use libc::{c_int, c_void, pthread_t, siginfo_t};
 use vmm_sys_util::signal;
@@ -80,6 +82,11 @@ impl Kick {
     pub fn of_this_thread() -> Kick {
         // SAFETY: always succeeds.
         Kick(unsafe { libc::pthread_self() })
+    }
+
+    /// Of the thread behind a handle.
+    pub fn of<T>(thread: &JoinHandle<T>) -> Kick {
+        Kick(thread.as_pthread_t())
     }
 
     /// Makes the thread's running or next KVM_RUN return, or interrupts (EINTR) the system call that

@@ -9,7 +9,7 @@ mod sys;
 
 pub(crate) use kick::{Kick, allow_kicks, prepare_signal};
 pub(crate) use msrs::MsrCatalogue;
-pub use named_pages::named_pages;
+pub(crate) use named_pages::named_pages;
 pub use run::RunError;
 pub(crate) use run::{Stop, Vcpu};
 pub use state::StateError;

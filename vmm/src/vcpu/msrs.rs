@@ -75,6 +75,15 @@ const UNLISTED: &[(std::ops::RangeInclusive<u32>, &str)] = &[
     ),
 ];
 
+/// Whether a write to the MSR does more than to keep the value: it writes guest memory, or counts from
+/// then on. Such a one is set when the machine is about to run, never ahead.
+pub(super) fn acts(index: u32) -> bool {
+    /// kvmclock and its like (KVM's cpuid.rst and msr.rst), the older numbers first.
+    const PARAVIRTUAL: [std::ops::RangeInclusive<u32>; 2] =
+        [0x11..=0x12, 0x4b56_4d00..=0x4b56_4dff];
+    matches!(index, TSC | TSC_DEADLINE) || PARAVIRTUAL.iter().any(|range| range.contains(&index))
+}
+
 /// The MSRs that can be read from a vCPU of this process.
 #[derive(Clone, Debug)]
 pub(crate) struct MsrCatalogue {

@@ -5,20 +5,15 @@
 //! ahead, by the registers in the saved state. This module walks the guest's page tables (Intel SDM
 //! volume 3, chapter "Paging") and fetches nothing itself: whoever calls says how a word is read.
 //!
-//! It is a hint. What a guest does next is the guest's business, so nothing here is an error but a
-//! state that cannot be decoded.
+//! It is a hint. What a guest does next is the guest's business, so nothing here is an error.
 
 use std::collections::HashSet;
 use std::ops::Range;
 
-use forkvm_devices::{SectionError, Sections};
 use kvm_bindings::{KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, kvm_regs, kvm_sregs};
 
 use super::VcpuState;
 use crate::memory::PAGE;
-
-/// Names of the sections that hold vCPUs begin with this.
-const VCPU_SECTIONS: &str = "kvm/vcpu/";
 
 const CR0_PG: u64 = 1 << 31;
 const CR4_LA57: u64 = 1 << 12;
@@ -37,7 +32,7 @@ const SOON: u64 = 256;
 /// Task Management"). The I/O bitmap behind them is seldom read.
 const TSS_LEN: u64 = 104;
 
-/// The guest-physical pages that the vCPUs of `state` name and that their first instructions will
+/// The guest-physical pages that `vcpus` name and that their first instructions will
 /// touch: the page tables on the way to RIP, RSP, GDT, IDT and TSS, and those places themselves.
 /// Each page once, as the address of its first byte, in the order in which they were found; a vCPU
 /// has at most 60. A vCPU that waits for its INIT or SIPI names none.
@@ -50,28 +45,23 @@ const TSS_LEN: u64 = 104;
 /// Page tables of 4 and 5 levels are walked, with pages of 4 KiB, 2 MiB and 1 GiB. With paging off
 /// an address is physical. In other modes (32-bit and PAE paging) only the page at CR3 is sure.
 ///
-/// An error is a vCPU's section that cannot be decoded. The doorbell page and the pages of devices'
-/// queues are no vCPU's, and not in the list.
-pub fn named_pages(
-    state: &Sections,
+/// The doorbell page and the pages of devices' queues are no vCPU's, and not in the list.
+pub(crate) fn named_pages(
+    vcpus: &[VcpuState],
     read: &mut dyn FnMut(u64) -> Option<u64>,
-) -> Result<Vec<u64>, SectionError> {
+) -> Vec<u64> {
     let mut found = Found {
         read,
         pages: Vec::new(),
         seen: HashSet::new(),
     };
-    for section in state.iter() {
-        if !section.kind.starts_with(VCPU_SECTIONS) {
-            continue;
-        }
-        let vcpu: VcpuState = section.decode()?;
+    for vcpu in vcpus {
         let waits = [KVM_MP_STATE_UNINITIALIZED, KVM_MP_STATE_INIT_RECEIVED];
         if !waits.contains(&vcpu.mp_state()) {
             found.add_vcpu(vcpu.regs(), vcpu.sregs());
         }
     }
-    Ok(found.pages)
+    found.pages
 }
 
 /// The pages found so far, and how to look further.

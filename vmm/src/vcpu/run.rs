@@ -4,7 +4,7 @@
 use std::io;
 use std::sync::Arc;
 
-use forkvm_devices::{Bus, Effect};
+use forkvm_devices::Effect;
 use kvm_bindings::{
     KVM_INTERNAL_ERROR_EMULATION, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
 };
@@ -15,15 +15,16 @@ use super::MsrCatalogue;
 use super::kick::Kickable;
 use super::state::{Abilities, Clock, StateError, VcpuState, writing};
 use crate::kvm::Kvm;
+use crate::machine::Buses;
 
-/// One vCPU and the buses that its accesses go to.
+/// One vCPU.
 pub(crate) struct Vcpu {
     fd: VcpuFd,
     index: u32,
     kvm: Arc<Kvm>,
     abilities: Abilities,
-    pio: Bus,
-    mmio: Bus,
+    /// What it has been given ahead of its state.
+    has: Option<VcpuState>,
 }
 
 /// Why [`Vcpu::run`] came back.
@@ -43,21 +44,13 @@ pub(crate) enum Stop {
 }
 
 impl Vcpu {
-    pub(crate) fn new(
-        fd: VcpuFd,
-        index: u32,
-        kvm: Arc<Kvm>,
-        abilities: Abilities,
-        pio: Bus,
-        mmio: Bus,
-    ) -> Vcpu {
+    pub(crate) fn new(fd: VcpuFd, index: u32, kvm: Arc<Kvm>, abilities: Abilities) -> Vcpu {
         Vcpu {
             fd,
             index,
             kvm,
             abilities,
-            pio,
-            mmio,
+            has: None,
         }
     }
 
@@ -106,14 +99,23 @@ impl Vcpu {
         VcpuState::save(&self.fd, self.abilities, self.catalogue()?)
     }
 
+    /// Does what can be done ahead of a restore of `state`, or of one like it.
+    pub(crate) fn prime(&mut self, state: &VcpuState) -> Result<(), StateError> {
+        state.set_cpuid(&self.fd)?;
+        let has = state.prime(&self.fd, self.abilities, self.catalogue()?)?;
+        self.has = Some(has);
+        Ok(())
+    }
+
     /// Takes over a state.
     pub(crate) fn restore(
-        &self,
+        &mut self,
         state: &VcpuState,
         saved: Clock,
         now: Clock,
     ) -> Result<(), StateError> {
-        state.restore(&self.fd, self.abilities, saved, now)
+        let has = self.has.take();
+        state.restore(&self.fd, self.abilities, has.as_ref(), saved, now)
     }
 
     /// Tells a guest that uses kvmclock that it was paused, so that its watchdogs do not bark
@@ -128,9 +130,9 @@ impl Vcpu {
 
     /// Runs guest code until something has to be told or the thread is kicked. The last exit may
     /// be unfinished: see [`Vcpu::finish`].
-    pub(crate) fn run(&mut self) -> Result<Stop, RunError> {
+    pub(crate) fn run(&mut self, buses: &Buses) -> Result<Stop, RunError> {
         loop {
-            match self.step()? {
+            match self.step(buses)? {
                 None | Some(Stop::Effect(Effect::None)) => {}
                 Some(stop) => return Ok(stop),
             }
@@ -141,11 +143,11 @@ impl Vcpu {
     /// or MMIO instruction only on the next KVM_RUN, and a wide access takes several: until EINTR
     /// the registers are not those of an instruction boundary. Returns what a further part of the
     /// instruction meant, if it meant something.
-    pub(crate) fn finish(&mut self) -> Result<Option<Stop>, RunError> {
+    pub(crate) fn finish(&mut self, buses: &Buses) -> Result<Option<Stop>, RunError> {
         let mut meant = None;
         loop {
             self.fd.set_kvm_immediate_exit(1);
-            match self.step()? {
+            match self.step(buses)? {
                 Some(Stop::Kicked) => return Ok(meant),
                 None | Some(Stop::Effect(Effect::None)) => {}
                 Some(stop) => meant = Some(stop),
@@ -154,7 +156,7 @@ impl Vcpu {
     }
 
     /// One KVM_RUN; `None` is an exit that was served and means nothing to others.
-    fn step(&mut self) -> Result<Option<Stop>, RunError> {
+    fn step(&mut self, buses: &Buses) -> Result<Option<Stop>, RunError> {
         let kvm_run = std::ptr::from_mut(self.fd.get_kvm_run());
         // SAFETY: the mapping lives as long as `self.fd`. The member is `io` after an I/O exit, which
         // is the only time that this is called, and `run` leaves a shared view of it alone.
@@ -178,20 +180,20 @@ impl Vcpu {
         };
         Ok(match exit {
             VcpuExit::IoIn(port, data) => {
-                self.pio.read_repeated(u64::from(port), io_width(), data);
+                buses.pio.read_repeated(u64::from(port), io_width(), data);
                 None
             }
-            VcpuExit::IoOut(port, data) => Some(Stop::Effect(self.pio.write_repeated(
+            VcpuExit::IoOut(port, data) => Some(Stop::Effect(buses.pio.write_repeated(
                 u64::from(port),
                 io_width(),
                 data,
             ))),
             VcpuExit::MmioRead(address, data) => {
-                self.mmio.read(address, data);
+                buses.mmio.read(address, data);
                 None
             }
             VcpuExit::MmioWrite(address, data) => {
-                Some(Stop::Effect(self.mmio.write(address, data)))
+                Some(Stop::Effect(buses.mmio.write(address, data)))
             }
             VcpuExit::Shutdown => Some(Stop::TripleFault),
             VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => {

@@ -74,6 +74,9 @@ pub(crate) struct Abilities {
     pub(crate) triple_fault_event: bool,
 }
 
+/// Offset of the timer's initial count in the LAPIC's registers (Intel SDM volume 3, "APIC Timer").
+const LAPIC_INITIAL_COUNT: usize = 0x380;
+
 const CR4_PAE: u64 = 1 << 5;
 const CR0_PG: u64 = 1 << 31;
 const EFER_LMA: u64 = 1 << 10;
@@ -189,31 +192,87 @@ impl VcpuState {
         })
     }
 
+    /// Puts into `vcpu`, which is fresh, what of this state can be put in ahead of time: all that stays
+    /// as it is until the vCPU runs, needs no guest memory and does nothing by itself. Returns what
+    /// the vCPU says that it has then.
+    ///
+    /// A restore holds its own state against that and sets what differs, so what is put in here decides
+    /// about speed only.
+    pub(super) fn prime(
+        &self,
+        vcpu: &VcpuFd,
+        abilities: Abilities,
+        catalogue: &MsrCatalogue,
+    ) -> Result<VcpuState, StateError> {
+        if !in_pae_paging(&self.sregs) {
+            vcpu.set_sregs(&self.sregs).map_err(writing("SREGS"))?;
+            if self.timer_is_off() {
+                vcpu.set_lapic(&self.lapic).map_err(writing("LAPIC"))?;
+            }
+        }
+        vcpu.set_regs(&self.regs).map_err(writing("REGS"))?;
+        vcpu.set_xcrs(&self.xcrs).map_err(writing("XCRS"))?;
+        sys::set_xsave(vcpu, abilities.xsave_size, &self.xsave).map_err(writing_io("XSAVE"))?;
+        vcpu.set_debug_regs(&self.debug_regs)
+            .map_err(writing("DEBUGREGS"))?;
+        let at_rest = self.msrs.iter().filter(|msr| !msrs::acts(msr.0));
+        msrs::restore(vcpu, &at_rest.copied().collect::<Vec<_>>())?;
+        let mut has = VcpuState::save(vcpu, abilities, catalogue)?;
+        // As it was given: KVM shows some leaves as the registers of the moment have them.
+        has.cpuid.clone_from(&self.cpuid);
+        Ok(has)
+    }
+
+    /// Whether no timer of the LAPIC is going to fire.
+    fn timer_is_off(&self) -> bool {
+        let deadline = self.msrs.iter().find(|msr| msr.0 == msrs::TSC_DEADLINE);
+        let count = &self.lapic.regs[LAPIC_INITIAL_COUNT..LAPIC_INITIAL_COUNT + 4];
+        deadline.is_none_or(|msr| msr.1 == 0) && count.iter().all(|&byte| byte == 0)
+    }
+
+    /// Decides which registers and MSRs exist.
+    pub(super) fn set_cpuid(&self, vcpu: &VcpuFd) -> Result<(), StateError> {
+        let cpuid = CpuId::from_entries(&self.cpuid)
+            .map_err(|error| writing_io("CPUID2")(io::Error::other(format!("{error:?}"))))?;
+        vcpu.set_cpuid2(&cpuid).map_err(writing("CPUID2"))
+    }
+
     /// Puts the state into a vCPU that has not run. `saved` is when the machine was saved and `now`
-    /// one instant for all its vCPUs: the guest's TSC goes on from where it stood.
+    /// one instant for all its vCPUs: the guest's TSC goes on from where it stood. What the vCPU `has`
+    /// already, by [`prime`](VcpuState::prime), is not set again.
     pub(crate) fn restore(
         &self,
         vcpu: &VcpuFd,
         abilities: Abilities,
+        has: Option<&VcpuState>,
         saved: Clock,
         now: Clock,
     ) -> Result<(), StateError> {
         // First, since it decides which registers and MSRs exist.
-        let cpuid = CpuId::from_entries(&self.cpuid)
-            .map_err(|error| writing_io("CPUID2")(io::Error::other(format!("{error:?}"))))?;
-        vcpu.set_cpuid2(&cpuid).map_err(writing("CPUID2"))?;
+        let has = has.filter(|has| has.cpuid == self.cpuid);
+        if has.is_none() {
+            self.set_cpuid(vcpu)?;
+        }
         // The arithmetic of the offset below is in host ticks: scaling would need both rates.
-        let here = vcpu.get_tsc_khz().map_err(reading("TSC_KHZ"))?;
+        let here = match has {
+            Some(has) => has.tsc_khz,
+            None => vcpu.get_tsc_khz().map_err(reading("TSC_KHZ"))?,
+        };
         if here != self.tsc_khz {
             return Err(StateError::TscKhz {
                 saved: self.tsc_khz,
                 here,
             });
         }
-        vcpu.set_mp_state(self.mp_state)
-            .map_err(writing("MP_STATE"))?;
+        if has.is_none_or(|has| has.mp_state != self.mp_state) {
+            vcpu.set_mp_state(self.mp_state)
+                .map_err(writing("MP_STATE"))?;
+        }
         // Control registers and segments before all that is interpreted under them.
-        vcpu.set_sregs(&self.sregs).map_err(writing("SREGS"))?;
+        let sregs_differ = has.is_none_or(|has| has.sregs != self.sregs);
+        if sregs_differ {
+            vcpu.set_sregs(&self.sregs).map_err(writing("SREGS"))?;
+        }
         if let Some(pdptrs) = self.pdptrs {
             if !abilities.sregs2 {
                 return Err(StateError::Lacks {
@@ -223,16 +282,28 @@ impl VcpuState {
             let sregs2 = with_pdptrs(&self.sregs, pdptrs);
             sys::set_sregs2(vcpu, &sregs2).map_err(writing_io("SREGS2"))?;
         }
-        vcpu.set_regs(&self.regs).map_err(writing("REGS"))?;
+        if has.is_none_or(|has| has.regs != self.regs) {
+            vcpu.set_regs(&self.regs).map_err(writing("REGS"))?;
+        }
         // XCR0 before the area whose components it enables.
-        vcpu.set_xcrs(&self.xcrs).map_err(writing("XCRS"))?;
-        sys::set_xsave(vcpu, abilities.xsave_size, &self.xsave).map_err(writing_io("XSAVE"))?;
-        vcpu.set_debug_regs(&self.debug_regs)
-            .map_err(writing("DEBUGREGS"))?;
+        let xcrs_differ = has.is_none_or(|has| has.xcrs != self.xcrs);
+        if xcrs_differ {
+            vcpu.set_xcrs(&self.xcrs).map_err(writing("XCRS"))?;
+        }
+        if xcrs_differ || has.is_none_or(|has| has.xsave != self.xsave) {
+            sys::set_xsave(vcpu, abilities.xsave_size, &self.xsave).map_err(writing_io("XSAVE"))?;
+        }
+        if has.is_none_or(|has| has.debug_regs != self.debug_regs) {
+            vcpu.set_debug_regs(&self.debug_regs)
+                .map_err(writing("DEBUGREGS"))?;
+        }
         // After SREGS, which hold the APIC base, and before the timer's deadline below.
-        vcpu.set_lapic(&self.lapic).map_err(writing("LAPIC"))?;
-        self.restore_msrs(vcpu, saved, now)?;
-        // Last, so that nothing above drops an event that is about to be injected.
+        if sregs_differ || has.is_none_or(|has| has.lapic != self.lapic) {
+            vcpu.set_lapic(&self.lapic).map_err(writing("LAPIC"))?;
+        }
+        self.restore_msrs(vcpu, has, saved, now)?;
+        // Last, so that nothing above drops an event that is about to be injected; and always, since
+        // some of it does.
         let mut events = self.events;
         if !abilities.triple_fault_event {
             events.flags &= !KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
@@ -242,11 +313,20 @@ impl VcpuState {
         Ok(())
     }
 
-    /// MSRs in three steps: all but time; the TSC; the deadline that is counted in it.
-    fn restore_msrs(&self, vcpu: &VcpuFd, saved: Clock, now: Clock) -> Result<(), StateError> {
-        let time = |msr: &&(u32, u64)| matches!(msr.0, msrs::TSC | msrs::TSC_DEADLINE);
-        let rest: Vec<_> = self.msrs.iter().filter(|msr| !time(msr)).copied().collect();
-        msrs::restore(vcpu, &rest)?;
+    /// MSRs in three steps: all but time; the TSC; the deadline that is counted in it. Those in which
+    /// SREGS or the LAPIC show come from the same state, so that it does not matter whether those were
+    /// set in between.
+    fn restore_msrs(
+        &self,
+        vcpu: &VcpuFd,
+        has: Option<&VcpuState>,
+        saved: Clock,
+        now: Clock,
+    ) -> Result<(), StateError> {
+        let time = |msr: &(u32, u64)| matches!(msr.0, msrs::TSC | msrs::TSC_DEADLINE);
+        let has_it = |msr: &(u32, u64)| has.is_some_and(|has| has.msrs.binary_search(msr).is_ok());
+        let rest = self.msrs.iter().filter(|msr| !time(msr) && !has_it(msr));
+        msrs::restore(vcpu, &rest.copied().collect::<Vec<_>>())?;
         let only = |index| self.msrs.iter().filter(move |msr| msr.0 == index).copied();
         match self.tsc_offset {
             Some(offset) => {
@@ -256,7 +336,8 @@ impl VcpuState {
             }
             None => msrs::restore(vcpu, &only(msrs::TSC).collect::<Vec<_>>())?,
         }
-        msrs::restore(vcpu, &only(msrs::TSC_DEADLINE).collect::<Vec<_>>())?;
+        let deadline = only(msrs::TSC_DEADLINE).filter(|msr| !has_it(msr));
+        msrs::restore(vcpu, &deadline.collect::<Vec<_>>())?;
         Ok(())
     }
 }

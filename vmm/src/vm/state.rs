@@ -1,15 +1,18 @@
 //! Sections of a machine's state: which there are, and who reads and writes each.
 
-use forkvm_devices::SavedState;
+use std::sync::Mutex;
+
+use forkvm_devices::section::SectionsReader;
+use forkvm_devices::{SavedState, Section, Sections};
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
 };
 use serde::{Deserialize, Serialize};
 
 use super::*;
-use crate::kvm::KvmFlavour;
+use crate::kvm::{Kvm, KvmFlavour};
 use crate::memory::MemoryLayout;
-use crate::vcpu::{reading, writing};
+use crate::vcpu::{Clock, Vcpu, VcpuState, named_pages, reading, writing};
 
 pub(super) const CONFIG: &str = "config";
 pub(super) const HOST: &str = "host";
@@ -20,8 +23,11 @@ pub(super) fn vcpu_section(index: u32) -> String {
     format!("kvm/vcpu/{index}")
 }
 
+/// Names of the sections of devices begin with this.
+const DEVICES: &str = "dev/";
+
 fn device_section(name: &str) -> String {
-    format!("dev/{name}")
+    format!("{DEVICES}{name}")
 }
 
 /// Section `host`: where the state was taken. Compared at a restore.
@@ -63,47 +69,122 @@ impl SavedState for KvmVmState {
     const VERSION: u16 = 1;
 }
 
-impl Inner {
-    pub(super) fn save(&self) -> Result<Sections, VmError> {
+/// The state of a machine but its memory: all that a [`Shell`](super::Shell) needs to become it, any
+/// number of times.
+#[derive(Clone, Debug)]
+pub struct MachineState {
+    pub(super) config: VmConfig,
+    host: HostState,
+    layout: MemoryLayout,
+    vm: KvmVmState,
+    pub(super) vcpus: Vec<VcpuState>,
+    /// One section a device.
+    devices: Vec<Section>,
+}
+
+impl MachineState {
+    /// Takes a machine's part out of a state: all but the sections of others.
+    pub fn take_from(state: &mut SectionsReader<'_>) -> Result<MachineState, VmError> {
+        let config: VmConfig = state.decode(CONFIG)?;
+        config.check()?;
+        let host = state.decode(HOST)?;
+        let MemoryState { layout } = state.decode(MEMORY)?;
+        if layout != MemoryLayout::new(config.memory_mib)? {
+            let what = format!("the memory layout {layout:?}");
+            return Err(VmError::Shape { what });
+        }
+        let vm = state.decode(KVM_VM)?;
+        let vcpus = (0..config.vcpus).map(|index| state.decode(&vcpu_section(index)));
+        Ok(MachineState {
+            vcpus: vcpus.collect::<Result<_, _>>()?,
+            config,
+            host,
+            layout,
+            vm,
+            devices: state.take_all(DEVICES).into_iter().cloned().collect(),
+        })
+    }
+
+    /// As sections `config`, `host`, `memory`, `kvm/…` and `dev/…`.
+    pub fn to_sections(&self) -> Result<Sections, SectionError> {
         let mut sections = Sections::default();
         sections.push(Section::encode(CONFIG, &self.config)?)?;
-        sections.push(Section::encode(HOST, &HostState::here(&self.kvm))?)?;
-        let layout = self.ram.layout().clone();
+        sections.push(Section::encode(HOST, &self.host)?)?;
+        let layout = self.layout.clone();
         sections.push(Section::encode(MEMORY, &MemoryState { layout })?)?;
-        sections.push(Section::encode(KVM_VM, &self.save_vm()?)?)?;
+        sections.push(Section::encode(KVM_VM, &self.vm)?)?;
         for (index, vcpu) in (0..).zip(&self.vcpus) {
-            sections.push(Section::encode(vcpu_section(index), &lock(vcpu).save()?)?)?;
+            sections.push(Section::encode(vcpu_section(index), vcpu)?)?;
         }
-        self.machine
-            .devices
-            .each(|device| -> Result<(), VmError> { Ok(sections.push(device.save()?)?) })?;
+        for device in &self.devices {
+            sections.push(device.clone())?;
+        }
         Ok(sections)
     }
 
-    pub(super) fn restore(&mut self, state: &mut SectionsReader<'_>) -> Result<(), VmError> {
-        let host: HostState = state.decode(HOST)?;
-        host.check(&HostState::here(&self.kvm))?;
-        let config: VmConfig = state.decode(CONFIG)?;
-        if config != self.config {
-            let what = format!("the configuration {config:?}");
-            return Err(VmError::Shape { what });
-        }
-        let memory: MemoryState = state.decode(MEMORY)?;
-        if memory.layout != *self.ram.layout() {
-            let what = format!("the memory layout {:?}", memory.layout);
-            return Err(VmError::Shape { what });
-        }
-        let vm: KvmVmState = state.decode(KVM_VM)?;
-        self.restore_vm(&vm)?;
-        let now = Clock::now();
-        for (index, vcpu) in (0..).zip(&self.vcpus) {
-            let saved: VcpuState = state.decode(&vcpu_section(index))?;
-            lock(vcpu).restore(&saved, vm.saved, now)?;
-        }
+    /// What the machine is.
+    pub fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    /// Where its RAM lies.
+    pub fn layout(&self) -> &MemoryLayout {
+        &self.layout
+    }
+
+    /// The guest-physical pages that its vCPUs will touch first; see `vcpu/named_pages.rs`. `read`
+    /// returns the 64-bit word at a guest-physical address, or `None` where there is no RAM.
+    pub fn named_pages(&self, read: &mut dyn FnMut(u64) -> Option<u64>) -> Vec<u64> {
+        named_pages(&self.vcpus, read)
+    }
+}
+
+impl Inner {
+    pub(super) fn save(&self) -> Result<MachineState, VmError> {
+        let vcpu = |vcpu: &Arc<Mutex<Vcpu>>| lock(vcpu).save();
+        let vcpus = self.objects.vcpus.iter().map(vcpu);
+        let mut devices = Vec::new();
+        let state = MachineState {
+            config: self.config.clone(),
+            host: HostState::here(&self.objects.kvm),
+            layout: self.objects.ram.layout().clone(),
+            vm: self.save_vm()?,
+            vcpus: vcpus.collect::<Result<_, _>>()?,
+            devices: Vec::new(),
+        };
         self.machine.devices.each(|device| -> Result<(), VmError> {
-            let section = state.take(&device_section(device.name()))?;
-            Ok(device.restore(section)?)
-        })
+            devices.push(device.save()?);
+            Ok(())
+        })?;
+        Ok(MachineState { devices, ..state })
+    }
+
+    pub(super) fn restore(&mut self, state: &MachineState) -> Result<(), VmError> {
+        state.host.check(&HostState::here(&self.objects.kvm))?;
+        if state.layout != *self.objects.ram.layout() {
+            let what = format!("the memory layout {:?}", state.layout);
+            return Err(VmError::Shape { what });
+        }
+        self.restore_vm(&state.vm)?;
+        let now = Clock::now();
+        for (vcpu, saved) in self.objects.vcpus.iter().zip(&state.vcpus) {
+            lock(vcpu).restore(saved, state.vm.saved, now)?;
+        }
+        let mut unread: Vec<&Section> = state.devices.iter().collect();
+        self.machine.devices.each(|device| -> Result<(), VmError> {
+            let kind = device_section(device.name());
+            let Some(index) = unread.iter().position(|section| section.kind == kind) else {
+                return Err(SectionError::Missing { kind }.into());
+            };
+            Ok(device.restore(unread.remove(index))?)
+        })?;
+        match unread.first() {
+            Some(section) => Err(SectionError::Unread {
+                kind: section.kind.clone(),
+            }
+            .into()),
+            None => Ok(()),
+        }
     }
 
     fn save_vm(&self) -> Result<KvmVmState, StateError> {
@@ -112,10 +193,13 @@ impl Inner {
                 chip_id,
                 ..Default::default()
             };
-            self.vm.get_irqchip(&mut chip).map_err(reading("IRQCHIP"))?;
+            self.objects
+                .vm
+                .get_irqchip(&mut chip)
+                .map_err(reading("IRQCHIP"))?;
             Ok(chip)
         };
-        let mut clock = self.vm.get_clock().map_err(reading("CLOCK"))?;
+        let mut clock = self.objects.vm.get_clock().map_err(reading("CLOCK"))?;
         // At a restore the clock goes on from its value; with a flag left in, KVM would add the
         // time that passed in between.
         clock.flags = 0;
@@ -130,9 +214,15 @@ impl Inner {
 
     fn restore_vm(&self, state: &KvmVmState) -> Result<(), StateError> {
         for chip in [&state.pic_master, &state.pic_slave, &state.ioapic] {
-            self.vm.set_irqchip(chip).map_err(writing("IRQCHIP"))?;
+            self.objects
+                .vm
+                .set_irqchip(chip)
+                .map_err(writing("IRQCHIP"))?;
         }
-        self.vm.set_clock(&state.clock).map_err(writing("CLOCK"))
+        self.objects
+            .vm
+            .set_clock(&state.clock)
+            .map_err(writing("CLOCK"))
     }
 }
 

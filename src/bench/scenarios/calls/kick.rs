@@ -62,14 +62,10 @@ impl Experiment for KickToBarrier {
             disks: Vec::new(),
         };
         let config = VmConfig::new(MEMORY_MIB, self.vcpus);
-        let shell = Shell::build(
-            &Arc::new(Kvm::open()?),
-            config,
-            ram,
-            peripherals,
-            Arc::new(events),
-        )?;
-        let mut vm = shell.boot(&guest::bare(), "job=spin")?.start();
+        let shell = Shell::build(&Arc::new(Kvm::open()?), self.vcpus, ram)?;
+        let (events, payload) = (Arc::new(events), guest::bare());
+        let vm = shell.boot(config, peripherals, events, &payload, "job=spin")?;
+        let mut vm = vm.start();
         let silent = |error| call("the machine's start")(io::Error::other(error));
         told.recv_timeout(DEADLINE).map_err(silent)?;
         vm.pause(DEADLINE)?.stay();

@@ -9,6 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::ptr;
 
 use super::super::{MemoryError, PAGE};
+use super::PageKind;
 
 /// A page frame number.
 pub(super) type Frame = u64;
@@ -26,13 +27,14 @@ const BATCH: usize = 128 * 1024;
 const TABLE: usize = 4096;
 const ENTRY: usize = 8;
 
-/// Adds the own pages of `mapping`, a range of whole pages of this process. `zero_page` is the
-/// frame of the shared zero page, where it is known.
-pub(super) fn own(
+/// Calls `each` for all pages of `mapping`, a range of whole pages of this process, that are there.
+/// `zero_page` is the frame of the shared zero page, where it is known: without, such a page counts
+/// as an own one.
+pub(super) fn kinds(
     pagemap: &File,
     mapping: Range<u64>,
     zero_page: Option<Frame>,
-    add: &mut dyn FnMut(Range<u64>),
+    mut each: impl FnMut(Range<u64>, PageKind),
 ) -> Result<(), MemoryError> {
     let mut entries = vec![0; BATCH];
     let mut at = mapping.start;
@@ -47,7 +49,12 @@ pub(super) fn own(
             })?;
         for table in entries.chunks(TABLE) {
             if holds_pages(table) {
-                own_of_table(table, at, zero_page, add);
+                for (index, entry) in decoded(table).enumerate() {
+                    if entry & (PRESENT | SWAPPED) != 0 {
+                        let start = at + index as u64 * PAGE;
+                        each(start..start + PAGE, kind(entry, zero_page));
+                    }
+                }
             }
             at += (table.len() / ENTRY) as u64 * PAGE;
         }
@@ -55,25 +62,20 @@ pub(super) fn own(
     Ok(())
 }
 
+fn kind(entry: u64, zero_page: Option<Frame>) -> PageKind {
+    if entry & FILE != 0 {
+        PageKind::File
+    } else if entry & PRESENT != 0 && zero_page == Some(entry & FRAME) {
+        PageKind::Zero
+    } else {
+        PageKind::Own
+    }
+}
+
 /// Whether any of these entries is a page. Most are none, and this is much faster than to look at
 /// each.
 fn holds_pages(table: &[u8]) -> bool {
     decoded(table).fold(0, |all, entry| all | entry) & (PRESENT | SWAPPED) != 0
-}
-
-fn own_of_table(
-    table: &[u8],
-    first: u64,
-    zero_page: Option<Frame>,
-    add: &mut dyn FnMut(Range<u64>),
-) {
-    for (index, entry) in decoded(table).enumerate() {
-        let is_zero = entry & PRESENT != 0 && zero_page == Some(entry & FRAME);
-        if entry & (PRESENT | SWAPPED) != 0 && entry & FILE == 0 && !is_zero {
-            let start = first + index as u64 * PAGE;
-            add(start..start + PAGE);
-        }
-    }
 }
 
 fn decoded(entries: &[u8]) -> impl Iterator<Item = u64> {

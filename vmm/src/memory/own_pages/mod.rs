@@ -27,22 +27,20 @@ const PAGEMAP: &str = "/proc/self/pagemap";
 
 impl Ram {
     /// The pages that a private mapping has for itself, as ranges of file offsets: rising, apart,
-    /// each as long as can be. Empty for a shared mapping.
+    /// each as long as can be. Empty for any other.
     ///
     /// A page that UFFDIO_ZEROPAGE has put into the mapping is not among them. Before Linux 6.7
     /// that takes CAP_SYS_ADMIN: a process that may not see page frame numbers gets such pages as
     /// its own. That is right, since they read as what they hold, but wasteful.
     pub fn own_pages(&self) -> Result<Vec<Range<u64>>, MemoryError> {
-        if let Backing::Shared(_) = self.backing {
+        let Backing::Private(_) = self.backing else {
             return Ok(Vec::new());
-        }
+        };
         let pagemap = open()?;
         if can_scan(&pagemap) {
             self.pages_by(|mapping, add| scan::pages(&pagemap, mapping, Wanted::Own, add))
         } else {
-            static ZERO_PAGE: OnceLock<Option<entries::Frame>> = OnceLock::new();
-            let zero_page = *ZERO_PAGE.get_or_init(|| entries::zero_page(&pagemap));
-            self.pages_by(|mapping, add| entries::own(&pagemap, mapping, zero_page, add))
+            self.pages_by(|mapping, add| own_by_entries(&pagemap, mapping, add))
         }
     }
 
@@ -74,6 +72,48 @@ impl Ram {
         }
         Ok(found)
     }
+}
+
+/// What kind of page a mapping has somewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum PageKind {
+    /// Its own.
+    Own,
+    /// Of its file, shown just now.
+    File,
+    /// The shared zero page.
+    Zero,
+}
+
+/// Calls `each` for all pages that `mapping`, a range of host addresses, has: rising, as long as can
+/// be or page by page.
+pub(super) fn page_kinds(
+    mapping: Range<u64>,
+    each: &mut dyn FnMut(Range<u64>, PageKind),
+) -> Result<(), MemoryError> {
+    let pagemap = open()?;
+    if can_scan(&pagemap) {
+        scan::kinds(&pagemap, mapping, each)
+    } else {
+        entries::kinds(&pagemap, mapping, zero_page(&pagemap), each)
+    }
+}
+
+fn own_by_entries(
+    pagemap: &File,
+    mapping: Range<u64>,
+    add: &mut dyn FnMut(Range<u64>),
+) -> Result<(), MemoryError> {
+    entries::kinds(pagemap, mapping, zero_page(pagemap), |pages, kind| {
+        if kind == PageKind::Own {
+            add(pages);
+        }
+    })
+}
+
+fn zero_page(pagemap: &File) -> Option<entries::Frame> {
+    static ZERO_PAGE: OnceLock<Option<entries::Frame>> = OnceLock::new();
+    *ZERO_PAGE.get_or_init(|| entries::zero_page(pagemap))
 }
 
 /// Opened at each call: 6 to 20 µs, and no descriptor that outlives a VM.

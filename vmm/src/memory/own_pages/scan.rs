@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 
 use super::super::{MemoryError, PAGE};
+use super::PageKind;
 
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
@@ -53,6 +54,8 @@ pub(super) enum Wanted {
     Own,
     /// Those that are mapped just now.
     Mapped,
+    /// All that are there, each with its kind.
+    ByKind,
 }
 
 /// Whether this kernel has the call.
@@ -67,6 +70,35 @@ pub(super) fn pages(
     wanted: Wanted,
     add: &mut dyn FnMut(Range<u64>),
 ) -> Result<(), MemoryError> {
+    regions(pagemap, mapping, wanted, &mut |region| {
+        add(region.start..region.end);
+    })
+}
+
+/// Adds all pages of `mapping` that are there, with their kinds.
+pub(super) fn kinds(
+    pagemap: &File,
+    mapping: Range<u64>,
+    add: &mut dyn FnMut(Range<u64>, PageKind),
+) -> Result<(), MemoryError> {
+    regions(pagemap, mapping, Wanted::ByKind, &mut |region| {
+        let kind = if region.categories & PAGE_IS_FILE != 0 {
+            PageKind::File
+        } else if region.categories & PAGE_IS_PFNZERO != 0 {
+            PageKind::Zero
+        } else {
+            PageKind::Own
+        };
+        add(region.start..region.end, kind);
+    })
+}
+
+fn regions(
+    pagemap: &File,
+    mapping: Range<u64>,
+    wanted: Wanted,
+    add: &mut dyn FnMut(&PageRegion),
+) -> Result<(), MemoryError> {
     let mut regions = vec![PageRegion::default(); BATCH];
     let mut at = mapping.start;
     loop {
@@ -76,9 +108,7 @@ pub(super) fn pages(
                 source,
             }
         })?;
-        for region in &regions[..count] {
-            add(region.start..region.end);
-        }
+        regions[..count].iter().for_each(&mut *add);
         // Not by `walk_end`: it is stale once the kernel's own buffer has been through twice.
         // Fewer than asked for are all there are; else what comes after the last one is unknown.
         match regions[..count].last() {
@@ -95,12 +125,13 @@ fn scan(
     wanted: Wanted,
     regions: &mut [PageRegion],
 ) -> io::Result<usize> {
-    let (none_of, any_of) = match wanted {
-        Wanted::Own => (
-            PAGE_IS_FILE | PAGE_IS_PFNZERO,
-            PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-        ),
-        Wanted::Mapped => (0, PAGE_IS_PRESENT),
+    const THERE: u64 = PAGE_IS_PRESENT | PAGE_IS_SWAPPED;
+    const NOT_OWN: u64 = PAGE_IS_FILE | PAGE_IS_PFNZERO;
+    // Where no category is reported, neighbours make one range whatever else they are.
+    let (none_of, any_of, reported) = match wanted {
+        Wanted::Own => (NOT_OWN, THERE, 0),
+        Wanted::Mapped => (0, PAGE_IS_PRESENT, 0),
+        Wanted::ByKind => (0, THERE, NOT_OWN),
     };
     let mut arg = ScanArg {
         size: size_of::<ScanArg>() as u64,
@@ -111,8 +142,7 @@ fn scan(
         category_inverted: none_of,
         category_mask: none_of,
         category_anyof_mask: any_of,
-        // None is reported, so that neighbours make one range whatever else they are.
-        return_mask: 0,
+        return_mask: reported,
         ..ScanArg::default()
     };
     // SAFETY: the kernel writes at most `vec_len` regions to `vec`, both those of `regions`, and

@@ -84,8 +84,7 @@ fn by_scan(ram: &Ram) -> Option<Vec<Range<u64>>> {
 
 fn by_entries(ram: &Ram) -> Vec<Range<u64>> {
     let pagemap = File::open(PAGEMAP).unwrap();
-    let zero_page = entries::zero_page(&pagemap);
-    ram.pages_by(|mapping, add| entries::own(&pagemap, mapping, zero_page, add))
+    ram.pages_by(|mapping, add| own_by_entries(&pagemap, mapping, add))
         .unwrap()
 }
 
@@ -182,14 +181,11 @@ fn a_zero_page_that_a_fault_was_answered_with_is_not_an_own_page() {
     Userfault::on(host(&ram, 13), 1).put_zero_page(host(&ram, 13));
     assert_eq!(read(&ram, 13), 0);
     let zero_page = entries::zero_page(&File::open(PAGEMAP).unwrap());
-    let own = ram.pages_by(|mapping, add| {
-        entries::own(&File::open(PAGEMAP).unwrap(), mapping, zero_page, add)
-    });
     match zero_page {
         Some(_) => assert_own(&ram, &BTreeSet::from([11])),
         // A process that sees no frames: as the documentation says.
         None => assert_eq!(
-            own.unwrap(),
+            by_entries(&ram),
             [11, 13].map(|page| page * PAGE..(page + 1) * PAGE)
         ),
     }

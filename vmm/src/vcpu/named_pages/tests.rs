@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 
-use forkvm_devices::Section;
 use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, kvm_dtable, kvm_segment};
 
 use super::*;
@@ -35,17 +34,11 @@ impl Guest {
     }
 
     fn named(&mut self, vcpus: &[VcpuState]) -> Vec<u64> {
-        let mut sections = Sections::default();
-        for (index, vcpu) in vcpus.iter().enumerate() {
-            let section = Section::encode(format!("kvm/vcpu/{index}"), vcpu).unwrap();
-            sections.push(section).unwrap();
-        }
-        named_pages(&sections, &mut |address| {
+        named_pages(vcpus, &mut |address| {
             assert!(address.is_multiple_of(8), "{address:#x}");
             self.read.push(address & !(PAGE - 1));
             (address < RAM).then(|| self.words.get(&address).copied().unwrap_or(0))
         })
-        .unwrap()
     }
 }
 
@@ -276,17 +269,4 @@ fn tables_that_point_to_themselves_end() {
         guest.named(&[runnable(long_mode(0x1000, Points::at(0x7000)))]),
         [0x1000]
     );
-}
-
-#[test]
-fn a_damaged_section_is_an_error_that_names_it() {
-    let mut sections = Sections::default();
-    let section = Section {
-        kind: "kvm/vcpu/0".into(),
-        version: 1,
-        body: vec![0xff],
-    };
-    sections.push(section).unwrap();
-    let error = named_pages(&sections, &mut |_| None).unwrap_err();
-    assert!(error.to_string().contains("kvm/vcpu/0"), "{error}");
 }

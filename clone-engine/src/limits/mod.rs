@@ -1,0 +1,361 @@
+//! How many clones the host has room for.
+//!
+//! Checked before a fork, so that a fork that cannot succeed does not begin: `memory`, file
+//! `descriptors`, `threads`, `mappings` and the count. Each module says how much of one thing is left,
+//! cheaply, since a fork waits for the answer; here it is divided by what a clone takes. What runs out
+//! first is named, with what to do about it.
+
+mod cgroups;
+mod descriptors;
+pub(crate) mod host;
+pub(crate) mod mappings;
+mod memory;
+mod threads;
+
+use std::fmt;
+use std::io;
+
+use forkvm_vmm::{MachineState, VmConfig};
+use thiserror::Error;
+
+use crate::accounting::idle;
+
+pub use descriptors::raise_nofile;
+pub use memory::available_kib;
+
+/// Most clones of one request: their ids have room in everything that carries them.
+pub const MAX_CLONES: u32 = 10_000;
+
+/// What runs out first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Limit {
+    /// Memory of the host.
+    Memory,
+    /// Memory that a cgroup of this process allows.
+    MemoryOfCgroup,
+    /// File descriptors.
+    Descriptors,
+    /// Threads that this process's user may have.
+    ThreadsOfUser,
+    /// Threads that a cgroup of this process allows.
+    ThreadsOfCgroup,
+    /// Threads of the whole host.
+    ThreadsOfHost,
+    /// Mappings of this process.
+    Mappings,
+    /// [`MAX_CLONES`].
+    Clones,
+}
+
+impl Limit {
+    /// Whether it is memory that runs out, which guests are told apart (-ENOMEM).
+    pub fn is_memory(self) -> bool {
+        matches!(self, Limit::Memory | Limit::MemoryOfCgroup)
+    }
+
+    /// What to do about it.
+    pub fn mend(self) -> &'static str {
+        match self {
+            Limit::Memory => "end other programs, or lower what each clone is expected to write",
+            Limit::MemoryOfCgroup => {
+                "raise memory.max (MemoryMax= of the service), or lower what each clone is expected \
+                 to write"
+            }
+            Limit::Descriptors => "raise `ulimit -Hn` (LimitNOFILE= of the service)",
+            Limit::ThreadsOfUser => "raise `ulimit -u` (LimitNPROC= of the service)",
+            Limit::ThreadsOfCgroup => "raise pids.max (TasksMax= of the service)",
+            Limit::ThreadsOfHost => "raise both by `sudo sysctl -w`",
+            Limit::Mappings => "`sudo sysctl -w vm.max_map_count=1048576`",
+            Limit::Clones => "make the others by further requests",
+        }
+    }
+}
+
+impl fmt::Display for Limit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Limit::Memory => "host memory (MemAvailable)",
+            Limit::MemoryOfCgroup => "memory of the cgroup (memory.max)",
+            Limit::Descriptors => "file descriptors (`ulimit -n`)",
+            Limit::ThreadsOfUser => "threads of this user (`ulimit -u`)",
+            Limit::ThreadsOfCgroup => "threads of the cgroup (pids.max)",
+            Limit::ThreadsOfHost => "threads of the host (kernel.threads-max, kernel.pid_max)",
+            Limit::Mappings => "mappings of this process (vm.max_map_count)",
+            Limit::Clones => "the most clones of one request",
+        })
+    }
+}
+
+/// What clones will take.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Need<'a> {
+    /// What each is.
+    pub(crate) config: &'a VmConfig,
+    /// What each is expected to write.
+    pub(crate) expected_write_mib: u64,
+    /// Mappings that its memory consists of.
+    pub(crate) pieces: u64,
+    /// What the fork itself will copy, once.
+    pub(crate) copy_kib: u64,
+    /// Shells that wait for them, which have what a VM takes by itself.
+    pub(crate) shells: u32,
+}
+
+/// How many clones can be had, and what would run out with one more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Room {
+    clones: u32,
+    limit: Limit,
+}
+
+/// How many of `asked` clones may be made; see [`room`]. All of them, unless `accept_fewer`.
+pub(crate) fn grant(need: &Need<'_>, asked: u32, accept_fewer: bool) -> Result<u32, LimitError> {
+    if asked == 0 {
+        return Err(LimitError::NoClones);
+    }
+    let room = room(need, asked).map_err(LimitError::Unknown)?;
+    let granted = asked.min(room.clones);
+    if granted == 0 || (granted < asked && !accept_fewer) {
+        return Err(LimitError::TooMany {
+            asked,
+            room: granted,
+            limit: room.limit,
+        });
+    }
+    mappings::promise(
+        need.mappings()
+            .times(u64::from(granted), u64::from(need.shells)),
+    );
+    Ok(granted)
+}
+
+/// Why no clones may be made.
+#[derive(Debug, Error)]
+pub enum LimitError {
+    /// Zero clones.
+    #[error("a fork makes 1 clone or more, and 0 were asked for")]
+    NoClones,
+    /// The host has no room for them.
+    #[error(
+        "{asked} clones were asked for and the host has room for {room}: what runs out is {limit}; \
+         ask for fewer, or {}",
+        .limit.mend()
+    )]
+    TooMany {
+        /// Clones asked for.
+        asked: u32,
+        /// Clones that would do.
+        room: u32,
+        /// What runs out.
+        limit: Limit,
+    },
+    /// The host's limits could not be read.
+    #[error("reading the host's limits failed")]
+    Unknown(#[source] io::Error),
+}
+
+/// What one clone takes of one thing: its VM by itself, which a shell has already, and beyond that.
+#[derive(Clone, Copy)]
+struct Each {
+    shell: u64,
+    clone: u64,
+}
+
+impl Each {
+    /// What `clones` take, `shells` of which have their shell.
+    fn times(self, clones: u64, shells: u64) -> u64 {
+        clones.saturating_sub(shells) * self.shell + clones * self.clone
+    }
+
+    /// How many clones there are in `left`, where `shells` have their shell.
+    fn within(self, left: u64, shells: u64) -> u64 {
+        match left.checked_sub(shells * self.clone) {
+            Some(left) => {
+                shells
+                    + left
+                        .checked_div(self.shell + self.clone)
+                        .unwrap_or(u64::MAX - shells)
+            }
+            None => left / self.clone,
+        }
+    }
+}
+
+impl<'a> Need<'a> {
+    /// Of shells for machines of the shape of `state`, which nobody runs in yet.
+    pub(crate) fn of_shells(state: &'a MachineState) -> Need<'a> {
+        Need {
+            config: state.config(),
+            expected_write_mib: 0,
+            pieces: 0,
+            copy_kib: 0,
+            shells: 0,
+        }
+    }
+
+    fn kib(&self) -> Each {
+        Each {
+            shell: idle::kib(self.config),
+            clone: self.expected_write_mib * 1024,
+        }
+    }
+
+    /// The VM and its vCPUs; the data of each disk that it may write to.
+    fn descriptors(&self) -> Each {
+        let writable = self.config.disks.iter().filter(|disk| !disk.read_only);
+        Each {
+            shell: 1 + u64::from(self.config.vcpus),
+            clone: writable.count() as u64,
+        }
+    }
+
+    /// One for each vCPU, one that serves the VM, and one of KVM's own.
+    fn threads(&self) -> Each {
+        Each {
+            shell: 2 + u64::from(self.config.vcpus),
+            clone: 0,
+        }
+    }
+
+    /// The stack and the signal stack of each thread with a guard each, what each vCPU shares with
+    /// KVM, as counted in a process with hundreds of them; its memory.
+    fn mappings(&self) -> Each {
+        Each {
+            shell: 4 + 5 * u64::from(self.config.vcpus),
+            clone: self.pieces,
+        }
+    }
+}
+
+/// The room for clones that need `need` each, of which `asked` are wanted: exact where it is less.
+fn room(need: &Need<'_>, asked: u32) -> io::Result<Room> {
+    let (asked, shells) = (u64::from(asked.min(MAX_CLONES)), u64::from(need.shells));
+    let wanted = |each: Each| each.times(asked, shells);
+    let (free_kib, memory) = memory::left_kib()?;
+    let (threads, of_whom) = threads::left(wanted(need.threads()))?;
+    let mappings = mappings::left(wanted(need.mappings()))?;
+    let free_kib = free_kib.saturating_sub(need.copy_kib);
+    let bounds = [
+        (need.kib(), free_kib, memory),
+        (need.descriptors(), descriptors::left()?, Limit::Descriptors),
+        (need.threads(), threads, of_whom),
+        (need.mappings(), mappings, Limit::Mappings),
+    ];
+    let bounds = bounds.map(|(each, left, limit)| (each.within(left, shells), limit));
+    let bounds = bounds
+        .into_iter()
+        .chain([(u64::from(MAX_CLONES), Limit::Clones)]);
+    let (clones, limit) = bounds
+        .min_by_key(|(clones, _)| *clones)
+        .expect("there are bounds");
+    Ok(Room {
+        clones: clones as u32,
+        limit,
+    })
+}
+
+/// What setrlimit(2) calls `resource`.
+#[allow(unsafe_code)] // getrlimit(2) fills a structure.
+fn resource_limit(resource: libc::__rlimit_resource_t) -> io::Result<libc::rlimit> {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the kernel fills exactly one rlimit.
+    if unsafe { libc::getrlimit(resource, &mut limit) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(limit)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn need(config: &VmConfig) -> Need<'_> {
+        Need {
+            config,
+            expected_write_mib: 0,
+            pieces: 1,
+            copy_kib: 0,
+            shells: 0,
+        }
+    }
+
+    #[test]
+    fn memory_bounds_the_clones_that_write_much() {
+        let config = VmConfig::new(512, 1);
+        let need = Need {
+            expected_write_mib: 1 << 40,
+            ..need(&config)
+        };
+        let room = room(&need, 1).unwrap();
+        assert_eq!(room.clones, 0);
+        assert!(room.limit.is_memory(), "{room:?}");
+    }
+
+    #[test]
+    fn what_the_fork_copies_is_not_left_for_clones() {
+        let config = VmConfig::new(512, 1);
+        let need = Need {
+            copy_kib: u64::MAX / 4,
+            ..need(&config)
+        };
+        assert_eq!(room(&need, 1).unwrap().clones, 0);
+    }
+
+    #[test]
+    fn more_clones_than_a_request_may_have_are_refused_as_that() {
+        // Of a kind that needs next to nothing, so that nothing else runs out before.
+        let config = VmConfig::new(16, 1);
+        let error = grant(&need(&config), u32::MAX, false).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                LimitError::TooMany {
+                    room: ..=MAX_CLONES,
+                    ..
+                }
+            ),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn each_limit_says_what_to_do() {
+        for limit in [
+            Limit::Memory,
+            Limit::MemoryOfCgroup,
+            Limit::Descriptors,
+            Limit::ThreadsOfUser,
+            Limit::ThreadsOfCgroup,
+            Limit::ThreadsOfHost,
+            Limit::Mappings,
+            Limit::Clones,
+        ] {
+            let error = LimitError::TooMany {
+                asked: 7,
+                room: 3,
+                limit,
+            };
+            let text = error.to_string();
+            assert!(
+                text.contains(&limit.to_string()) && text.ends_with(limit.mend()),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_shell_that_waits_has_paid_for_its_vm() {
+        let each = Each { shell: 3, clone: 2 };
+        assert_eq!(each.within(10, 0), 2);
+        assert_eq!(each.within(10, 1), 2);
+        assert_eq!((each.within(10, 4), each.within(13, 4)), (4, 5));
+        assert_eq!(each.within(5, 4), 2, "not even all that have a shell");
+        assert_eq!(each.times(3, 2), 3 + 3 * 2);
+        let free = Each { shell: 1, clone: 0 };
+        assert_eq!((free.within(0, 7), free.within(2, 7)), (7, 9));
+    }
+}

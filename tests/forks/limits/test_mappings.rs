@@ -1,0 +1,29 @@
+//! Mappings by the thousand, and how many there are.
+#![allow(unsafe_code)] // mmap and mprotect on a range of the test's own.
+
+use std::fs;
+use std::io;
+use std::ptr;
+
+/// An inaccessible range, never unmapped.
+pub(super) fn map_nothing(len: usize) -> *mut u8 {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a fresh mapping at an address of the kernel's choice.
+    let start = unsafe { libc::mmap(ptr::null_mut(), len, libc::PROT_NONE, flags, -1, 0) };
+    assert!(start != libc::MAP_FAILED, "{}", io::Error::last_os_error());
+    start.cast()
+}
+
+/// Makes a part of it readable.
+pub(super) fn make_readable(start: *mut u8, offset: usize, len: usize) {
+    let part = start.wrapping_add(offset);
+    // SAFETY: a part of a mapping of the test's own that nobody has a reference into.
+    let done = unsafe { libc::mprotect(part.cast(), len, libc::PROT_READ) };
+    assert_eq!(done, 0, "{}", io::Error::last_os_error());
+}
+
+/// Mappings of this process.
+pub(super) fn mapping_count() -> usize {
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    maps.lines().count()
+}

@@ -1,0 +1,128 @@
+//! A VM before it has a state.
+
+use std::sync::Arc;
+
+use forkvm_devices::Brake;
+
+use super::objects::KvmObjects;
+use super::{EventSink, Inner, MachineState, ReadyVm, VmError};
+use crate::boot::{self, Payload};
+use crate::cpuid;
+use crate::kvm::Kvm;
+use crate::machine::{Machine, Peripherals, VmConfig, lock};
+use crate::memory::Ram;
+
+/// A VM with vCPUs and memory slots, but without devices and without a state. Its threads wait.
+/// Nothing in it is of the machine that it will be, so it can be built long before that is known.
+pub struct Shell {
+    objects: KvmObjects,
+}
+
+impl Shell {
+    /// Builds the KVM objects. `ram` may be [reserved](Ram::reserve) only: it has to be mapped before
+    /// the shell gets a state ([`Shell::ram_mut`]).
+    pub fn build(kvm: &Arc<Kvm>, vcpus: u32, ram: Ram) -> Result<Shell, VmError> {
+        VmConfig::check_vcpus(vcpus)?;
+        let objects = KvmObjects::build(kvm, vcpus, ram)?;
+        Ok(Shell { objects })
+    }
+
+    /// Does ahead what a [`restore`](Shell::restore) of `state`, or of one like it, would do later:
+    /// gives the vCPUs their CPUID, and learns what else they have already. A restore of any other
+    /// state is as right as without.
+    pub fn prime(&mut self, state: &MachineState) -> Result<(), VmError> {
+        for (vcpu, state) in self.objects.vcpus.iter().zip(&state.vcpus) {
+            lock(vcpu).prime(state)?;
+        }
+        Ok(())
+    }
+
+    /// vCPUs.
+    pub fn vcpus(&self) -> u32 {
+        self.objects.vcpus.len() as u32
+    }
+
+    /// Its memory.
+    pub fn ram(&self) -> &Ram {
+        &self.objects.ram
+    }
+
+    /// Its memory, to map it in place.
+    pub fn ram_mut(&mut self) -> &mut Ram {
+        &mut self.objects.ram
+    }
+
+    /// What will stop its devices, for whoever decides its end without being able to call it.
+    pub fn brake(&self) -> Brake {
+        self.objects.brake.clone()
+    }
+
+    /// Puts devices, a payload and a command line in, and the first vCPU at its entry. `events` hears
+    /// of calls, reports and the end.
+    pub fn boot(
+        self,
+        config: VmConfig,
+        peripherals: Peripherals,
+        events: EventSink,
+        payload: &Payload,
+        cmdline: &str,
+    ) -> Result<ReadyVm, VmError> {
+        let inner = self.furnish(config, peripherals)?;
+        let Inner {
+            config, objects, ..
+        } = &inner;
+        let entry = boot::load(objects.ram.guest(), objects.ram.layout(), payload, cmdline)?;
+        for vcpu in &objects.vcpus {
+            let mut vcpu = lock(vcpu);
+            let cpuid = cpuid::for_vcpu(
+                objects.kvm.supported_cpuid(),
+                vcpu.index(),
+                config.vcpus,
+                objects.kvm.tsc_deadline(),
+            );
+            vcpu.set_cpuid(&cpuid)?;
+            vcpu.learn_msrs()?;
+            // The others wait for the first one's INIT and SIPI, as KVM creates them.
+            if vcpu.index() == 0 {
+                boot::enter(vcpu.fd(), entry)?;
+            }
+        }
+        Ok(ReadyVm { inner, events })
+    }
+
+    /// Puts devices and a state in: everything but memory, which must be mapped. The guest's clocks go
+    /// on from where they stood. `events` hears of calls, reports and the end.
+    ///
+    /// Calls of the guest that were pending at the save stay so: the owner answers them through
+    /// [`ReadyVm::doorbell`] before the start.
+    pub fn restore(
+        self,
+        state: &MachineState,
+        peripherals: Peripherals,
+        events: EventSink,
+    ) -> Result<ReadyVm, VmError> {
+        let mut inner = self.furnish(state.config.clone(), peripherals)?;
+        inner.restore(state)?;
+        for vcpu in &inner.objects.vcpus {
+            lock(vcpu).learn_msrs()?;
+        }
+        Ok(ReadyVm { inner, events })
+    }
+
+    /// Gives it its devices.
+    fn furnish(self, config: VmConfig, peripherals: Peripherals) -> Result<Inner, VmError> {
+        config.check()?;
+        let objects = self.objects;
+        if config.vcpus as usize != objects.vcpus.len() {
+            let what = format!("{} vCPUs", config.vcpus);
+            return Err(VmError::Shape { what });
+        }
+        let (vm, brake) = (&objects.vm, objects.brake.clone());
+        let machine = Machine::build(vm, &config, objects.ram.guest(), peripherals, brake)?;
+        Ok(Inner {
+            config,
+            machine,
+            objects,
+        })
+    }
+}
