@@ -5,6 +5,7 @@ use std::io;
 use std::time::Duration;
 
 use forkvm_abi::doorbell::report;
+use forkvm_clone_engine::accounting::AccountingError;
 use forkvm_clone_engine::{End, ForkError, MemberError, PoolError, UserfaultError};
 use forkvm_vmm::{KvmError, MemoryError, PauseError, VmError};
 use serde::Serialize;
@@ -186,13 +187,8 @@ pub enum BenchError {
         source: io::Error,
     },
     /// The kernel's accounts could not be read.
-    #[error("{path} has no line {field}")]
-    Account {
-        /// The file.
-        path: &'static str,
-        /// What was looked for in it.
-        field: &'static str,
-    },
+    #[error(transparent)]
+    Accounting(#[from] AccountingError),
     /// A guest went another way than its job.
     #[error("VM {name} {end} instead of going on")]
     Ended {

@@ -38,6 +38,8 @@ pub const END_POINTS: [&str; 5] = [
 pub struct SubjectSpec {
     /// RAM in MiB.
     pub memory_mib: u64,
+    /// vCPUs; the first one works, the others halt.
+    pub vcpus: u32,
     /// Memory that it fills.
     pub populated_mib: u32,
     /// Pages that it writes anew when it is told.
@@ -72,6 +74,7 @@ impl SubjectSpec {
     /// quoted of unless they say otherwise.
     pub const USUAL: SubjectSpec = SubjectSpec {
         memory_mib: 512,
+        vcpus: 1,
         populated_mib: 64,
         dirty_pages: 0,
         work: Work {
@@ -126,7 +129,7 @@ impl Subject {
         let boot = BootSpec {
             name: "bench".into(),
             memory_mib: spec.memory_mib,
-            vcpus: 1,
+            vcpus: spec.vcpus,
             disks: Vec::new(),
             payload: guest::bare(),
             cmdline: spec.cmdline(),
