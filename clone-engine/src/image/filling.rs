@@ -75,8 +75,12 @@ impl MemoryImage {
     }
 
     /// Brings `range` before a clone misses it. Never waits: what is far is asked for. Zero pages are
-    /// left to faults.
-    pub(crate) fn provide_ahead(self: &Arc<Self>, range: &Range<u64>) -> Result<(), SourceError> {
+    /// left to faults; `brought` hears of all others.
+    pub(crate) fn provide_ahead(
+        self: &Arc<Self>,
+        range: &Range<u64>,
+        mut brought: impl FnMut(&Range<u64>),
+    ) -> Result<(), SourceError> {
         let Some(filling) = &self.filling else {
             return Ok(());
         };
@@ -84,12 +88,13 @@ impl MemoryImage {
         let nobody: Arc<dyn Waiter> = Arc::new(Nobody);
         for (owner, run) in self.known_table().within(range.clone()) {
             match owner {
-                Owner::Zero => true,
+                Owner::Zero => continue,
                 Owner::Own => self.bring_own(filling, &run, Cause::Prefetch, &nobody)?,
                 Owner::Base(base) => {
                     self.bring_from(filling, base, &run, Cause::Prefetch, &nobody)?
                 }
             };
+            brought(&run);
         }
         Ok(())
     }
@@ -105,7 +110,7 @@ impl MemoryImage {
             let within: Vec<Range<u64>> = within.collect();
             image.hint(&within);
             for range in &within {
-                image.provide_ahead(range)?;
+                image.provide_ahead(range, |_brought| ())?;
             }
         }
         Ok(())

@@ -60,9 +60,7 @@ impl VmMemory {
 
     /// A fault has brought `range`. Whether pages should be brought ahead of the next.
     fn missed(&self, mapping: &Range<u64>, range: &Range<u64>) -> bool {
-        if let Some(touches) = self.touches.get() {
-            touches.touched(range);
-        }
+        self.touched(range);
         let end = mapping.end.min(self.range_of(range.start).end());
         self.readahead().missed(range, end)
     }
@@ -75,20 +73,21 @@ impl VmMemory {
         let Some((_, image)) = self.image_at(range.start) else {
             return false;
         };
-        match image.provide_ahead(&range) {
-            Ok(()) => {
-                // As good as touched: whoever reads on does not fault there.
-                if let Some(touches) = self.touches.get() {
-                    touches.touched(&range);
-                }
-                true
-            }
+        // As good as touched: whoever reads on does not fault there.
+        match image.provide_ahead(&range, |brought| self.touched(brought)) {
+            Ok(()) => true,
             Err(why) => {
                 // Whoever touches it will hear of it.
                 tracing::debug!(%why, vm = self.name, "nothing is brought ahead");
                 self.readahead().stop();
                 false
             }
+        }
+    }
+
+    fn touched(&self, range: &Range<u64>) {
+        if let Some(touches) = self.touches.get() {
+            touches.touched(range);
         }
     }
 
