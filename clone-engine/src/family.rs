@@ -15,8 +15,8 @@ use crate::phase::{NoObserver, Observer};
 use crate::pool::{Pool, PoolConfig, PoolError};
 use crate::saved::Saver;
 use crate::source::Sources;
-use crate::spawn::Spawner;
 use crate::spawn::in_process::InProcess;
+use crate::spawn::{SpawnError, Spawner};
 
 /// Gives each VM of a family its serial console.
 pub trait Consoles: Send + Sync {
@@ -127,8 +127,10 @@ impl Family {
     /// [`ForkPoint::fill_pool`](crate::ForkPoint::fill_pool), before the first fork.
     pub fn fill_pool(&self, member: &Member, count: u32) -> Result<u32, MemberError> {
         let state = member.with_paused(|paused| paused.save())?;
-        let state = Arc::new(state.map_err(PoolError::from)?);
-        Ok(self.pool.fill(&state, count)?)
+        let shells = state
+            .map_err(|error| SpawnError::from(PoolError::from(error)))
+            .and_then(|state| self.config.spawner.fill(self, &Arc::new(state), count));
+        shells.map_err(MemberError::Shells)
     }
 
     pub(crate) fn kvm(&self) -> &Arc<Kvm> {

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use forkvm_abi::doorbell::report;
 use forkvm_clone_engine::accounting::AccountingError;
-use forkvm_clone_engine::{End, ForkError, MemberError, PoolError, UserfaultError};
+use forkvm_clone_engine::spawn::SpawnError;
+use forkvm_clone_engine::{End, ForkError, MemberError, UserfaultError};
 use forkvm_vmm::{KvmError, MemoryError, PauseError, VmError};
 use serde::Serialize;
 use thiserror::Error;
@@ -165,9 +166,9 @@ pub enum BenchError {
     /// A fork point spawned no clone.
     #[error("spawning failed")]
     Fork(#[from] ForkError),
-    /// The pool could not be filled.
+    /// No shells could be had.
     #[error(transparent)]
-    Pool(#[from] PoolError),
+    Shells(#[from] SpawnError),
     /// A bare machine could not be built.
     #[error(transparent)]
     Machine(#[from] VmError),

@@ -4,7 +4,7 @@
 //! end is slowed by the lock and fills no queue. What needs an answer goes through the inbox.
 
 use std::collections::HashMap;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use forkvm_abi::doorbell::report;
@@ -40,14 +40,31 @@ impl Seen {
     }
 }
 
+/// Hears what a VM shows, for somebody who holds no handle of it. Called by the threads in which it
+/// happens, in the order in which it does.
+pub(crate) trait Witness: Send + Sync {
+    /// The first KVM_RUN is entered.
+    fn ran(&self, at: Instant);
+
+    /// The guest did something that is seen outside, for the first time.
+    fn acted(&self, at: Instant);
+
+    /// The guest reported something that is kept or counted.
+    fn reported(&self, value: u32, at: Instant);
+
+    /// The VM is gone.
+    fn ended(&self, finished: &Finished);
+}
+
 /// A [`Seen`] that can be waited for.
-pub(super) struct Watch {
+pub(crate) struct Watch {
     seen: Mutex<Seen>,
     changed: Condvar,
+    witness: Option<Arc<dyn Witness>>,
 }
 
 impl Watch {
-    pub(super) fn new(identity: Identity) -> Watch {
+    pub(crate) fn new(identity: Identity, witness: Option<Arc<dyn Witness>>) -> Watch {
         let seen = Seen {
             identity,
             timeline: Timeline::default(),
@@ -59,7 +76,13 @@ impl Watch {
         Watch {
             seen: Mutex::new(seen),
             changed: Condvar::new(),
+            witness,
         }
+    }
+
+    /// What is known of its start from before it runs.
+    pub(crate) fn begin(&self, timeline: Timeline) {
+        self.lock().timeline = timeline;
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Seen> {
@@ -68,40 +91,59 @@ impl Watch {
     }
 
     /// The first KVM_RUN is entered.
-    pub(super) fn ran(&self, at: Instant) {
+    pub(crate) fn ran(&self, at: Instant) {
         self.lock().timeline.first_run.get_or_insert(at);
+        if let Some(witness) = &self.witness {
+            witness.ran(at);
+        }
     }
 
     /// The guest did something that is seen outside.
-    pub(super) fn acted(&self, at: Instant) {
-        self.lock().timeline.first_action.get_or_insert(at);
+    pub(crate) fn acted(&self, at: Instant) {
+        let first = {
+            let first_action = &mut self.lock().timeline.first_action;
+            first_action.is_none() && first_action.replace(at).is_none()
+        };
+        if let (true, Some(witness)) = (first, &self.witness) {
+            witness.acted(at);
+        }
     }
 
     /// The guest reported something.
-    pub(super) fn reported(&self, value: u32, at: Instant) {
+    pub(crate) fn reported(&self, value: u32, at: Instant) {
         let mut seen = self.lock();
         seen.timeline.first_action.get_or_insert(at);
         if value == report::ANSWER {
             seen.timeline.first_answer.get_or_insert(at);
         }
-        if seen.reports.len() < REPORTS {
+        let kept = seen.reports.len() < REPORTS;
+        if kept {
             seen.reports.push((value, at));
         }
-        if seen.counts.len() < REPORTS || seen.counts.contains_key(&value) {
+        let counted = seen.counts.len() < REPORTS || seen.counts.contains_key(&value);
+        if counted {
             *seen.counts.entry(value).or_default() += 1;
-            drop(seen);
+        }
+        drop(seen);
+        if counted {
             self.changed.notify_all();
+        }
+        if let (true, Some(witness)) = (kept || counted, &self.witness) {
+            witness.reported(value, at);
         }
     }
 
     /// The VM is gone.
-    pub(super) fn finish(&self, finished: Finished) {
+    pub(crate) fn finish(&self, finished: Finished) {
         let end = finished.end.clone();
         let mut seen = self.lock();
-        seen.finished = Some(finished);
+        seen.finished = Some(finished.clone());
         let calls = std::mem::take(&mut seen.when_ended);
         drop(seen);
         self.changed.notify_all();
+        if let Some(witness) = &self.witness {
+            witness.ended(&finished);
+        }
         calls.into_iter().for_each(|call| call(&end));
     }
 

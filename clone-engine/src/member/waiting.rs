@@ -1,10 +1,11 @@
 //! A VM between its restore and its start.
 
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, Mutex};
 
 use forkvm_vmm::ReadyVm;
 
+use super::door::Door;
 use super::serving::Serving;
 use super::{Inbox, Member, Message};
 use crate::disks::DiskSource;
@@ -25,6 +26,7 @@ pub(crate) struct Waiting {
     // After the VM: what watches its memory goes last.
     memory: Arc<VmMemory>,
     disks: Vec<DiskSource>,
+    sender: Sender<Message>,
     inbox: Receiver<Message>,
     thread: Parked,
 }
@@ -47,7 +49,7 @@ impl Waiting {
         let member = Arc::new(Member {
             name,
             config: vm.config().clone(),
-            inbox: inbox.sender,
+            door: Door::Here(inbox.sender.clone()),
             watch: inbox.watch,
             touches: memory.touches(),
             thread: Mutex::new(None),
@@ -58,9 +60,15 @@ impl Waiting {
             vm,
             memory,
             disks,
+            sender: inbox.sender,
             inbox: inbox.receiver,
             thread,
         }
+    }
+
+    /// Its handle.
+    pub(crate) fn member(&self) -> &Arc<Member> {
+        &self.member
     }
 
     /// Lets it run.
@@ -71,6 +79,7 @@ impl Waiting {
             vm,
             memory,
             disks,
+            sender,
             inbox,
             thread,
         } = self;
@@ -81,7 +90,7 @@ impl Waiting {
         let vm = vm.start();
         let serving = {
             let (family, member) = (family.clone(), member.clone());
-            move || Serving::new(family, member, vm, memory, disks, inbox).serve()
+            move || Serving::new(family, member, vm, memory, disks, sender, inbox).serve()
         };
         *joins = Some(thread.begin(&format!("vm-{}", member.name), serving));
         drop(joins);

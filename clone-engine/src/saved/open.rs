@@ -41,7 +41,7 @@ impl OpenMachine {
         let SavedMachine {
             sections, memory, ..
         } = SavedMachine::open(dir)?;
-        let config = config(&sections)?;
+        let config = VmConfig::of_state(&sections)?;
         let open = |(index, name): (usize, String)| -> Result<DiskSource, OpenError> {
             let section = disk_section(&name);
             let section = sections
@@ -63,15 +63,7 @@ impl OpenMachine {
 
     /// What the machine is.
     pub fn config(&self) -> Result<VmConfig, SectionError> {
-        config(&self.sections)
-    }
-}
-
-fn config(sections: &Sections) -> Result<VmConfig, SectionError> {
-    const KIND: &str = "config";
-    match sections.find(KIND) {
-        Some(section) => section.decode(),
-        None => Err(SectionError::Missing { kind: KIND.into() }),
+        VmConfig::of_state(&self.sections)
     }
 }
 

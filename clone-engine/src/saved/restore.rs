@@ -57,7 +57,7 @@ impl Family {
             Identity::root(name.unwrap_or(&saved.name)).map_err(RestoreError::Identity)?;
         identity.fork_count = saved.fork_count;
 
-        let inbox = Inbox::new(identity.clone());
+        let inbox = Inbox::new(identity.clone(), None);
         let (ram, memory) = match memory_mode {
             MemoryMode::Cow => {
                 let file = memory::memfd(c"forkvm-ram", layout.len())?;

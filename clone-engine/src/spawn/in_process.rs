@@ -3,20 +3,22 @@
 //! The clone's first instruction comes from here: its memory is a private mapping of the image, its
 //! registers are the parent's, and in its copy of the doorbell page stands its own answer.
 
+use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::Instant;
 
 use forkvm_abi::errno;
 use forkvm_devices::DeviceError;
 use forkvm_devices::doorbell::Answer;
-use forkvm_vmm::{Backing, Peripherals, ReadyVm};
+use forkvm_vmm::{Backing, MachineState, Peripherals, ReadyVm};
 
 use super::{Prepared, SpawnError, Spawner};
 use crate::disks::DiskSource;
 use crate::family::Family;
+use crate::fork::MemoryMode;
 use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
-use crate::member::{Inbox, Member, Waiting};
+use crate::member::{Inbox, Member, Waiting, Witness};
 use crate::phase::{self, Observer, Phase};
 use crate::pool::Pooled;
 use crate::timeline::Timeline;
@@ -31,27 +33,75 @@ impl Spawner for InProcess {
         "in-process"
     }
 
+    fn check(&self, _mode: MemoryMode) -> Result<(), SpawnError> {
+        Ok(())
+    }
+
+    fn fill(
+        &self,
+        family: &Family,
+        state: &Arc<MachineState>,
+        count: u32,
+    ) -> Result<u32, SpawnError> {
+        Ok(family.pool().fill(state, count)?)
+    }
+
     fn prepare(
         &self,
         family: &Arc<Family>,
         point: &ForkPoint,
-        identity: Identity,
-        granted: u32,
+        identities: Vec<Identity>,
         observer: &dyn Observer,
-    ) -> Result<Box<dyn Prepared>, SpawnError> {
+    ) -> Result<Vec<Box<dyn Prepared>>, SpawnError> {
+        let granted = identities.len() as u32;
+        let prepare = |identity: Identity| -> Result<Box<dyn Prepared>, SpawnError> {
+            family.check_open()?;
+            let clone = Unbuilt {
+                console: &|| family.config().consoles.open(&identity),
+                witness: None,
+                identity: identity.clone(),
+                granted,
+            };
+            Ok(Box::new(clone.build(family, point, observer)?))
+        };
+        identities.into_iter().map(prepare).collect()
+    }
+}
+
+/// A clone that is to be built in this process.
+pub(crate) struct Unbuilt<'a> {
+    pub(crate) identity: Identity,
+    /// Clones of its fork.
+    pub(crate) granted: u32,
+    /// Opens its console.
+    pub(crate) console: &'a dyn Fn() -> io::Result<Box<dyn Write + Send>>,
+    /// Who else hears what it shows.
+    pub(crate) witness: Option<Arc<dyn Witness>>,
+}
+
+impl Unbuilt<'_> {
+    /// Builds it out of `point`.
+    pub(crate) fn build(
+        self,
+        family: &Arc<Family>,
+        point: &ForkPoint,
+        observer: &dyn Observer,
+    ) -> Result<Waiting, SpawnError> {
+        let Unbuilt {
+            identity,
+            granted,
+            console,
+            witness,
+        } = self;
         let mut timeline = Timeline {
             fork_requested: Some(point.requested),
             spawn_requested: Some(Instant::now()),
             ..Timeline::default()
         };
         let phase = phase::begin(observer, Phase::Spawn, None)?;
-        let inbox = Inbox::new(identity.clone());
+        let inbox = Inbox::new(identity.clone(), witness);
         let disks = point.disks.for_clone();
-        let console = family.config().consoles.open(&identity);
-        let console = console.map_err(|source| SpawnError::Host {
-            what: "a console",
-            source,
-        })?;
+        let console = console().map_err(no_console)?;
         let peripherals = Peripherals {
             console,
             disks: disks.iter().map(DiskSource::layer).collect(),
@@ -81,7 +131,14 @@ impl Spawner for InProcess {
         phase.done();
 
         let waiting = Waiting::new(family, vm, memory, disks, inbox, timeline, thread);
-        Ok(Box::new(waiting))
+        Ok(waiting)
+    }
+}
+
+pub(super) fn no_console(source: io::Error) -> SpawnError {
+    SpawnError::Host {
+        what: "a console",
+        source,
     }
 }
 

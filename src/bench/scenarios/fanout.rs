@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use forkvm_clone_engine::spawn::SpawnError;
 use forkvm_clone_engine::{
     ForkError, ForkPoint, FreezeKind, Member, MemoryMode, PoolError, Timeline,
 };
@@ -80,7 +81,7 @@ impl Experiment for Fanout {
         };
         let begun = Instant::now();
         point.fill_pool(self.clones).map_err(|error| match error {
-            PoolError::Limits(limit) => BenchError::Lacks(limit.to_string()),
+            SpawnError::Shell(PoolError::Limits(limit)) => BenchError::Lacks(limit.to_string()),
             error => error.into(),
         })?;
         let fill = begun.elapsed();
