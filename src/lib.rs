@@ -24,6 +24,8 @@
 //! # Ok::<(), forkvm::Error>(())
 //! ```
 //!
+//! Clones live in this process, or in workers, processes of their own ([`Process`], [`worker`]).
+//!
 //! The layers below are crates of their own: `forkvm-devices` (device models), `forkvm-vmm` (KVM
 //! machines), `forkvm-clone-engine` (freeze, images, spawning).
 
@@ -40,6 +42,8 @@ mod vm;
 
 pub use forkvm_abi as abi;
 pub use forkvm_clone_engine as engine;
+pub use forkvm_clone_engine::spawn::process::{Process, ProcessConfig, WorkerProgram};
+pub use forkvm_clone_engine::worker;
 pub use forkvm_clone_engine::{
     BootSpec, CloneSpec, DiskSource, DiskSpec, End, FamilyConfig, FaultConfig, Finished, ForkPoint,
     FreezeKind, Identity, MemoryMode, RewindWay, Timeline,

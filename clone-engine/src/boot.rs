@@ -66,7 +66,7 @@ impl Family {
             console,
             disks: layers,
         };
-        let inbox = Inbox::new(identity.clone());
+        let inbox = Inbox::new(identity.clone(), None);
         let memory = VmMemory::new(&identity.name, &mut ram, self.faults(), inbox.life().lose());
         let shell = Shell::build(self.kvm(), config.vcpus, ram)?;
         memory.set_brake(shell.brake());

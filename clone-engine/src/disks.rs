@@ -317,7 +317,20 @@ fn swap(device: &Disk, source: &DiskSource) {
         .swap_layer(source.layer());
 }
 
+impl FromIterator<(Arc<dyn BlockLayer>, bool)> for DisksAtFork {
+    /// Of what each disk holds, and whether clones may not write to it.
+    fn from_iter<I: IntoIterator<Item = (Arc<dyn BlockLayer>, bool)>>(disks: I) -> DisksAtFork {
+        let disk = |(content, read_only)| DiskAtFork { content, read_only };
+        DisksAtFork(disks.into_iter().map(disk).collect())
+    }
+}
+
 impl DisksAtFork {
+    /// What each disk holds, and whether clones may not write to it.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&Arc<dyn BlockLayer>, bool)> {
+        self.0.iter().map(|disk| (&disk.content, disk.read_only))
+    }
+
     /// Fresh disks for one clone.
     pub(crate) fn for_clone(&self) -> Vec<DiskSource> {
         let disk = |DiskAtFork { content, read_only }: &DiskAtFork| match read_only {

@@ -3,9 +3,10 @@
 use std::fmt;
 
 use forkvm_vmm::EndReason;
+use serde::{Deserialize, Serialize};
 
 /// The end of a VM. [`End::status`] is what JOIN counts with.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum End {
     /// The guest ended itself through the exit device, with this status.
     Exited(u32),

@@ -10,13 +10,13 @@ use crate::fault::{FaultConfig, FaultHandler};
 use crate::fork::CloneSpec;
 use crate::identity::Identity;
 use crate::image::MemoryImage;
-use crate::member::Member;
+use crate::member::{Member, MemberError};
 use crate::phase::{NoObserver, Observer};
-use crate::pool::{Pool, PoolConfig};
+use crate::pool::{Pool, PoolConfig, PoolError};
 use crate::saved::Saver;
 use crate::source::Sources;
-use crate::spawn::Spawner;
 use crate::spawn::in_process::InProcess;
+use crate::spawn::{SpawnError, Spawner};
 
 /// Gives each VM of a family its serial console.
 pub trait Consoles: Send + Sync {
@@ -120,6 +120,17 @@ impl Family {
     /// The shells that wait for its clones.
     pub fn pool(&self) -> &Pool {
         &self.pool
+    }
+
+    /// Has `count` shells ready for clones of `member`, a VM of this family, which stands still for a
+    /// moment to show its state. Returns how many are ready then. As
+    /// [`ForkPoint::fill_pool`](crate::ForkPoint::fill_pool), before the first fork.
+    pub fn fill_pool(&self, member: &Member, count: u32) -> Result<u32, MemberError> {
+        let state = member.with_paused(|paused| paused.save())?;
+        let shells = state
+            .map_err(|error| SpawnError::from(PoolError::from(error)))
+            .and_then(|state| self.config.spawner.fill(self, &Arc::new(state), count));
+        shells.map_err(MemberError::Shells)
     }
 
     pub(crate) fn kvm(&self) -> &Arc<Kvm> {

@@ -13,25 +13,27 @@ use std::time::{Duration, Instant};
 
 use forkvm_devices::SectionError;
 use forkvm_vmm::{MemoryError, PauseError, Vm, VmError};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::disks::{DiskSource, DisksError, FrozenDisks};
 use crate::family::{Ending, Family};
 use crate::first_pages::FirstPages;
-use crate::fork_point::ForkPoint;
+use crate::fork_point::{ForkPoint, HandedOut};
 use crate::freeze::{Freeze, FreezeError, FreezeKind, ParentMemory};
 use crate::identity::Identity;
 use crate::image::{MemoryImage, Plan};
 use crate::limits::{self, LimitError, Need};
 use crate::member::Member;
 use crate::phase::{self, Observer, Phase, Vetoed};
-use crate::pool::Pool;
 use crate::source::SourceError;
 use crate::spawn::SpawnError;
 use crate::vm_memory::VmMemory;
+use crate::working_set::Recorder;
 
 /// How a clone's memory hangs on the image.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum MemoryMode {
     /// Mapped copy-on-write from a whole image.
     #[default]
@@ -161,7 +163,9 @@ impl Parent<'_> {
         let lazy = || faults.shard().is_ok();
         let (freeze, why) = request.spec.freeze.choose(backing, mode, lazy)?;
         tracing::debug!(asked = %request.spec.freeze, chosen = %freeze.kind(), why, "freeze");
-        let granted = grant(self.family.pool(), self.vm, request.spec, freeze)?;
+        let spawner = self.family.config().spawner.as_ref();
+        spawner.check(mode)?;
+        let granted = grant(self.family, self.vm, request.spec, freeze)?;
         self.disks.iter().try_for_each(DiskSource::flush)?;
         let prepared = freeze.prepare(self.vm, &parent)?;
         phase.done();
@@ -211,8 +215,8 @@ impl Parent<'_> {
             doorbell: doorbell_page,
         };
         let published = parent.publish(observer, freeze, &image, mode, granted, &first_pages);
-        let published = published.and_then(|populated| Ok((populated, state.to_sections()?)));
-        let (populated, sections) = match published {
+        let published = published.and_then(|published| Ok((published, state.to_sections()?)));
+        let ((populated, touches), sections) = match published {
             Ok(published) => published,
             Err(error) => {
                 if !freeze.parent_goes_on() {
@@ -230,12 +234,14 @@ impl Parent<'_> {
             populated,
             freeze: freeze.kind(),
             memory_mode: mode,
+            touches,
             disks,
             forker: request.forker,
             requested: request.at,
             expected_write_mib: request.spec.expected_write_mib,
             numbers: self.numbers.clone(),
             ids: AtomicU32::new(0),
+            handed_out: HandedOut::default(),
         };
         let parent_goes_on = freeze.parent_goes_on();
         Ok(Frozen {
@@ -248,7 +254,7 @@ impl Parent<'_> {
 
 impl ParentMemory<'_> {
     /// Ends the making of `image`: from here on clones may map it. Returns the bytes of memory that
-    /// are populated.
+    /// are populated, and where first touches of the clones are recorded.
     fn publish(
         &self,
         observer: &dyn Observer,
@@ -257,8 +263,9 @@ impl ParentMemory<'_> {
         mode: MemoryMode,
         clones: u32,
         first_pages: &FirstPages<'_>,
-    ) -> Result<u64, ForkError> {
+    ) -> Result<(u64, Option<Arc<Recorder>>), ForkError> {
         let phase = phase::begin(observer, Phase::Publish, None)?;
+        let mut touches = None;
         let below = self.memory.mapped();
         let plan = if image.is_whole() || below.is_empty() {
             Plan::whole(image.len())
@@ -273,6 +280,11 @@ impl ParentMemory<'_> {
             MemoryMode::Cow => image.complete()?,
             MemoryMode::Lazy => {
                 first_pages.bring(image)?;
+                if self.faults.replays() {
+                    let (known, recorder) = self.memory.expect_touches();
+                    self.faults.replay(image, known);
+                    touches = Some(recorder);
+                }
                 self.faults.fill_in_background(image);
             }
         }
@@ -282,12 +294,17 @@ impl ParentMemory<'_> {
             image.seal()?;
         }
         phase.done();
-        Ok(image.populated()?)
+        Ok((image.populated()?, touches))
     }
 }
 
 /// How many clones the host has room for, within what was asked.
-fn grant(pool: &Pool, vm: &Vm, spec: &CloneSpec, freeze: &dyn Freeze) -> Result<u32, ForkError> {
+fn grant(
+    family: &Family,
+    vm: &Vm,
+    spec: &CloneSpec,
+    freeze: &dyn Freeze,
+) -> Result<u32, ForkError> {
     let copy_kib = match freeze.kind() {
         FreezeKind::Copy => {
             vm.ram()
@@ -306,7 +323,8 @@ fn grant(pool: &Pool, vm: &Vm, spec: &CloneSpec, freeze: &dyn Freeze) -> Result<
         // What a plan adds comes out of what is to spare.
         pieces: layout.regions().len() as u64,
         copy_kib,
-        shells: pool.ready(layout, vm.config().vcpus),
+        shells: family.pool().ready(layout, vm.config().vcpus),
+        apart: family.config().spawner.apart(),
     };
     Ok(limits::grant(&need, spec.count, spec.accept_fewer)?)
 }

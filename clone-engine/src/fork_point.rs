@@ -1,7 +1,8 @@
 //! Fork points: what clones are spawned from, now or later.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::io;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use forkvm_devices::Sections;
@@ -13,10 +14,11 @@ use crate::fork::{ForkError, MemoryMode};
 use crate::freeze::FreezeKind;
 use crate::identity::Identity;
 use crate::image::MemoryImage;
-use crate::limits::{self, LimitError, Need};
+use crate::limits::{self, Need};
 use crate::member::Member;
 use crate::phase::{self, Phase};
-use crate::pool::PoolError;
+use crate::spawn::SpawnError;
+use crate::working_set::{Recorder, WorkingSet};
 
 /// A VM at one instant: image, state and frozen disks. It lives as long as anybody holds it; the
 /// parent may go on, or be gone.
@@ -34,6 +36,8 @@ pub struct ForkPoint {
     pub(crate) freeze: FreezeKind,
     /// How its clones map the image while it is not whole.
     pub(crate) memory_mode: MemoryMode,
+    /// What its clones touch first, if that is recorded.
+    pub(crate) touches: Option<Arc<Recorder>>,
     pub(crate) disks: DisksAtFork,
     /// Doorbell slot of the guest's call that asked for it; `None` when the host asked.
     pub(crate) forker: Option<u32>,
@@ -44,6 +48,37 @@ pub struct ForkPoint {
     pub(crate) numbers: Arc<AtomicU32>,
     /// Clones of this fork point.
     pub(crate) ids: AtomicU32,
+    pub(crate) handed_out: HandedOut,
+}
+
+/// What a spawner has of a fork point outside this process.
+pub(crate) struct HandedOut {
+    /// Tells this fork point from every other one of this process.
+    number: u64,
+    /// What ends there with the fork point.
+    kept: Mutex<Vec<Box<dyn Send + Sync>>>,
+}
+
+impl Default for HandedOut {
+    fn default() -> HandedOut {
+        static NUMBERS: AtomicU64 = AtomicU64::new(0);
+        HandedOut {
+            number: NUMBERS.fetch_add(1, Ordering::Relaxed),
+            kept: Mutex::default(),
+        }
+    }
+}
+
+impl HandedOut {
+    pub(crate) fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Drops `thing` with the fork point.
+    pub(crate) fn keep(&self, thing: Box<dyn Send + Sync>) {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.push(thing);
+    }
 }
 
 impl ForkPoint {
@@ -55,7 +90,9 @@ impl ForkPoint {
     }
 
     /// Whether the host has room for `count` clones of it; that many, or an error says what runs out.
-    pub(crate) fn grant(&self, count: u32) -> Result<u32, LimitError> {
+    pub(crate) fn grant(&self, count: u32) -> Result<u32, ForkError> {
+        let spawner = self.family.config().spawner.as_ref();
+        spawner.check(self.memory_mode)?;
         let layout = self.state.layout();
         let need = Need {
             config: self.config(),
@@ -63,8 +100,9 @@ impl ForkPoint {
             pieces: self.image.mapped().len().max(layout.regions().len()) as u64,
             copy_kib: 0,
             shells: self.family.pool().ready(layout, self.config().vcpus),
+            apart: spawner.apart(),
         };
-        limits::grant(&need, count, false)
+        Ok(limits::grant(&need, count, false)?)
     }
 
     /// As [`ForkPoint::spawn`], for clones that there was room for when they were asked for.
@@ -74,23 +112,14 @@ impl ForkPoint {
     ) -> Result<Vec<Arc<Member>>, ForkError> {
         let observer = self.family.config().observer.clone();
         let first = self.ids.fetch_add(count, Ordering::Relaxed) + 1;
-        let mut waiting = Vec::with_capacity(count as usize);
-        for clone_id in first..first + count {
-            self.family.check_open()?;
+        let identify = |clone_id| {
             let number = self.numbers.fetch_add(1, Ordering::Relaxed) + 1;
-            let identity = self
-                .parent
-                .of_clone(number, clone_id)
-                .map_err(ForkError::Identity)?;
-            let spawner = &self.family.config().spawner;
-            waiting.push(spawner.prepare(
-                &self.family,
-                self,
-                identity,
-                count,
-                observer.as_ref(),
-            )?);
-        }
+            self.parent.of_clone(number, clone_id)
+        };
+        let identities: io::Result<Vec<_>> = (first..first + count).map(identify).collect();
+        let identities = identities.map_err(ForkError::Identity)?;
+        let spawner = &self.family.config().spawner;
+        let waiting = spawner.prepare(&self.family, self, identities, observer.as_ref())?;
         let phase = phase::begin(observer.as_ref(), Phase::Run, None)?;
         let mut clones = Vec::with_capacity(waiting.len());
         for clone in waiting {
@@ -130,6 +159,13 @@ impl ForkPoint {
         &self.image
     }
 
+    /// What its clones have touched first until now, behind what was replayed from earlier fork
+    /// points; empty if it is not recorded, or the image was whole.
+    pub fn working_set(&self) -> WorkingSet {
+        let touches = self.touches.as_ref();
+        touches.map_or_else(WorkingSet::default, |touches| touches.working_set())
+    }
+
     /// Whether the guest asked for it, rather than the host.
     pub fn by_guest(&self) -> bool {
         self.forker.is_some()
@@ -159,8 +195,10 @@ impl ForkPoint {
     }
 
     /// Has `count` shells ready for clones of this fork point, or of any of its shape, and says how
-    /// many there are then. The fork's request and the spawn's find them in the family's pool.
-    pub fn fill_pool(&self, count: u32) -> Result<u32, PoolError> {
-        self.family.pool().fill(&self.state, count)
+    /// many there are then. The fork's request and the spawn's find them in the family's pool, or in
+    /// those of the workers that such clones would live in.
+    pub fn fill_pool(&self, count: u32) -> Result<u32, SpawnError> {
+        let spawner = &self.family.config().spawner;
+        spawner.fill(&self.family, &self.state, count)
     }
 }

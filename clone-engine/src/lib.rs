@@ -6,12 +6,15 @@
 //! run on. What it leaves is a [`ForkPoint`]; a [`spawn::Spawner`] makes clones from it, now or
 //! later. Everything that happens on the way is a [`Phase`], and a phase that fails is rolled back.
 //!
+//! Clones live in this process, or in workers ([`worker`]) that a fork point is handed to.
+//!
 //! Where a clone's first instruction comes from: [`spawn::in_process`] maps the image privately,
 //! restores the state and writes the clone's own answer into its doorbell page; the vCPU goes on
 //! behind the `out` instruction with which the parent asked, or wherever it was paused.
 
 pub mod accounting;
 mod boot;
+mod descriptor;
 mod disks;
 mod end;
 mod family;
@@ -34,8 +37,12 @@ pub mod spawn;
 mod timeline;
 mod userfault;
 mod vm_memory;
+mod wire;
+pub mod worker;
+mod working_set;
 
 pub use boot::{BootSpec, DiskSpec, StartError};
+pub use descriptor::DescriptorError;
 pub use disks::{DiskSource, DisksError};
 pub use end::End;
 pub use family::{Consoles, Ending, Family, FamilyConfig, NoConsoles};
@@ -50,3 +57,4 @@ pub use pool::{Pool, PoolConfig, PoolError};
 pub use rewind::{Break, RewindError, RewindWay, UnknownRewindWay};
 pub use timeline::Timeline;
 pub use userfault::{UserfaultError, check_userfaultfd};
+pub use working_set::{WorkingSet, WorkingSetPolicy};

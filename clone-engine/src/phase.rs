@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use forkvm_vmm::PausedVm;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::fork_point::ForkPoint;
@@ -11,7 +12,8 @@ use crate::member::Member;
 
 /// What a fork goes through, in this order. The names are the spans of the trace and the columns of
 /// measurements.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Phase {
     /// Limits are checked; the number of clones is granted.
     Request,

@@ -170,6 +170,8 @@ impl Pool {
 }
 
 impl Shelves {
+    /// Those of the shape of `state`, which is what they are primed with from now on: the newest is
+    /// likely to be the most like the next.
     fn of(&mut self, state: &Arc<MachineState>) -> &mut Shelf {
         let (layout, vcpus) = (state.layout(), state.config().vcpus);
         let found = self.list.iter().position(|shelf| shelf.fits(layout, vcpus));
@@ -181,6 +183,7 @@ impl Shelves {
             });
             self.list.len() - 1
         });
+        self.list[index].model = state.clone();
         &mut self.list[index]
     }
 }

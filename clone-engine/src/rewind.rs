@@ -13,7 +13,7 @@ use forkvm_devices::DeviceError;
 use forkvm_vmm::{Kvm, MemoryError, PauseError, VmError};
 use thiserror::Error;
 
-use crate::limits::LimitError;
+use crate::fork::ForkError;
 use crate::spawn::SpawnError;
 use crate::userfault::UserfaultError;
 
@@ -97,6 +97,12 @@ pub enum RewindError {
     /// It came of no fork.
     #[error("the VM is no clone, so there is no fork point to go back to: rewind a clone of it")]
     NoClone,
+    /// It lives in a worker.
+    #[error(
+        "a clone that lives in a worker process cannot be rewound yet: use spawner in-process for \
+         families that rewind their clones"
+    )]
+    OfWorker,
     /// Old translations would survive.
     #[error(
         "in-place is not right on this host: its KVM shadows page tables and would keep translations \
@@ -113,8 +119,8 @@ pub enum RewindError {
     #[error("the clone could not be paused")]
     Pause(#[from] PauseError),
     /// No room for another VM beside the old one.
-    #[error(transparent)]
-    Limits(#[from] LimitError),
+    #[error("no other VM may be made to take its place")]
+    Room(#[source] Box<ForkError>),
     /// Another VM could not be made.
     #[error("making the VM that would take its place failed")]
     Spawn(#[from] SpawnError),

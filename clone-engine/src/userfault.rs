@@ -3,10 +3,11 @@
 //! A [`Userfault`] watches address ranges of this process. [`Userfault::copy`] and
 //! [`Userfault::zero`] are the only places where the engine installs a page; both decide by
 //! [`verdict`] what an error means. Opened for kernel mode, since KVM touches guest memory there.
-#![allow(unsafe_code)] // UFFDIO_COPY and UFFDIO_ZEROPAGE take addresses.
+#![allow(unsafe_code)] // UFFDIO_COPY and UFFDIO_ZEROPAGE take addresses; fcntl is a C function.
 
 use std::io;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 
 use forkvm_vmm::memory::PAGE;
 use thiserror::Error;
@@ -215,7 +216,20 @@ impl Userfault {
         }
     }
 
-    /// Waits for a fault. `None` when a signal came first.
+    /// Whether [`next_fault`](Self::next_fault) waits.
+    pub(crate) fn set_blocking(&self, blocking: bool) -> Result<(), UserfaultError> {
+        let flags = if blocking { 0 } else { libc::O_NONBLOCK };
+        // SAFETY: sets the flags of a descriptor that `self` owns; no memory is involved.
+        match unsafe { libc::fcntl(self.uffd.as_raw_fd(), libc::F_SETFL, flags) } {
+            -1 => Err(UserfaultError::Call {
+                call: "F_SETFL of a userfaultfd",
+                source: io::Error::last_os_error(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits for a fault. `None` when a signal came first, or there is none and it does not wait.
     pub(crate) fn next_fault(&self) -> Result<Option<Fault>, UserfaultError> {
         match self.uffd.read_event() {
             Ok(Some(Event::Pagefault { kind, addr, .. })) => Ok(Some(Fault {

@@ -5,7 +5,9 @@ use std::io;
 use std::time::Duration;
 
 use forkvm_abi::doorbell::report;
-use forkvm_clone_engine::{End, ForkError, MemberError, PoolError, UserfaultError};
+use forkvm_clone_engine::accounting::AccountingError;
+use forkvm_clone_engine::spawn::SpawnError;
+use forkvm_clone_engine::{End, ForkError, MemberError, UserfaultError};
 use forkvm_vmm::{KvmError, MemoryError, PauseError, VmError};
 use serde::Serialize;
 use thiserror::Error;
@@ -164,9 +166,9 @@ pub enum BenchError {
     /// A fork point spawned no clone.
     #[error("spawning failed")]
     Fork(#[from] ForkError),
-    /// No shell was made ahead.
+    /// No shells could be had.
     #[error(transparent)]
-    Pool(#[from] PoolError),
+    Shells(#[from] SpawnError),
     /// A bare machine could not be built.
     #[error(transparent)]
     Machine(#[from] VmError),
@@ -186,13 +188,8 @@ pub enum BenchError {
         source: io::Error,
     },
     /// The kernel's accounts could not be read.
-    #[error("{path} has no line {field}")]
-    Account {
-        /// The file.
-        path: &'static str,
-        /// What was looked for in it.
-        field: &'static str,
-    },
+    #[error(transparent)]
+    Accounting(#[from] AccountingError),
     /// A guest went another way than its job.
     #[error("VM {name} {end} instead of going on")]
     Ended {

@@ -14,6 +14,9 @@ pub const FEWEST: usize = 10;
 /// Standard deviation of a normal distribution whose median absolute deviation is 1.
 const SIGMA_PER_MAD: f64 = 1.4826;
 
+/// Standard deviation of a normal distribution whose mean absolute deviation is 1.
+const SIGMA_PER_MEAN: f64 = 1.2533;
+
 /// What stands out of a series of values.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Outliers {
@@ -30,10 +33,17 @@ pub fn find(values: &[f64]) -> Outliers {
     }
     let middle = median(values);
     let deviations: Vec<f64> = values.iter().map(|value| (value - middle).abs()).collect();
-    // Values that are nearly all the same: then the least difference would stand out.
-    let sigma = (median(&deviations) * SIGMA_PER_MAD)
-        .max(f64::EPSILON * middle.abs())
-        .max(1e-9);
+    let by_mad = median(&deviations) * SIGMA_PER_MAD;
+    // Half of the values are the same: as sizes are. Then the mean tells what the others are like.
+    let mean = deviations.iter().sum::<f64>() / deviations.len() as f64;
+    let sigma = if by_mad > 0.0 {
+        by_mad
+    } else {
+        mean * SIGMA_PER_MEAN
+    };
+    if sigma == 0.0 {
+        return Outliers::default();
+    }
     let is_outlier = |value: f64| (value - middle).abs() / sigma > THRESHOLD;
     Outliers {
         count: values.iter().filter(|value| is_outlier(**value)).count(),
@@ -89,9 +99,19 @@ mod tests {
 
     #[test]
     fn few_values_have_no_outlier() {
-        let values = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1e9];
+        let mut values = vec![1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1e9];
         assert_eq!(find(&values), Outliers::default());
-        assert_eq!(find(&[&values[..], &[1.1]].concat()).count, 1);
+        values.push(1.8);
+        assert_eq!(find(&values).count, 1);
+    }
+
+    #[test]
+    fn where_most_values_are_the_same_the_others_are_not_all_outliers() {
+        let mut values = vec![16.0; 20];
+        values.extend([20.0, 24.0, 28.0]);
+        assert_eq!(find(&values).count, 0);
+        values.push(1e6);
+        assert_eq!(find(&values).count, 1);
     }
 
     #[test]

@@ -227,7 +227,7 @@ mod tests {
     use std::rc::Rc;
 
     use super::*;
-    use crate::bench::measure::{Repetitions, Unit};
+    use crate::bench::measure::{Repetitions, Unit, call};
 
     /// Gives its own name and the number of the repetition.
     struct Counting {
@@ -252,10 +252,7 @@ mod tests {
         fn repeat(&mut self, samples: &mut Samples) -> Result<(), BenchError> {
             self.count += 1.0;
             if self.fails_at.is_some_and(|at| f64::from(at) <= self.count) {
-                return Err(BenchError::Account {
-                    path: "/nowhere",
-                    field: "nothing",
-                });
+                return Err(call("nothing")(std::io::Error::other("it is to fail")));
             }
             samples.value(self.name, Unit::Us, self.count);
             self.log.set(self.log.take() + self.name);

@@ -6,21 +6,38 @@ use forkvm_clone_engine::spawn::Spawner;
 use forkvm_clone_engine::spawn::in_process::InProcess;
 use forkvm_clone_engine::{FamilyConfig, FaultConfig, Observer};
 
+use super::measure::BenchError;
+use crate::Vm;
+
 /// Where the VM of a clone comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pool {
+    /// It waits in the pool, filled before the clock runs.
+    Pooled,
     /// It is built when the clone is asked for.
     Unpooled,
 }
 
 /// Every way.
-pub const POOLS: &[Pool] = &[Pool::Unpooled];
+pub const POOLS: &[Pool] = &[Pool::Pooled, Pool::Unpooled];
 
 impl Pool {
     /// The word in the names of cases.
     pub fn as_str(self) -> &'static str {
         match self {
+            Pool::Pooled => "pooled",
             Pool::Unpooled => "unpooled",
+        }
+    }
+
+    /// Has shells ready for `count` clones of `vm`, where that is the way. Nobody's clock runs.
+    pub fn fill(self, vm: &Vm, count: u32) -> Result<(), BenchError> {
+        match self {
+            Pool::Pooled => vm
+                .fill_pool(count)
+                .map(|_ready| ())
+                .map_err(BenchError::from),
+            Pool::Unpooled => Ok(()),
         }
     }
 }

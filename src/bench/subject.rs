@@ -3,18 +3,19 @@
 //! It has filled its memory and waits. Clones of it report ACTION, do the work that they were given,
 //! report ANSWER and halt. Whatever is measured on it, its whole family ends with it.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use forkvm_abi::doorbell::report;
 use forkvm_clone_engine::{
-    BootSpec, CloneSpec, ForkPoint, FreezeKind, Member, MemoryMode, Observer, Phase, Timeline,
-    Vetoed,
+    BootSpec, CloneSpec, FamilyConfig, ForkPoint, FreezeKind, Member, MemoryMode, Observer, Phase,
+    Timeline, Vetoed,
 };
 use forkvm_vmm::PausedVm;
 
 use super::measure::BenchError;
-use super::setting::Setting;
+use super::setting::{Pool, Setting};
 use crate::{Vm, guest};
 
 /// Pages of a MiB.
@@ -37,12 +38,16 @@ pub const END_POINTS: [&str; 5] = [
 pub struct SubjectSpec {
     /// RAM in MiB.
     pub memory_mib: u64,
+    /// vCPUs; the first one works, the others halt.
+    pub vcpus: u32,
     /// Memory that it fills.
     pub populated_mib: u32,
     /// Pages that it writes anew when it is told.
     pub dirty_pages: u32,
     /// What each clone does.
     pub work: Work,
+    /// How it is forked when it asks for that itself.
+    pub own_forks: (FreezeKind, MemoryMode),
     /// How the engine is set up.
     pub setting: Setting,
     /// Bytes that are brought together when a page is missing; `None` for the engine's default.
@@ -69,6 +74,7 @@ impl SubjectSpec {
     /// quoted of unless they say otherwise.
     pub const USUAL: SubjectSpec = SubjectSpec {
         memory_mib: 512,
+        vcpus: 1,
         populated_mib: 64,
         dirty_pages: 0,
         work: Work {
@@ -78,6 +84,7 @@ impl SubjectSpec {
             rounds: 0,
             tell: false,
         },
+        own_forks: (FreezeKind::Auto, MemoryMode::Cow),
         setting: Setting::PLAIN,
         chunk: None,
     };
@@ -105,6 +112,7 @@ impl SubjectSpec {
 pub struct Subject {
     vm: Vm,
     trace: Arc<Trace>,
+    pool: Pool,
     /// Times that it was ready so far.
     ready: usize,
 }
@@ -113,11 +121,15 @@ impl Subject {
     /// Boots it and waits until it is warm.
     pub fn boot(spec: &SubjectSpec) -> Result<Subject, BenchError> {
         let trace = Arc::new(Trace::default());
-        let config = spec.setting.family(trace.clone(), spec.chunk);
+        let (freeze, mode) = spec.own_forks;
+        let config = FamilyConfig {
+            guest_forks: fork_by(freeze, mode, 1),
+            ..spec.setting.family(trace.clone(), spec.chunk)
+        };
         let boot = BootSpec {
             name: "bench".into(),
             memory_mib: spec.memory_mib,
-            vcpus: 1,
+            vcpus: spec.vcpus,
             disks: Vec::new(),
             payload: guest::bare(),
             cmdline: spec.cmdline(),
@@ -125,6 +137,7 @@ impl Subject {
         let subject = Subject {
             vm: Vm::boot_with(boot, config)?,
             trace,
+            pool: spec.setting.pool,
             ready: 1,
         };
         subject.vm.wait_ready(DEADLINE)?;
@@ -136,6 +149,11 @@ impl Subject {
         self.vm.member()
     }
 
+    /// Has what is set up before a clone is asked for ready for `count` of them.
+    pub fn get_ready(&self, count: u32) -> Result<(), BenchError> {
+        self.pool.fill(&self.vm, count)
+    }
+
     /// What the engine did since this was asked last.
     pub fn trace(&self) -> Traced {
         self.trace.take()
@@ -145,6 +163,24 @@ impl Subject {
     pub fn rewrite(&mut self) -> Result<(), BenchError> {
         self.ready += 1;
         rewrite(self.member(), self.ready)
+    }
+
+    /// Has its guest fork it into one clone. Returns the fork point and that clone, once it has answered.
+    pub fn own_fork(&self) -> Result<(Arc<ForkPoint>, Arc<Member>), BenchError> {
+        self.trace.await_own_fork();
+        self.member().console_input(b"f")?;
+        let begun = Instant::now();
+        let (point, clone) = loop {
+            if let Some(forked) = self.trace.take_own_fork() {
+                break forked;
+            }
+            if begun.elapsed() > DEADLINE {
+                return Err(unseen(self.member(), "its own fork"));
+            }
+            thread::sleep(Duration::from_millis(1));
+        };
+        wait_answer(&clone, 1)?;
+        Ok((point, clone))
     }
 
     /// A fork point of it, made by `freeze` for clones in `mode`.
@@ -260,17 +296,51 @@ pub struct Traced {
     pub pauses: Vec<Duration>,
 }
 
-/// Keeps it. Holds no clone: those that were measured are to be gone.
+/// A fork point and its clone.
+type OwnFork = (Arc<ForkPoint>, Arc<Member>);
+
+/// Keeps it. Holds a clone only until somebody asks for it: those that were measured are to be gone.
 #[derive(Default)]
-struct Trace(Mutex<Traced>);
+struct Trace {
+    traced: Mutex<Traced>,
+    own_fork: Mutex<Awaited>,
+}
+
+/// Whether a fork of the guest's own is waited for.
+#[derive(Default)]
+enum Awaited {
+    #[default]
+    Nothing,
+    Fork,
+    Forked(OwnFork),
+}
 
 impl Trace {
     fn take(&self) -> Traced {
-        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut *self.traced.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn note(&self, note: impl FnOnce(&mut Traced)) {
-        note(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        note(&mut self.traced.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn own_fork(&self) -> MutexGuard<'_, Awaited> {
+        self.own_fork.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn await_own_fork(&self) {
+        *self.own_fork() = Awaited::Fork;
+    }
+
+    fn take_own_fork(&self) -> Option<OwnFork> {
+        let mut awaited = self.own_fork();
+        match std::mem::take(&mut *awaited) {
+            Awaited::Forked(forked) => Some(forked),
+            still => {
+                *awaited = still;
+                None
+            }
+        }
     }
 }
 
@@ -287,5 +357,10 @@ impl Observer for Trace {
         self.note(|traced| traced.pauses.push(took));
     }
 
-    fn forked(&self, _point: &Arc<ForkPoint>, _clones: &[Arc<Member>]) {}
+    fn forked(&self, point: &Arc<ForkPoint>, clones: &[Arc<Member>]) {
+        let mut awaited = self.own_fork();
+        if let (Awaited::Fork, [clone]) = (&*awaited, clones) {
+            *awaited = Awaited::Forked((point.clone(), clone.clone()));
+        }
+    }
 }

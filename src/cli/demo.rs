@@ -32,6 +32,7 @@ Examples:
   forkvm demo --clones 4 --vcpus 2               each clone maps on two vCPUs
   forkvm demo --freeze copy --memory-mib 6144    the eager baseline; RAM beyond 4 GiB
   forkvm demo --forked-by host --clones 8        the host forks, by Vm::fork
+  forkvm demo --spawner process                  clones in processes of their own
   forkvm demo --memory-mode lazy                 clones fetch what they touch from the parent
   forkvm demo --memory-mode lazy --freeze delta  a fork of a fork: from parent and grandparent
 
@@ -80,6 +81,9 @@ pub(crate) struct Demo {
 impl Demo {
     pub(crate) fn run(self, output: &Output) -> anyhow::Result<Outcome> {
         self.forks.check()?;
+        if self.forks.begins_otherwise() {
+            self.forks.check_forks_of_clones()?;
+        }
         let seed = self.seed.unwrap_or_else(seed_of_the_clock);
         let mut text = output.text();
         let folder = self.target.join("demo");
@@ -102,7 +106,7 @@ impl Demo {
             memory_mib: self.memory_mib,
             vcpus: self.vcpus,
             clones: self.clones,
-            family: self.forks.family(),
+            family: self.forks.family()?,
             forked_by_host: self.forked_by == "host",
             consoles: Arc::new(Terminal::new(Box::new(log), None)),
         };
@@ -164,6 +168,7 @@ fn table(report: &Report<Host>) -> Table {
         memory_mode,
         depth,
         forked_by,
+        spawner,
         answers,
         ..
     } = report;
@@ -180,7 +185,8 @@ fn table(report: &Report<Host>) -> Table {
     row(
         "fork",
         format!(
-            "{clones} clones by the {forked_by}, freeze {freeze}, memory {memory_mode}, depth {depth}"
+            "{clones} clones by the {forked_by}, freeze {freeze}, memory {memory_mode}, depth {depth}, \
+             spawner {spawner}"
         ),
     );
     row(

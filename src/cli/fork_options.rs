@@ -4,13 +4,17 @@
 //! ([`FreezeKind::check`]); here they are only held against each other before anything is built.
 
 use std::str::FromStr;
+use std::sync::Arc;
 
 use clap::Args;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use forkvm::engine::spawn::Spawner;
+use forkvm::engine::spawn::in_process::InProcess;
 use forkvm::engine::{FaultConfig, check_userfaultfd};
-use forkvm::{CloneSpec, FamilyConfig, FreezeKind, MemoryMode};
+use forkvm::{CloneSpec, FamilyConfig, FreezeKind, MemoryMode, Process, ProcessConfig};
 
 use super::errors::Usage;
+use super::worker;
 
 /// Both memory modes.
 const MODES: [MemoryMode; 2] = [MemoryMode::Cow, MemoryMode::Lazy];
@@ -28,6 +32,16 @@ pub(crate) struct ForkOptions {
     /// with `off` a page comes when it is touched, and never otherwise
     #[arg(long, value_name = "MIB_PER_S|off", default_value_t = Background::default())]
     background: Background,
+    /// Where clones live
+    #[arg(long, value_name = "SPAWNER", default_value = "in-process", value_parser = places())]
+    spawner: Place,
+}
+
+/// Where clones live.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    InProcess,
+    Process,
 }
 
 impl ForkOptions {
@@ -36,6 +50,10 @@ impl ForkOptions {
         self.freeze
             .check(self.memory_mode)
             .map_err(|error| Usage(error.to_string()))?;
+        if self.spawner == Place::Process && self.memory_mode == MemoryMode::Lazy {
+            let text = "spawner process gives memory mode cow only: lazy goes with in-process";
+            return Err(Usage(text.into()).into());
+        }
         let protects = matches!(self.freeze, FreezeKind::WriteProtect | FreezeKind::Delta);
         if protects || self.memory_mode == MemoryMode::Lazy {
             check_userfaultfd()?;
@@ -43,21 +61,44 @@ impl ForkOptions {
         Ok(())
     }
 
-    /// A family whose forks are such, everything else by default.
+    /// Refuses what cannot fork a clone, for a command that does.
+    pub(crate) fn check_forks_of_clones(&self) -> Result<(), Usage> {
+        match self.spawner {
+            Place::InProcess => Ok(()),
+            Place::Process => Err(Usage(
+                "freeze delta has a clone fork the others here, and one that lives in a worker \
+                 cannot be forked yet: use spawner in-process"
+                    .into(),
+            )),
+        }
+    }
+
+    /// Whether the first fork of a booted VM is another one than those that follow.
+    pub(crate) fn begins_otherwise(&self) -> bool {
+        self.freeze == FreezeKind::Delta
+    }
+
+    /// A family whose forks are such, everything else by default. Starts workers, if its clones live in
+    /// any.
     ///
     /// `delta` needs a parent that maps its memory privately, as a clone does. A VM that was booted
     /// does not, so as long as that is so its forks are done as `auto` chooses.
-    pub(crate) fn family(&self) -> FamilyConfig {
+    pub(crate) fn family(&self) -> anyhow::Result<FamilyConfig> {
         let spec = CloneSpec {
             freeze: self.freeze,
             memory_mode: self.memory_mode,
             ..CloneSpec::default()
         };
-        let while_shared = (self.freeze == FreezeKind::Delta).then(|| CloneSpec {
+        let while_shared = self.begins_otherwise().then(|| CloneSpec {
             freeze: FreezeKind::Auto,
             ..spec.clone()
         });
-        FamilyConfig {
+        let spawner: Arc<dyn Spawner> = match self.spawner {
+            Place::InProcess => Arc::new(InProcess),
+            Place::Process => Arc::new(Process::start(ProcessConfig::new(worker::program()?))?),
+        };
+        Ok(FamilyConfig {
+            spawner,
             guest_forks: spec,
             guest_forks_while_shared: while_shared,
             faults: FaultConfig {
@@ -65,7 +106,7 @@ impl ForkOptions {
                 ..FaultConfig::default()
             },
             ..FamilyConfig::default()
-        }
+        })
     }
 }
 
@@ -98,6 +139,21 @@ impl FromStr for Background {
             _ => Err("it is a number of MiB a second, 1 or more, or off".into()),
         }
     }
+}
+
+fn places() -> impl TypedValueParser<Value = Place> {
+    const IN_PROCESS: &str = "in-process";
+    let values = [
+        PossibleValue::new(IN_PROCESS).help("in this process, whose death ends them all"),
+        PossibleValue::new("process").help(
+            "in worker processes: what ends one of them ends its clones alone. A clone there \
+             cannot be forked yet [cow]",
+        ),
+    ];
+    PossibleValuesParser::new(values).map(|word| match word.as_str() {
+        IN_PROCESS => Place::InProcess,
+        _ => Place::Process,
+    })
 }
 
 fn modes() -> impl TypedValueParser<Value = MemoryMode> {

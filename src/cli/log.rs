@@ -1,6 +1,7 @@
 //! Logging: traces of all crates to standard error.
 
 use std::env;
+use std::sync::OnceLock;
 
 use tracing_subscriber::EnvFilter;
 
@@ -9,10 +10,18 @@ use super::errors::Usage;
 /// Used when `--log` is not given.
 const VARIABLE: &str = "FORKVM_LOG";
 
+/// What `--log` said.
+static OPTION: OnceLock<String> = OnceLock::new();
+
+/// What `--log` said, for a process that is to log the same; the environment it inherits.
+pub(crate) fn option() -> Option<&'static str> {
+    OPTION.get().map(String::as_str)
+}
+
 /// Starts logging by `filter`, the environment, or warnings only.
-pub(crate) fn init(filter: Option<&str>) -> anyhow::Result<()> {
+pub(crate) fn init(option: Option<&str>) -> anyhow::Result<()> {
     let from_environment = env::var(VARIABLE).ok();
-    let (origin, filter) = match (filter, &from_environment) {
+    let (origin, filter) = match (option, &from_environment) {
         (Some(filter), _) => ("--log", filter),
         (None, Some(filter)) => (VARIABLE, filter.as_str()),
         (None, None) => ("default", "warn"),
@@ -23,5 +32,8 @@ pub(crate) fn init(filter: Option<&str>) -> anyhow::Result<()> {
         .with_env_filter(parsed)
         .with_writer(std::io::stderr)
         .init();
+    if let Some(option) = option {
+        OPTION.get_or_init(|| option.to_owned());
+    }
     Ok(())
 }

@@ -19,6 +19,7 @@ mod restore;
 mod run;
 mod session;
 mod state;
+mod worker;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -79,6 +80,9 @@ enum Command {
     /// Work on disks that were forked
     #[command(subcommand)]
     Disk(disk::Disk),
+    /// Run clones for the process that started this one
+    #[command(hide = true)]
+    Worker,
     /// Print the completions of a shell, to be put where that shell looks for them
     #[command(after_help = "Example:\n  forkvm completions bash > /etc/bash_completion.d/forkvm")]
     Completions {
@@ -122,6 +126,7 @@ impl Command {
             Command::Restore(command) => command.run(output),
             Command::State(command) => command.run(output),
             Command::Disk(command) => command.run(output),
+            Command::Worker => worker::run(),
             Command::Completions { shell } => {
                 let mut text = output.text();
                 clap_complete::generate(shell, &mut Cli::command(), "forkvm", &mut text);

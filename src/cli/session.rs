@@ -92,7 +92,7 @@ impl Session {
             saver: save
                 .clone()
                 .map(|dir| Arc::new(saver(dir)) as Arc<dyn Saver>),
-            ..forks.family()
+            ..forks.family()?
         };
         let family = Family::new(Arc::new(Kvm::open()?), config);
         let control = Arc::new(Control {

@@ -6,6 +6,7 @@ use std::thread::{self, ThreadId};
 use std::time::Duration;
 
 use forkvm_clone_engine::accounting::{AccountingError, HostKernelUse, ProcessUse};
+use forkvm_clone_engine::spawn::Spawner;
 use forkvm_clone_engine::{ForkPoint, Member, Observer, Phase, Vetoed};
 use forkvm_vmm::PausedVm;
 
@@ -16,7 +17,7 @@ const SAMPLE_EVERY: Duration = Duration::from_millis(25);
 /// first read when the clones run, so that the reading does not slow the fork.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Growth {
-    /// Anonymous memory of this process: what the VMs wrote since the fork.
+    /// Anonymous memory of this process, and of those that clones live in: what the VMs wrote since the fork.
     pub private_kib: u64,
     /// Kernel memory of the host, as [`HostKernelUse`] counts it.
     pub kernel_kib: u64,
@@ -44,6 +45,7 @@ struct UnderWay {
 /// See the module's text.
 pub struct DemoObserver {
     before: Option<Usage>,
+    spawner: Arc<dyn Spawner>,
     depth: u32,
     /// A clone may fork before its parent's fork has told its end; but a thread does one at a time.
     under_way: Mutex<HashMap<ThreadId, UnderWay>>,
@@ -53,10 +55,11 @@ pub struct DemoObserver {
 
 impl DemoObserver {
     /// Remembers what is used now, before the parent is booted. The clones that work will be `depth`
-    /// forks below it.
-    pub fn before_boot(depth: u32) -> DemoObserver {
+    /// forks below it, made by `spawner`.
+    pub fn before_boot(depth: u32, spawner: &Arc<dyn Spawner>) -> DemoObserver {
         DemoObserver {
-            before: Usage::now(),
+            before: Usage::now(spawner.as_ref()),
+            spawner: spawner.clone(),
             depth,
             under_way: Mutex::default(),
             forks: Mutex::default(),
@@ -90,9 +93,9 @@ impl DemoObserver {
     /// Samples memory from now on, until the observer is gone.
     fn start_sampling(&self) {
         let Some(before) = self.before else { return };
-        let growth = Arc::downgrade(&self.growth);
+        let (growth, spawner) = (Arc::downgrade(&self.growth), self.spawner.clone());
         let sample = move || {
-            while let (Some(growth), Some(now)) = (growth.upgrade(), Usage::now()) {
+            while let (Some(growth), Some(now)) = (growth.upgrade(), Usage::now(spawner.as_ref())) {
                 let mut growth = growth.lock().unwrap_or_else(PoisonError::into_inner);
                 let grown = |now: u64, before: u64| now.saturating_sub(before);
                 let private_kib = grown(now.process.anonymous_kib, before.process.anonymous_kib);
@@ -158,10 +161,17 @@ struct Usage {
 }
 
 impl Usage {
-    fn now() -> Option<Usage> {
+    /// Of this process, those of `spawner`, and the host.
+    fn now(spawner: &dyn Spawner) -> Option<Usage> {
         let read = || {
+            let mut process = ProcessUse::now()?;
+            // One that has died uses nothing.
+            for other in spawner.processes().into_iter().flat_map(ProcessUse::of) {
+                process.anonymous_kib += other.anonymous_kib;
+                process.page_tables_kib += other.page_tables_kib;
+            }
             Ok::<_, AccountingError>(Usage {
-                process: ProcessUse::now()?,
+                process,
                 kernel: HostKernelUse::now()?,
             })
         };

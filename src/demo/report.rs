@@ -1,9 +1,10 @@
 //! The demo's JSON object, as the contract of the command line lays it down.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
-use forkvm_clone_engine::Timeline;
+use forkvm_clone_engine::{Member, Timeline};
 use serde::Serialize;
 
 use super::answers::Answers;
@@ -85,6 +86,16 @@ pub struct Report<Host> {
     pub state_bytes: usize,
 }
 
+/// The word for where clones live.
+fn spawner(clones: &[Arc<Member>]) -> &'static str {
+    let apart = clones.iter().filter(|clone| clone.process().is_some());
+    match apart.count() {
+        0 => "in-process",
+        all if all == clones.len() => "process",
+        _ => "both",
+    }
+}
+
 impl<Host> Report<Host> {
     /// Puts the figures of a run together.
     pub fn new(host: Host, input: &Input, seed: u64, run: &Run, answers: Answers) -> Report<Host> {
@@ -118,7 +129,7 @@ impl<Host> Report<Host> {
             depth: run.point.depth(),
             memory_mode: run.point.memory_mode().as_str(),
             freeze: run.point.freeze().as_str(),
-            spawner: "in-process",
+            spawner: spawner(&run.clones),
             input: InputReport {
                 index_build_ms: run.index_build.map(|took| us(took) / 1000.0),
                 ..input.report()

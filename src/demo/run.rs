@@ -75,7 +75,7 @@ pub fn run(input: &Input, spec: &RunSpec) -> Result<Run, RunError> {
     } else {
         1
     };
-    let observer = Arc::new(DemoObserver::before_boot(depth));
+    let observer = Arc::new(DemoObserver::before_boot(depth, &spec.family.spawner));
     let config = FamilyConfig {
         consoles: spec.consoles.clone(),
         observer: observer.clone(),
@@ -196,8 +196,9 @@ fn failures(
         if finished.end != End::Exited(0) {
             failures.push(format!("clone {} {}", clone.name(), finished.end));
         }
-        let references = finished.blk_counters[0];
-        if references.read_requests > 0 {
+        // None are left of a clone whose process died.
+        let references = finished.blk_counters.first();
+        if references.is_some_and(|counters| counters.read_requests > 0) {
             let text = format!(
                 "clone {} read the references instead of inheriting them",
                 clone.name()
@@ -221,10 +222,12 @@ fn index_build(parent: &Member) -> Option<Duration> {
 
 /// Reads what a clone left on its disk 2 (`forkvm_abi::records`).
 fn read_records(clone: &Member, finished: &Finished) -> Result<Vec<u8>, RunError> {
-    let disk = finished.disks[2].as_ref();
     let failed = |what: String| RunError::Records {
         clone: clone.name().to_owned(),
         what,
+    };
+    let Some(disk) = finished.disks.get(2) else {
+        return Err(failed(format!("its disks are gone; it {}", finished.end)));
     };
     let mut header = [0; SECTOR as usize];
     disk.read_at(records::HEADER_SECTOR * SECTOR, &mut header)

@@ -71,7 +71,11 @@ fn instantiate_reports_each_end_point_by_contract_and_in_its_order() {
     assert_eq!(report["seed"], 7);
     assert_eq!(report["partial"], false);
     let skipped = report["skipped"].as_array().unwrap().len();
-    for memory in ["cow", "lazy", "sibling"] {
+    let memories = ["cow", "lazy", "sibling"];
+    for (pool, memory) in ["pooled", "unpooled"]
+        .into_iter()
+        .flat_map(|pool| memories.map(|memory| (pool, memory)))
+    {
         if memory != "cow" && skipped > 0 {
             continue;
         }
@@ -83,13 +87,13 @@ fn instantiate_reports_each_end_point_by_contract_and_in_its_order() {
             "first_answer",
         ];
         let p50 = |point| {
-            let row = row(&report, &format!("unpooled/{memory}/in-process/{point}"));
+            let row = row(&report, &format!("{pool}/{memory}/in-process/{point}"));
             assert_eq!(row["unit"], "us");
             row["p50"].as_f64().unwrap()
         };
         assert!(
             points.map(p50).is_sorted(),
-            "{memory}: {:?}",
+            "{pool}/{memory}: {:?}",
             points.map(p50)
         );
     }

@@ -101,6 +101,47 @@ fn the_host_forks_it_by_copying_and_the_answers_are_the_same() {
 }
 
 #[test]
+fn clones_in_workers_map_all_reads_as_the_host_does() {
+    let options = ["--clones", "4", "--vcpus", "2", "--spawner", "process"];
+    let Some((_dir, object)) = demo(&[SMALL, &options].concat()) else {
+        return;
+    };
+    for (key, expected) in [
+        ("spawner", Value::from("process")),
+        ("freeze", "remap".into()),
+        ("clones", 4.into()),
+        ("records", 1200.into()),
+        ("answers_match", true.into()),
+    ] {
+        assert_eq!(object[key], expected, "{key}");
+    }
+    for end_point in [
+        "built",
+        "restored",
+        "first_run",
+        "first_action",
+        "first_answer",
+    ] {
+        assert_eq!(object["end_points_us"][end_point]["n"], 4, "{end_point}");
+    }
+    for phase in ["memory", "spawn", "restore", "identity"] {
+        assert_eq!(object["phases_us"][phase]["n"], 4, "{phase}");
+    }
+    assert!(object["private_kib_per_clone"].as_u64().unwrap() > 0);
+    assert!(object["blk_read_kib_per_clone"].as_u64().unwrap() > 0);
+}
+
+#[test]
+fn what_workers_cannot_do_yet_is_a_usage_error() {
+    let dir = TempDir::new().unwrap();
+    let args = ["demo", "--spawner", "process", "--memory-mode", "lazy"];
+    forkvm(dir.path(), &args).expect(2, "cow only");
+    let args = ["demo", "--spawner", "process", "--freeze", "delta"];
+    forkvm(dir.path(), &args).expect(2, "cannot be forked yet");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
 fn one_clone_maps_everything() {
     let Some((_dir, object)) = demo(&[SMALL, &["--clones", "1"]].concat()) else {
         return;

@@ -17,7 +17,7 @@ use forkvm::{BootSpec, FamilyConfig, Identity, Vm, guest};
 pub use obey::Obedient;
 pub use oracle::{expect_end, expect_oracle_ok, finish_oracle};
 pub(crate) use setup::need_kvm;
-pub use setup::{Setup, fork_by, full_scale, has_kvm, scaled};
+pub use setup::{Setup, fork_by, full_scale, has_kvm, scaled, worker_program, workers, workers_of};
 
 /// Far beyond what anything here takes on a slow host.
 pub const LONG: Duration = Duration::from_secs(120);

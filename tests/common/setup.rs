@@ -5,12 +5,16 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use forkvm::engine::saved::Saver;
 use forkvm::engine::source::Sources;
-use forkvm::engine::{Consoles, ForkLog, Member, NoObserver, Observer, Phase, PoolConfig, Vetoed};
+use forkvm::engine::spawn::Spawner;
+use forkvm::engine::{
+    Consoles, ForkLog, Member, NoObserver, Observer, Phase, PoolConfig, Vetoed, WorkingSetPolicy,
+};
 use forkvm::vmm::PausedVm;
 use forkvm::{
     BootSpec, CloneSpec, DiskSource, DiskSpec, FamilyConfig, FaultConfig, ForkPoint, FreezeKind,
-    MemoryMode, Vm, guest,
+    MemoryMode, Process, ProcessConfig, Vm, WorkerProgram, guest,
 };
 
 use super::{Guest, Kept};
@@ -50,6 +54,32 @@ pub fn fork_by(freeze: FreezeKind, memory_mode: MemoryMode, count: u32) -> Clone
     }
 }
 
+/// Where the clones of tests live that do not care, if not in the test's own process: `process`.
+const SPAWNER: &str = "FORKVM_TEST_SPAWNER";
+
+/// The command, as a worker.
+pub fn worker_program() -> WorkerProgram {
+    WorkerProgram {
+        path: env!("CARGO_BIN_EXE_forkvm").into(),
+        args: vec!["worker".into()],
+    }
+}
+
+/// A spawner with two workers.
+pub fn workers() -> Arc<Process> {
+    workers_of(2, 64)
+}
+
+/// A spawner with `ready` workers, and more of them where one would run more than so many clones.
+pub fn workers_of(ready: usize, clones_per_worker: u32) -> Arc<Process> {
+    let config = ProcessConfig {
+        ready,
+        clones_per_worker,
+        ..ProcessConfig::new(worker_program())
+    };
+    Arc::new(Process::start(config).unwrap())
+}
+
 type Hook = dyn Fn(Phase, Option<&PausedVm<'_>>) -> Result<(), Vetoed> + Send + Sync;
 
 /// A VM of the embedded guest that is to be booted: 64 MiB and one vCPU, unless it is told.
@@ -77,12 +107,28 @@ impl Setup {
             observer: log.clone(),
             ..FamilyConfig::default()
         };
-        Setup {
+        let mut setup = Setup {
             spec,
             config,
             consoles,
             log,
+        };
+        if env::var_os(SPAWNER).is_some_and(|word| word == "process") {
+            setup = setup.spawner(workers());
         }
+        setup
+    }
+
+    /// Where its clones live.
+    pub fn spawner(mut self, spawner: Arc<dyn Spawner>) -> Setup {
+        self.config.spawner = spawner;
+        self
+    }
+
+    /// Where it and its clones are saved.
+    pub fn saver(mut self, saver: impl Saver + 'static) -> Setup {
+        self.config.saver = Some(Arc::new(saver));
+        self
     }
 
     pub fn memory_mib(mut self, mib: u64) -> Setup {
@@ -148,6 +194,7 @@ impl Setup {
     pub fn no_copier(self) -> Setup {
         self.faults(FaultConfig {
             background: None,
+            working_set: WorkingSetPolicy::Off,
             ..FaultConfig::default()
         })
     }

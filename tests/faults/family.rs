@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forkvm::engine::{Member, Ticket};
+use forkvm::engine::{Member, Ticket, WorkingSetPolicy};
 use forkvm::vmm::PausedVm;
 use forkvm::{CloneSpec, End, FaultConfig, FreezeKind, MemoryMode};
 use vm_memory::{Bytes, GuestAddress};
@@ -40,9 +40,20 @@ impl Origin {
     /// Whose sources may be silent for `deadline`. Pages are fetched one by one, and by nothing but
     /// their first touch. Forks by `freeze` find all pages in the parent, none in an earlier image.
     pub(crate) fn new(freeze: FreezeKind, deadline: Duration) -> Origin {
+        Origin::with(freeze, deadline, WorkingSetPolicy::Off)
+    }
+
+    /// The same, but that clones are given what those of an earlier fork touched.
+    pub(crate) fn replaying(freeze: FreezeKind, deadline: Duration) -> Origin {
+        Origin::with(freeze, deadline, WorkingSetPolicy::RecordAndReplay)
+    }
+
+    fn with(freeze: FreezeKind, deadline: Duration, working_set: WorkingSetPolicy) -> Origin {
         let switch = Switch::new();
         let faults = FaultConfig {
             chunk: PAGE,
+            readahead: 0,
+            working_set,
             background: None,
             page_deadline: deadline,
             ..FaultConfig::default()

@@ -10,5 +10,6 @@ mod handler_death;
 mod killed;
 mod mid_request;
 mod model;
+mod replay;
 mod sources;
 mod switch;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use forkvm::engine::Member;
+use forkvm::engine::{Member, WorkingSetPolicy};
 use forkvm::{End, FaultConfig, ForkPoint, FreezeKind, MemoryMode};
 
 use crate::common::{Guest, LONG, Obedient, Setup, expect_end, fork_by, need_kvm, scaled};
@@ -272,6 +272,8 @@ fn follow(seed: u64, steps: u32) {
     let mut random = Random(seed);
     let faults = FaultConfig {
         chunk: random.of(&[1, 4, 16]) * PAGE,
+        readahead: random.of(&[0, 64 << 10, 1 << 20]),
+        working_set: random.of(&[WorkingSetPolicy::Off, WorkingSetPolicy::RecordAndReplay]),
         shards: random.of(&[1, 2]),
         background: random.of(&[None, Some(1), Some(16), Some(4096)]),
         page_deadline: LONG,

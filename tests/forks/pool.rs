@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use forkvm::abi::doorbell::report;
 use forkvm::engine::limits::{Limit, LimitError};
+use forkvm::engine::spawn::SpawnError;
 use forkvm::engine::{Member, PoolError};
 use forkvm::{CloneSpec, End, ForkPoint, FreezeKind, MemoryMode};
 
@@ -143,6 +144,9 @@ fn in_a_process_with_few_descriptors() {
     vm.wait_ready(LONG).unwrap();
     let point = vm.fork_point(CloneSpec::new(1)).unwrap();
     let error = point.fill_pool(200).unwrap_err();
+    let SpawnError::Shell(error) = error else {
+        panic!("{error:?}");
+    };
     let PoolError::Limits(LimitError::TooMany { room, limit, .. }) = &error else {
         panic!("{error:?}");
     };

@@ -45,6 +45,7 @@ fn a_clone_that_touches_k_scattered_pages_brings_at_most_k_chunks() {
     assert!(by_fault <= (touch + OF_THE_CLONE) * chunk, "{by_fault}");
     assert!(by_fault >= (touch - OF_THE_CLONE) * chunk, "{by_fault}");
     assert_eq!(after.pages_by_background, 0);
+    assert_eq!(after.pages_by_prefetch, before.pages_by_prefetch);
     let by_parent = after.pages_by_parent_write - before.pages_by_parent_write;
     assert_eq!(
         present - first,
@@ -53,6 +54,42 @@ fn a_clone_that_touches_k_scattered_pages_brings_at_most_k_chunks() {
     );
     assert!(by_parent <= OF_THE_CLONE * chunk, "{by_parent}");
     assert!(!point.image().is_whole());
+    assert_eq!(vm.consoles.text(), "");
+}
+
+/// Memory is at hand, so what comes ahead is there before the clone misses it.
+#[test]
+fn a_clone_that_touches_its_memory_in_order_waits_for_few_of_its_chunks() {
+    need_kvm!();
+    let touch = u64::from(scaled(4096, 512));
+    let vm = Setup::new(format!("job=reach mib={} touch={touch}", scaled(64, 8)))
+        .memory_mib(128)
+        .no_copier()
+        .boot();
+    vm.wait_ready(LONG).unwrap();
+    let point = vm
+        .fork_point(fork_by(FreezeKind::WriteProtect, MemoryMode::Lazy, 1))
+        .unwrap();
+    let (first, before) = (
+        point.image().pages_present(),
+        vm.family().faults().figures(),
+    );
+    let clone = point.spawn(1).unwrap().remove(0);
+    clone.wait_report(report::ANSWER, 1, LONG).unwrap();
+
+    let (present, after) = (
+        point.image().pages_present(),
+        vm.family().faults().figures(),
+    );
+    println!("{first} pages at first, {present} after {touch} touches; {after:?}");
+    let config = FaultConfig::default();
+    let by_fault = after.pages_by_fault - before.pages_by_fault;
+    let ahead = after.pages_by_prefetch - before.pages_by_prefetch;
+    assert!(by_fault <= touch / 2, "{by_fault} pages were waited for");
+    assert!(ahead >= touch / 2, "{ahead} pages came ahead");
+    let most = touch + (config.readahead + OF_THE_CLONE * config.chunk) / 4096;
+    assert!(present - first <= most, "more came than a window ahead");
+    assert_eq!(after.pages_by_background, 0);
     assert_eq!(vm.consoles.text(), "");
 }
 

@@ -15,7 +15,7 @@ use std::thread;
 use std::time::Instant;
 
 use forkvm::abi::doorbell::report;
-use forkvm::engine::Member;
+use forkvm::engine::{Member, WorkingSetPolicy};
 use forkvm::{End, FaultConfig, ForkPoint, FreezeKind, MemoryMode};
 
 use crate::common::{Guest, LONG, Setup, expect_end, fork_by, full_scale, need_kvm, scaled};
@@ -40,6 +40,8 @@ struct Search {
     forks: u32,
     /// Whether images are filled in the background as well.
     copier: bool,
+    /// Whether forks are given what the clones of earlier ones touched.
+    working_set: WorkingSetPolicy,
 }
 
 /// The parent keeps its memory shared; its clones have private memory.
@@ -51,6 +53,7 @@ const WRITE_PROTECT: Search = Search {
     pages: 1024,
     forks: 51,
     copier: false,
+    working_set: WorkingSetPolicy::Off,
 };
 
 const DELTA: Search = Search {
@@ -90,6 +93,14 @@ impl Search {
         }
     }
 
+    const fn with_replays(self) -> Search {
+        Search {
+            forks: 21,
+            working_set: WorkingSetPolicy::RecordAndReplay,
+            ..self
+        }
+    }
+
     fn run(self) {
         need_kvm!();
         let start = Instant::now();
@@ -101,6 +112,7 @@ impl Search {
             .memory_mib(memory_mib)
             .faults(FaultConfig {
                 background,
+                working_set: self.working_set,
                 ..FaultConfig::default()
             })
             .boot();
@@ -289,6 +301,8 @@ searches! {
     delta_4vcpu delta_4vcpu_long: DELTA.on_4_vcpus();
     delta_1vcpu_copier delta_1vcpu_copier_long: DELTA.with_copier();
     delta_4vcpu_copier delta_4vcpu_copier_long: DELTA.on_4_vcpus().with_copier();
+    write_protect_1vcpu_replayed write_protect_1vcpu_replayed_long: WRITE_PROTECT.with_replays();
+    delta_4vcpu_replayed delta_4vcpu_replayed_long: DELTA.on_4_vcpus().with_replays();
     remap_1vcpu remap_1vcpu_long: REMAP;
     remap_4vcpu remap_4vcpu_long: REMAP.on_4_vcpus();
 }

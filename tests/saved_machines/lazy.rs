@@ -8,8 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use forkvm::abi::doorbell::report;
-use forkvm::engine::Member;
 use forkvm::engine::saved::OpenMachine;
+use forkvm::engine::{Member, WorkingSet};
 use forkvm::vmm::memory_file::{MemoryFile, PAGE};
 use forkvm::{CloneSpec, End, FreezeKind, MemoryMode};
 use tempfile::{TempDir, tempdir};
@@ -90,6 +90,38 @@ fn it_runs_before_its_memory_is_read_and_reads_what_it_touches() {
     home.expect_well(&clone);
     home.expect_well(&vm);
     assert!(pages_read(&home) >= 32 * 256, "{}", pages_read(&home));
+}
+
+#[test]
+fn it_is_given_at_once_what_it_touched_after_an_earlier_restore() {
+    need_kvm!();
+    let dir = saved(1, "job=touch mib=16");
+    // It halts until it is forked; then it reads every word.
+    let run = |known: WorkingSet| {
+        let home = home_of(&dir);
+        let mut machine = OpenMachine::open(&dir.path().join("saved")).unwrap();
+        let expected = known.len() / PAGE as u64;
+        machine.working_set = known;
+        let restored = home
+            .family
+            .restore(machine, None, MemoryMode::Lazy, &mut |_| {});
+        let vm = restored.unwrap();
+        let start = Instant::now();
+        while pages_read(&home) < expected {
+            assert!(start.elapsed() < LONG, "{} pages", pages_read(&home));
+            thread::sleep(Duration::from_millis(5));
+        }
+        let by_fault = || home.family.faults().figures().pages_by_fault;
+        let before = by_fault();
+        drop(vm.fork_point(lazy(1)).unwrap());
+        home.expect_well(&vm);
+        (vm.working_set(), by_fault() - before)
+    };
+    let (touched, first) = run(WorkingSet::default());
+    assert!(touched.len() >= 15 << 20, "{touched:?}");
+    let (_, second) = run(touched);
+    println!("{first} pages by faults, {second} with a working set");
+    assert!(second * 4 < first, "{second} pages of {first} by faults");
 }
 
 #[test]

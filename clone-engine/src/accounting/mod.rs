@@ -4,7 +4,7 @@
 //! a memory file: an image, which all clones of a fork share, or the RAM of a VM that maps it shared;
 //! the family counts each file once (`files_kib`). So `Σ private_kib + files_kib` is what guest memory
 //! takes, with nothing counted twice, and `shared_kib`, what a VM maps of those files, is never to be
-//! added to it. Beside guest memory a VM has page tables, of this process, and what the kernel keeps of
+//! added to it. Beside guest memory a VM has page tables, of the process that it lives in, and what the kernel keeps of
 //! it ([`KernelUse`]). What the VMM itself needs (heap, stacks) is known of the process only
 //! ([`ProcessUse`]).
 //!
@@ -22,6 +22,7 @@ use std::sync::Arc;
 
 use forkvm_vmm::memory::PAGE;
 use forkvm_vmm::{KvmStats, MemoryError, StatsError, Vm};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::family::Family;
@@ -30,7 +31,7 @@ use crate::member::MemberError;
 pub use process::{HostKernelUse, ProcessUse};
 
 /// What one VM takes, in KiB.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryUse {
     /// Guest pages that are its alone, present or swapped out: what it has written since its fork. Goes
     /// with it. 0 for a VM that maps its memory shared: that is in `files_kib` of its family.
@@ -38,14 +39,14 @@ pub struct MemoryUse {
     /// Guest pages of memory files that it maps just now, because it touched them or the kernel mapped
     /// them together with a neighbour. They stay when it goes; siblings map the same ones.
     pub shared_kib: u64,
-    /// Page tables of this process for the two.
+    /// Page tables for the two, of the process that it lives in.
     pub page_tables_kib: u64,
     /// What the kernel keeps of it.
     pub kernel: KernelUse,
 }
 
 /// What the kernel keeps of one VM, in KiB.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KernelUse {
     /// KVM's own page tables for the guest, by KVM's count of them (KVM_GET_STATS_FD): shadow pages,
     /// or the nested tables that its mapped pages need at least. `None` where KVM does not count.
@@ -129,6 +130,14 @@ pub(crate) struct VmCount {
 }
 
 impl VmCount {
+    /// Of a clone that lives in another process, where it was counted. It maps nothing shared.
+    pub(crate) fn elsewhere(taken: MemoryUse) -> VmCount {
+        VmCount {
+            taken,
+            own_file: None,
+        }
+    }
+
     /// Of a VM that runs.
     pub(crate) fn of(vm: &Vm) -> Result<VmCount, AccountingError> {
         let residency = vm.ram().residency()?;
@@ -180,6 +189,14 @@ pub enum AccountingError {
     /// Its memory could not be counted.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// It was tried in the process where the VM lives.
+    #[error("process {process} could not count it: {why}")]
+    Elsewhere {
+        /// The process.
+        process: u32,
+        /// What went wrong there.
+        why: String,
+    },
     /// KVM does not tell.
     #[error(transparent)]
     Kvm(#[from] StatsError),

@@ -20,14 +20,24 @@ pub struct ProcessUse {
 impl ProcessUse {
     /// Of now.
     pub fn now() -> Result<ProcessUse, AccountingError> {
+        ProcessUse::of_named("self")
+    }
+
+    /// Of another process, a worker, now.
+    pub fn of(process: u32) -> Result<ProcessUse, AccountingError> {
+        ProcessUse::of_named(&process.to_string())
+    }
+
+    fn of_named(process: &str) -> Result<ProcessUse, AccountingError> {
         let value = |file: &str, name: &str| {
-            let text = host::read(file)?;
-            host::kib(&text, name).ok_or_else(|| lacks(file, name))
+            let file = format!("/proc/{process}/{file}");
+            let text = host::read(&file)?;
+            host::kib(&text, name).ok_or_else(|| lacks(&file, name))
         };
         let read = || {
             Ok(ProcessUse {
-                anonymous_kib: value("/proc/self/smaps_rollup", "Anonymous")?,
-                page_tables_kib: value("/proc/self/status", "VmPTE")?,
+                anonymous_kib: value("smaps_rollup", "Anonymous")?,
+                page_tables_kib: value("status", "VmPTE")?,
             })
         };
         read().map_err(AccountingError::Proc)

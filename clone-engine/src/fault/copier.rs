@@ -1,8 +1,9 @@
-//! Fills images in the background, a little at a time.
+//! Brings what no clone waits for: working sets that are replayed, at once, and then everything
+//! else, a little at a time.
 //!
-//! It goes last: faults are answered by the fault threads whatever the copier does, and it sleeps as
-//! much as its rate asks. An image is filled a moment after its fork, so that the clones' start has
-//! the host to itself.
+//! Faults are answered by the fault threads whatever the copier does. A working set goes before all
+//! that is filled in the background, and that sleeps as much as its rate asks. An image is filled a
+//! moment after its fork, so that the clones' start has the host to itself.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -12,6 +13,7 @@ use std::time::{Duration, Instant};
 use super::counters::Cause;
 use crate::image::{MemoryImage, Which};
 use crate::source::SourceError;
+use crate::working_set::WorkingSet;
 
 /// How long an image is left alone at first.
 const LEAVE_ALONE: Duration = Duration::from_millis(100);
@@ -20,9 +22,10 @@ const LEAVE_ALONE: Duration = Duration::from_millis(100);
 const STRETCH: u64 = 1 << 20;
 
 /// See the module's text.
-#[derive(Default)]
 pub(super) struct Copier {
     shared: Arc<Shared>,
+    /// MiB a second in the background.
+    rate: u32,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -34,20 +37,41 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
+    replays: VecDeque<(Weak<MemoryImage>, WorkingSet)>,
     waiting: VecDeque<(Instant, Weak<MemoryImage>)>,
     over: bool,
 }
 
 impl Copier {
-    /// Fills `image` when its turn comes, at `mib_per_second` at most.
-    pub(super) fn add(&self, image: &Arc<MemoryImage>, mib_per_second: u32) {
+    /// One that fills images at `rate` MiB a second at most.
+    pub(super) fn new(rate: Option<u32>) -> Copier {
+        Copier {
+            shared: Arc::default(),
+            rate: rate.unwrap_or(u32::MAX),
+            thread: Mutex::default(),
+        }
+    }
+
+    /// Fills `image` when its turn comes.
+    pub(super) fn add(&self, image: &Arc<MemoryImage>) {
         let image = (Instant::now() + LEAVE_ALONE, Arc::downgrade(image));
         self.shared.lock().waiting.push_back(image);
+        self.awake();
+    }
+
+    /// Brings what is missing of `set` into `image` now.
+    pub(super) fn replay(&self, image: &Arc<MemoryImage>, set: WorkingSet) {
+        let replay = (Arc::downgrade(image), set);
+        self.shared.lock().replays.push_back(replay);
+        self.awake();
+    }
+
+    fn awake(&self) {
         self.shared.changed.notify_all();
         let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
         if thread.is_none() {
-            let shared = self.shared.clone();
-            let copy = move || shared.copy(mib_per_second);
+            let (shared, rate) = (self.shared.clone(), self.rate);
+            let copy = move || shared.copy(rate);
             match thread::Builder::new().name("copier".into()).spawn(copy) {
                 Ok(started) => *thread = Some(started),
                 // Clones fetch what they touch all the same.
@@ -55,9 +79,7 @@ impl Copier {
             }
         }
     }
-}
 
-impl Copier {
     /// Ends it, for good.
     pub(super) fn end(&self) {
         self.shared.lock().over = true;
@@ -104,6 +126,7 @@ impl Shared {
     fn next(&self) -> Option<Weak<MemoryImage>> {
         let mut state = self.lock();
         loop {
+            state = self.serve_replays(state);
             if state.over {
                 return None;
             }
@@ -121,7 +144,11 @@ impl Shared {
     /// Whether that time came before the end.
     fn rest_until(&self, when: Instant) -> bool {
         let mut state = self.lock();
-        while !state.over {
+        loop {
+            state = self.serve_replays(state);
+            if state.over {
+                return false;
+            }
             let left = when.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return true;
@@ -129,7 +156,24 @@ impl Shared {
             let waited = self.changed.wait_timeout(state, left);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
-        false
+    }
+
+    /// Replays what waits for it, with the lock open.
+    fn serve_replays<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        while !state.over
+            && let Some((image, set)) = state.replays.pop_front()
+        {
+            drop(state);
+            // An image that nobody needs is gone.
+            if let Some(image) = image.upgrade()
+                && let Err(why) = image.replay(&set)
+            {
+                // Who touches what is left hears why.
+                tracing::debug!(%why, "a working set is not replayed to its end");
+            }
+            state = self.lock();
+        }
+        state
     }
 }
 

@@ -30,6 +30,17 @@ pub(crate) trait Waiter: Send + Sync {
     fn lost(&self, why: &SourceError);
 }
 
+/// Those who may touch pages that are fetched ahead: they fault and ask for themselves.
+pub(crate) struct Nobody;
+
+impl Waiter for Nobody {
+    fn arrived(&self, _range: &Range<u64>) {}
+
+    fn lost(&self, why: &SourceError) {
+        tracing::debug!(%why, "pages do not come ahead");
+    }
+}
+
 /// See the module's text.
 #[derive(Default)]
 pub(crate) struct Fetcher {
@@ -92,12 +103,7 @@ impl Fetcher {
             self.start(image, source)?;
             state.started = true;
         }
-        let queue = match cause {
-            Cause::Fault | Cause::ParentWrite => 0,
-            Cause::Prefetch => 1,
-            Cause::Background => 2,
-        };
-        state.queues[queue].push_back(Want {
+        state.queues[urgency(cause)].push_back(Want {
             range,
             cause,
             waiter: waiter.clone(),
@@ -190,7 +196,7 @@ impl Shared {
                     alone: true,
                     ..want
                 });
-                state.queues[0].extend(again);
+                state.queues[urgency(cause)].extend(again);
                 continue;
             }
             drop(state);
@@ -277,6 +283,15 @@ impl Shared {
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
         }
+    }
+}
+
+/// Which queue it waits in.
+fn urgency(cause: Cause) -> usize {
+    match cause {
+        Cause::Fault | Cause::ParentWrite => 0,
+        Cause::Prefetch => 1,
+        Cause::Background => 2,
     }
 }
 

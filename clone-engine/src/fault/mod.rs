@@ -12,6 +12,7 @@
 mod copier;
 pub(crate) mod counters;
 pub(crate) mod fetcher;
+pub(crate) mod readahead;
 pub(crate) mod shard;
 
 use std::num::NonZeroUsize;
@@ -28,10 +29,12 @@ use crate::image::{EmptyImage, MemoryImage, OwnerTable, StoreError};
 use crate::source::{PageSource, PlainSources, Sources};
 use crate::userfault::UserfaultError;
 use crate::vm_memory::VmMemory;
+use crate::working_set::{WorkingSet, WorkingSetPolicy};
 
 use copier::Copier;
 use counters::FaultCounters;
 pub use counters::FaultFigures;
+use readahead::Readahead;
 use shard::Shard;
 
 /// How lazy memory is served.
@@ -39,6 +42,10 @@ use shard::Shard;
 pub struct FaultConfig {
     /// Bytes that are brought together when a page is missing: 4 KiB to 2 MiB, a power of two.
     pub chunk: u64,
+    /// Most bytes that are brought ahead of a VM that touches its memory in order; 0 for none.
+    pub readahead: u64,
+    /// Whether the next clones are given at once what the first ones touched.
+    pub working_set: WorkingSetPolicy,
     /// Threads that answer faults, 1 or more.
     pub shards: usize,
     /// MiB a second that incomplete images are filled with in the background; `None` leaves them to
@@ -54,6 +61,8 @@ impl Default for FaultConfig {
         let cpus = thread::available_parallelism().map_or(1, NonZeroUsize::get);
         FaultConfig {
             chunk: 64 << 10,
+            readahead: 1 << 20,
+            working_set: WorkingSetPolicy::default(),
             shards: cpus.min(8),
             background: Some(256),
             page_deadline: Duration::from_secs(5),
@@ -104,13 +113,18 @@ impl FaultHandler {
             notices,
             running: Mutex::new(Running::NotYet(Some(receiver))),
             next_shard: AtomicUsize::new(0),
-            copier: Copier::default(),
+            copier: Copier::new(config.background),
         }
     }
 
     /// What was done so far.
     pub fn figures(&self) -> FaultFigures {
         self.counters.figures()
+    }
+
+    /// What one VM will touch next.
+    pub(crate) fn readahead(&self) -> Readahead {
+        Readahead::new(self.config.chunk, self.config.readahead)
     }
 
     pub(crate) fn notices(&self) -> Sender<Notice> {
@@ -190,8 +204,20 @@ impl FaultHandler {
 
     /// Fills a published image in the background, if the family has it so.
     pub(crate) fn fill_in_background(&self, image: &Arc<MemoryImage>) {
-        if let (Some(rate), false) = (self.config.background, image.is_whole()) {
-            self.copier.add(image, rate);
+        if self.config.background.is_some() && !image.is_whole() {
+            self.copier.add(image);
+        }
+    }
+
+    /// Whether first touches are recorded and replayed.
+    pub(crate) fn replays(&self) -> bool {
+        self.config.working_set == WorkingSetPolicy::RecordAndReplay
+    }
+
+    /// Brings what is missing of `set` into a published image, while its clones start.
+    pub(crate) fn replay(&self, image: &Arc<MemoryImage>, set: WorkingSet) {
+        if !set.is_empty() && !image.is_whole() {
+            self.copier.replay(image, set);
         }
     }
 

@@ -1,9 +1,10 @@
 //! One userfaultfd and the thread that answers its faults, for many VMs.
 //!
 //! VMs are spread over a few shards, never a thread each. A shard's thread looks up whose address a
-//! fault is at and hands it to that VM's [`VmMemory`]; what it calls never waits.
+//! fault is at and hands it to that VM's [`VmMemory`]; what it calls never waits. While no fault
+//! waits it brings pages ahead of VMs that touch theirs in order, a chunk between two looks.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
@@ -18,7 +19,7 @@ pub(crate) struct Shard {
     pub(crate) counters: Arc<FaultCounters>,
     /// By first host address.
     watched: RwLock<BTreeMap<u64, Watched>>,
-    /// Whose fault is being answered.
+    /// Who is being served.
     in_hand: Mutex<Weak<VmMemory>>,
     ending: AtomicBool,
 }
@@ -67,20 +68,44 @@ impl Shard {
 
     /// Answers faults until the end.
     pub(super) fn serve(&self) {
-        while !self.ending.load(Ordering::Acquire) {
-            match self.userfault.next_fault() {
-                Ok(Some(fault)) => self.answer(fault),
-                Ok(None) => {}
-                Err(error) => {
-                    // The supervisor replaces this thread.
-                    tracing::error!(%error, "the fault handler cannot read its faults");
-                    return;
-                }
-            }
+        // The supervisor replaces a thread that returns.
+        if let Err(error) = self.serve_until_the_end() {
+            tracing::error!(%error, "the fault handler cannot read its faults");
         }
     }
 
-    fn answer(&self, fault: Fault) {
+    fn serve_until_the_end(&self) -> Result<(), UserfaultError> {
+        // VMs that read on, each with something left to bring ahead.
+        let mut reading: VecDeque<Weak<VmMemory>> = VecDeque::new();
+        // A thread that died may have left it otherwise.
+        self.userfault.set_blocking(true)?;
+        while !self.ending.load(Ordering::Acquire) {
+            let idle = reading.is_empty();
+            match self.userfault.next_fault()? {
+                Some(fault) => {
+                    if let Some(vm) = self.answer(fault)
+                        && !reading.iter().any(|other| other.ptr_eq(&vm))
+                    {
+                        reading.push_back(vm);
+                    }
+                }
+                None => {
+                    if let Some(vm) = reading.pop_front()
+                        && self.read_ahead(&vm)
+                    {
+                        reading.push_back(vm);
+                    }
+                }
+            }
+            if reading.is_empty() != idle {
+                self.userfault.set_blocking(!idle)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers a fault. The VM, if it reads on.
+    fn answer(&self, fault: Fault) -> Option<Weak<VmMemory>> {
         let watched = self.watched.read().unwrap_or_else(PoisonError::into_inner);
         let found = watched.range(..=fault.address).next_back();
         let vm = found.and_then(|(start, watched)| {
@@ -91,15 +116,27 @@ impl Shard {
             Some((vm, watched.offset + (fault.address - start)))
         });
         drop(watched);
-        match vm {
-            Some((vm, offset)) => {
-                *self.in_hand.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&vm);
-                vm.answer(self, offset, fault.written);
-                *self.in_hand.lock().unwrap_or_else(PoisonError::into_inner) = Weak::new();
-            }
+        let Some((vm, offset)) = vm else {
             // Its VM has just gone, with all that waited.
-            None => tracing::trace!(address = fault.address, "a fault of no VM"),
-        }
+            tracing::trace!(address = fault.address, "a fault of no VM");
+            return None;
+        };
+        self.take_in_hand(&vm, || vm.answer(self, offset, fault.written))
+            .then(|| Arc::downgrade(&vm))
+    }
+
+    /// Brings the next pages ahead of a VM. Whether there are more.
+    fn read_ahead(&self, vm: &Weak<VmMemory>) -> bool {
+        vm.upgrade()
+            .is_some_and(|vm| self.take_in_hand(&vm, || vm.read_ahead()))
+    }
+
+    /// Calls `work`; should it kill this thread, that was because of `vm`.
+    fn take_in_hand<T>(&self, vm: &Arc<VmMemory>, work: impl FnOnce() -> T) -> T {
+        *self.in_hand.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(vm);
+        let done = work();
+        *self.in_hand.lock().unwrap_or_else(PoisonError::into_inner) = Weak::new();
+        done
     }
 
     /// The thread has died of the fault that it had in hand.

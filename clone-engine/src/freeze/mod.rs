@@ -18,6 +18,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use forkvm_vmm::{Backing, MemoryError, PausedVm, Vm};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::fault::FaultHandler;
@@ -106,7 +107,8 @@ impl ParentMemory<'_> {
 }
 
 /// The word for a `Freeze`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum FreezeKind {
     /// What serves the memory mode, and is cheapest: see `FreezeKind::choose`.
     #[default]

@@ -15,9 +15,10 @@ use super::content::LineSink;
 use super::{Content, Filling, MemoryImage, Owner, insert_error, pages};
 use crate::fault::Notice;
 use crate::fault::counters::Cause;
-use crate::fault::fetcher::{Arrival, Fetcher, Waiter};
+use crate::fault::fetcher::{Arrival, Fetcher, Nobody, Waiter};
 use crate::source::local_image::LocalImage;
 use crate::source::{PageSource, SourceError};
+use crate::working_set::WorkingSet;
 
 /// What became of a missing page.
 #[derive(Debug)]
@@ -26,8 +27,8 @@ pub(crate) enum Provided {
     Here(Range<u64>),
     /// It is zero, as is this range, and is nowhere stored.
     Zero(Range<u64>),
-    /// Its source is far; whoever waits will be told.
-    Coming,
+    /// Its source is far and was asked for this range; whoever waits will be told.
+    Coming(Range<u64>),
 }
 
 /// Which missing pages are to be brought.
@@ -69,8 +70,67 @@ impl MemoryImage {
         Ok(if here {
             Provided::Here(chunk)
         } else {
-            Provided::Coming
+            Provided::Coming(chunk)
         })
+    }
+
+    /// Brings `range` before a clone misses it. Never waits: what is far is asked for. Zero pages are
+    /// left to faults; `brought` hears of all others.
+    pub(crate) fn provide_ahead(
+        self: &Arc<Self>,
+        range: &Range<u64>,
+        mut brought: impl FnMut(&Range<u64>),
+    ) -> Result<(), SourceError> {
+        let Some(filling) = &self.filling else {
+            return Ok(());
+        };
+        filling.check_sound()?;
+        let nobody: Arc<dyn Waiter> = Arc::new(Nobody);
+        for (owner, run) in self.known_table().within(range.clone()) {
+            match owner {
+                Owner::Zero => continue,
+                Owner::Own => self.bring_own(filling, &run, Cause::Prefetch, &nobody)?,
+                Owner::Base(base) => {
+                    self.bring_from(filling, base, &run, Cause::Prefetch, &nobody)?
+                }
+            };
+            brought(&run);
+        }
+        Ok(())
+    }
+
+    /// Brings what is missing of `set`, wherever the clones of this image look for it, without waiting
+    /// for what is far: its source is told of all of it at once, and asked for it behind the faults.
+    pub(crate) fn replay(self: &Arc<Self>, set: &WorkingSet) -> Result<(), SourceError> {
+        for (part, image) in self.mapped() {
+            let within = set.ranges().iter().filter_map(|range| {
+                let both = range.start.max(part.start)..range.end.min(part.end);
+                (!both.is_empty()).then_some(both)
+            });
+            let within: Vec<Range<u64>> = within.collect();
+            image.hint(&within);
+            for range in &within {
+                image.provide_ahead(range, |_brought| ())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the source which of its pages in `ranges` will be asked for.
+    fn hint(&self, ranges: &[Range<u64>]) {
+        let Some(filling) = &self.filling else { return };
+        let source = filling
+            .source
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(source) = &*source {
+            let missing = ranges.iter().flat_map(|range| {
+                let runs = self.known_table().within(range.clone());
+                let own = runs.filter(|(owner, _)| matches!(owner, Owner::Own));
+                own.flat_map(|(_, run)| filling.present.missing(run))
+            });
+            source.hint(&missing.collect::<Vec<_>>());
+        }
     }
 
     /// Brings own pages of one run from the source. `false` when it is far and `waiter` will be told.

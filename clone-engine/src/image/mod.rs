@@ -20,6 +20,7 @@ pub mod micro;
 #[cfg(test)]
 mod model_tests;
 mod outcome;
+mod outline;
 mod owner_table;
 mod page_bitmap;
 mod plan;
@@ -49,6 +50,7 @@ use store::Store;
 
 pub(crate) use content::{Content, ImageSink};
 pub(crate) use filling::{Provided, Which, complete, distinct};
+pub(crate) use outline::{Outline, OutlineError};
 pub(crate) use owner_table::{Owner, OwnerTable};
 pub(crate) use plan::Plan;
 pub use store::StoreError;
@@ -106,6 +108,18 @@ impl MemoryImage {
             store: Store::whole(file),
             table: OnceLock::new(),
             plan: OnceLock::new(),
+            filling: None,
+            mapped_by: Mutex::default(),
+        })
+    }
+
+    /// A whole image of a line, with what its `file` does not say by itself.
+    fn of_line(file: Arc<File>, table: OwnerTable, plan: Plan) -> Arc<MemoryImage> {
+        Arc::new(MemoryImage {
+            len: table.len(),
+            store: Store::whole(file),
+            table: OnceLock::from(table),
+            plan: OnceLock::from(plan),
             filling: None,
             mapped_by: Mutex::default(),
         })

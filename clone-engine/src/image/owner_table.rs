@@ -59,6 +59,28 @@ impl OwnerTable {
         zero.with(data, Holder::Own)
     }
 
+    /// Of `len` bytes: who holds what from each of `runs` on. They begin at 0 and rise; holder 0 is the
+    /// table's own image, n that of `bases` with the number n - 1, of which there are less than 65,536.
+    pub(super) fn of_runs(
+        len: u64,
+        runs: impl Iterator<Item = (u64, Option<usize>)>,
+        bases: Vec<Arc<MemoryImage>>,
+    ) -> OwnerTable {
+        let run = |(start, holder)| Run {
+            start,
+            holder: match holder {
+                None => Holder::Zero,
+                Some(0) => Holder::Own,
+                Some(base) => Holder::Base((base - 1) as u16),
+            },
+        };
+        OwnerTable {
+            len,
+            runs: runs.map(run).collect(),
+            bases,
+        }
+    }
+
     /// This table as it looks from outside: what is its own is held by `image`, whose table it is.
     pub(crate) fn of(&self, image: &Arc<MemoryImage>) -> OwnerTable {
         let mut bases = Vec::new();

@@ -87,6 +87,12 @@ impl Plan {
         Plan { len, parts }
     }
 
+    /// Of `len` bytes: the image that is mapped from each start on, `None` for the plan's own. They begin
+    /// at 0 and rise.
+    pub(super) fn of_parts(len: u64, parts: Vec<(u64, Option<Arc<MemoryImage>>)>) -> Plan {
+        Plan { len, parts }
+    }
+
     /// The parts, each with its image, if the plan is that of `image`.
     pub(super) fn mapped(&self, image: &Arc<MemoryImage>) -> Vec<(Range<u64>, Arc<MemoryImage>)> {
         let of = |held_by: &Option<Arc<MemoryImage>>| held_by.as_ref().unwrap_or(image).clone();

@@ -100,6 +100,8 @@ pub(crate) struct Need<'a> {
     pub(crate) copy_kib: u64,
     /// Shells that wait for them, which have what a VM takes by itself.
     pub(crate) shells: u32,
+    /// Whether they live in other processes: what bounds this one alone is not theirs then.
+    pub(crate) apart: bool,
 }
 
 /// How many clones can be had, and what would run out with one more.
@@ -163,6 +165,8 @@ struct Each {
 }
 
 impl Each {
+    const NOTHING: Each = Each { shell: 0, clone: 0 };
+
     /// What `clones` take, `shells` of which have their shell.
     fn times(self, clones: u64, shells: u64) -> u64 {
         clones.saturating_sub(shells) * self.shell + clones * self.clone
@@ -191,6 +195,7 @@ impl<'a> Need<'a> {
             pieces: 0,
             copy_kib: 0,
             shells: 0,
+            apart: false,
         }
     }
 
@@ -203,6 +208,9 @@ impl<'a> Need<'a> {
 
     /// The VM and its vCPUs; the data of each disk that it may write to.
     fn descriptors(&self) -> Each {
+        if self.apart {
+            return Each::NOTHING;
+        }
         let writable = self.config.disks.iter().filter(|disk| !disk.read_only);
         Each {
             shell: 1 + u64::from(self.config.vcpus),
@@ -221,6 +229,9 @@ impl<'a> Need<'a> {
     /// The stack and the signal stack of each thread with a guard each, what each vCPU shares with
     /// KVM, as counted in a process with hundreds of them; its memory.
     fn mappings(&self) -> Each {
+        if self.apart {
+            return Each::NOTHING;
+        }
         Each {
             shell: 4 + 5 * u64::from(self.config.vcpus),
             clone: self.pieces,
@@ -280,6 +291,7 @@ mod tests {
             pieces: 1,
             copy_kib: 0,
             shells: 0,
+            apart: false,
         }
     }
 
@@ -357,5 +369,20 @@ mod tests {
         assert_eq!(each.times(3, 2), 3 + 3 * 2);
         let free = Each { shell: 1, clone: 0 };
         assert_eq!((free.within(0, 7), free.within(2, 7)), (7, 9));
+    }
+
+    #[test]
+    fn clones_that_live_apart_take_nothing_that_bounds_this_process_alone() {
+        let config = VmConfig::new(64, 16);
+        let need = Need {
+            apart: true,
+            ..need(&config)
+        };
+        assert_eq!(need.descriptors().within(0, 0), u64::MAX);
+        assert_eq!(need.mappings().times(1000, 0), 0);
+        assert!(
+            need.threads().times(1000, 0) > 1000,
+            "threads are the user's"
+        );
     }
 }

@@ -22,6 +22,9 @@ pub(crate) struct Life {
 }
 
 impl Life {
+    /// The number of the first one.
+    pub(crate) const FIRST: u32 = 0;
+
     /// The first one.
     pub(super) fn first(sender: Sender<Message>, watch: Arc<Watch>) -> Life {
         Life {

@@ -4,7 +4,11 @@
 //! through one inbox: what the vCPUs ask, the end, and what holders of the handle ask. So requests
 //! are served one after the other, and nobody else ever touches the VM. What only has to be seen
 //! ([`seen`]) goes past it.
+//!
+//! A VM that lives in a worker has such a thread there. Its handle here reaches it through a [`Door`]
+//! that leads to the worker's socket, and what it shows comes back the same way.
 
+mod door;
 mod life;
 mod rewinding;
 mod seen;
@@ -29,10 +33,16 @@ use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
 use crate::rewind::{RewindError, RewindWay};
 use crate::saved::SaveError;
+use crate::spawn::SpawnError;
 use crate::timeline::Timeline;
+use crate::working_set::{Recorder, WorkingSet};
 
+use door::Door;
+pub(crate) use door::{Ask, Elsewhere, Reply};
 pub(crate) use life::Life;
-use seen::{Seen, Watch};
+use seen::Seen;
+pub(crate) use seen::{Watch, Witness};
+pub(crate) use serving::with_causes;
 pub(crate) use waiting::Waiting;
 
 /// How long the vCPUs may take to stand still when the host looks at them.
@@ -42,8 +52,9 @@ const PAUSE_DEADLINE: Duration = Duration::from_secs(5);
 pub struct Member {
     name: String,
     config: VmConfig,
-    inbox: Sender<Message>,
+    door: Door,
     watch: Arc<Watch>,
+    touches: Option<Arc<Recorder>>,
     /// The thread that serves it, until somebody has waited for its end.
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -53,13 +64,12 @@ pub struct Member {
 pub struct Finished {
     /// How it ended.
     pub end: End,
-    /// Its disks, with what it wrote to them, in the order of its configuration.
+    /// Its disks, with what it wrote to them, in the order of its configuration. None are left of a VM
+    /// whose process died, nor of one that could not be torn down.
     pub disks: Vec<Arc<dyn BlockLayer>>,
     /// What each disk did in this VM.
     pub blk_counters: Vec<BlkCounters>,
 }
-
-type WithPaused = Box<dyn FnOnce(Result<&mut PausedVm<'_>, PauseError>) + Send>;
 
 enum Message {
     Call {
@@ -77,19 +87,9 @@ enum Message {
         life: u32,
         why: String,
     },
-    Fork(CloneSpec, Instant, Sender<Result<Ticket, ForkError>>),
-    ForkPoint(
-        CloneSpec,
-        Instant,
-        Sender<Result<Arc<ForkPoint>, ForkError>>,
-    ),
-    WithPaused(WithPaused),
-    Save(Sender<Result<(), SaveError>>),
-    Rewind(RewindWay, Instant, Sender<Result<RewindWay, RewindError>>),
-    MemoryUse(Sender<Result<VmCount, AccountingError>>),
-    Input(Vec<u8>, Sender<usize>),
+    /// The holder of a handle.
+    Asked(Ask),
     ClonesEnded,
-    Kill,
 }
 
 /// Where a VM's events will go, made before the VM is.
@@ -102,10 +102,10 @@ pub(crate) struct Inbox {
 }
 
 impl Inbox {
-    /// For the VM `identity`.
-    pub(crate) fn new(identity: Identity) -> Inbox {
+    /// For the VM `identity`; `witness` hears what it shows.
+    pub(crate) fn new(identity: Identity, witness: Option<Arc<dyn Witness>>) -> Inbox {
         let (sender, receiver) = channel();
-        let watch = Arc::new(Watch::new(identity));
+        let watch = Arc::new(Watch::new(identity, witness));
         Inbox {
             life: Life::first(sender.clone(), watch.clone()),
             sender,
@@ -116,10 +116,10 @@ impl Inbox {
     }
 
     /// For a clone.
-    pub(crate) fn of_clone(origin: Origin) -> Inbox {
+    pub(crate) fn of_clone(origin: Origin, witness: Option<Arc<dyn Witness>>) -> Inbox {
         Inbox {
             origin: Some(origin.clone()),
-            ..Inbox::new(origin.identity)
+            ..Inbox::new(origin.identity, witness)
         }
     }
 
@@ -140,9 +140,41 @@ pub(crate) struct Origin {
 }
 
 impl Member {
+    /// The handle of a VM that lives elsewhere.
+    pub(crate) fn elsewhere(
+        name: String,
+        config: VmConfig,
+        elsewhere: Arc<dyn Elsewhere>,
+        watch: Arc<Watch>,
+    ) -> Member {
+        Member {
+            name,
+            config,
+            door: Door::Elsewhere(elsewhere),
+            touches: None,
+            watch,
+            thread: Mutex::new(None),
+        }
+    }
+
+    /// The process that it lives in, if that is not this one.
+    pub fn process(&self) -> Option<u32> {
+        match &self.door {
+            Door::Here(_) => None,
+            Door::Elsewhere(elsewhere) => Some(elsewhere.process()),
+        }
+    }
+
     /// Its name, such as `X.1`.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What it and those that share its image have touched first until now: the clones of one fork
+    /// point, or a VM that was restored with lazy memory. Empty if that is not recorded.
+    pub fn working_set(&self) -> WorkingSet {
+        let touches = self.touches.as_ref();
+        touches.map_or_else(WorkingSet::default, |touches| touches.working_set())
     }
 
     /// Who it is.
@@ -167,34 +199,35 @@ impl Member {
 
     /// Forks it. All clones run, or none and the VM runs on as before.
     pub fn fork(&self, spec: CloneSpec) -> Result<Ticket, MemberError> {
-        self.ask(|reply| Message::Fork(spec, Instant::now(), reply))?
+        self.ask(|reply| Ask::Fork(spec, Instant::now(), reply))?
             .map_err(MemberError::Fork)
     }
 
     /// Makes a fork point without spawning a clone. The VM runs on, but with freeze `stop`.
     pub fn fork_point(&self, spec: CloneSpec) -> Result<Arc<ForkPoint>, MemberError> {
-        self.ask(|reply| Message::ForkPoint(spec, Instant::now(), reply))?
+        self.ask(|reply| Ask::ForkPoint(spec, Instant::now(), reply))?
             .map_err(MemberError::Fork)
     }
 
-    /// Runs `look` while the VM stands still.
+    /// Runs `look` while the VM stands still. That can only be where the VM is: an error for one that
+    /// lives in another process.
     pub fn with_paused<T: Send + 'static>(
         &self,
         look: impl FnOnce(&mut PausedVm<'_>) -> T + Send + 'static,
     ) -> Result<T, MemberError> {
-        let answer = self.ask(|reply: Sender<Result<T, PauseError>>| {
-            Message::WithPaused(Box::new(move |paused| {
-                if reply.send(paused.map(look)).is_err() {
-                    tracing::trace!("nobody waits for a look at the paused VM any more");
-                }
-            }))
+        if let Some(process) = self.process() {
+            let name = self.name.clone();
+            return Err(MemberError::Elsewhere { name, process });
+        }
+        let answer = self.ask(|reply: Reply<Result<T, PauseError>>| {
+            Ask::WithPaused(Box::new(move |paused| reply.give(paused.map(look))))
         })?;
         Ok(answer?)
     }
 
     /// Saves it to where its family saves, and ends it ([`End::Saved`]). On an error it runs on.
     pub fn save(&self) -> Result<(), MemberError> {
-        self.ask(Message::Save)?.map_err(MemberError::Save)
+        self.ask(Ask::Save)?.map_err(MemberError::Save)
     }
 
     /// Puts a clone back at its fork point by `way`, and says which way was taken. It begins another
@@ -202,7 +235,7 @@ impl Member {
     /// seen of the old life ([`reports`](Member::reports), [`timeline`](Member::timeline)) is forgotten.
     /// Clones that it made run on.
     pub fn rewind(&self, way: RewindWay) -> Result<RewindWay, MemberError> {
-        self.ask(|reply| Message::Rewind(way, Instant::now(), reply))?
+        self.ask(|reply| Ask::Rewind(way, Instant::now(), reply))?
             .map_err(MemberError::Rewind)
     }
 
@@ -214,17 +247,17 @@ impl Member {
 
     /// The same, with the memory file that is its own.
     pub(crate) fn count_memory(&self) -> Result<VmCount, MemberError> {
-        Ok(self.ask(Message::MemoryUse)??)
+        Ok(self.ask(Ask::MemoryUse)??)
     }
 
     /// Sends bytes to its serial console; returns how many it took.
     pub fn console_input(&self, bytes: &[u8]) -> Result<usize, MemberError> {
-        self.ask(|reply| Message::Input(bytes.to_vec(), reply))
+        self.ask(|reply| Ask::Input(bytes.to_vec(), reply))
     }
 
     /// Ends it; [`Member::wait`] returns when it is gone. Nothing happens to one that has ended.
     pub fn kill(&self) {
-        if self.inbox.send(Message::Kill).is_err() {
+        if !self.door.ask(Ask::Kill) {
             tracing::trace!(vm = self.name, "killed after its end");
         }
     }
@@ -291,10 +324,20 @@ impl Member {
         })
     }
 
-    /// Sends a message and waits for the answer of the thread that serves the VM.
-    fn ask<T>(&self, message: impl FnOnce(Sender<T>) -> Message) -> Result<T, MemberError> {
+    /// Asks without waiting; `false` when it has ended.
+    pub(crate) fn ask_later(&self, ask: Ask) -> bool {
+        self.door.ask(ask)
+    }
+
+    /// Asks and waits for the answer of the thread that serves the VM.
+    fn ask<T: Send + 'static>(&self, ask: impl FnOnce(Reply<T>) -> Ask) -> Result<T, MemberError> {
         let (reply, answer) = channel();
-        if self.inbox.send(message(reply)).is_ok()
+        let reply = Reply::new(move |answer| {
+            if reply.send(answer).is_err() {
+                tracing::debug!("nobody waits for an answer any more");
+            }
+        });
+        if self.door.ask(ask(reply))
             && let Ok(answer) = answer.recv()
         {
             return Ok(answer);
@@ -327,9 +370,23 @@ pub enum MemberError {
         /// How long was waited.
         deadline: Duration,
     },
+    /// It lives in another process.
+    #[error(
+        "VM {name} lives in process {process}: only code of that process can look at it while it \
+         stands still"
+    )]
+    Elsewhere {
+        /// Its name.
+        name: String,
+        /// The worker.
+        process: u32,
+    },
     /// It could not be paused.
     #[error(transparent)]
     Pause(#[from] PauseError),
+    /// No shells for its clones.
+    #[error("no shells could be built for its clones")]
+    Shells(#[source] SpawnError),
     /// It could not be forked.
     #[error("the fork failed, and the VM runs on")]
     Fork(#[source] ForkError),

@@ -99,14 +99,17 @@ impl Serving {
     ) -> Result<(), RewindError> {
         // At most two VMs at a time: who rewinds faster than a VM is taken apart waits here.
         self.join_undertaker();
-        origin.point.grant(1)?;
+        let room = origin.point.grant(1);
+        room.map_err(|error| RewindError::Room(Box::new(error)))?;
         let life = self.life.next();
         let told = Told {
             identity,
             granted: origin.granted,
+            console: &|| self.family.config().consoles.open(identity),
             life: &life,
         };
-        let furnished = in_process::furnish(&origin.point, &told, timeline, &NoObserver)?;
+        let furnished =
+            in_process::furnish(&self.family, &origin.point, &told, timeline, &NoObserver)?;
         stand(self.vm.pause(PAUSE_DEADLINE)?)?.stay();
 
         let Furnished {

@@ -4,12 +4,12 @@
 //! end is slowed by the lock and fills no queue. What needs an answer goes through the inbox.
 
 use std::collections::HashMap;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use forkvm_abi::doorbell::report;
 
-use super::Finished;
+use super::{Finished, Life};
 use crate::end::End;
 use crate::identity::Identity;
 use crate::timeline::Timeline;
@@ -42,16 +42,33 @@ impl Seen {
     }
 }
 
+/// Hears what a VM shows, for somebody who holds no handle of it. Called by the threads in which it
+/// happens, in the order in which it does.
+pub(crate) trait Witness: Send + Sync {
+    /// The first KVM_RUN is entered.
+    fn ran(&self, at: Instant);
+
+    /// The guest did something that is seen outside, for the first time.
+    fn acted(&self, at: Instant);
+
+    /// The guest reported something that is kept or counted.
+    fn reported(&self, value: u32, at: Instant);
+
+    /// The VM is gone.
+    fn ended(&self, finished: &Finished);
+}
+
 /// A [`Seen`] that can be waited for.
-pub(super) struct Watch {
+pub(crate) struct Watch {
     seen: Mutex<Seen>,
     changed: Condvar,
+    witness: Option<Arc<dyn Witness>>,
 }
 
 impl Watch {
-    pub(super) fn new(identity: Identity) -> Watch {
+    pub(crate) fn new(identity: Identity, witness: Option<Arc<dyn Witness>>) -> Watch {
         let seen = Seen {
-            life: 0,
+            life: Life::FIRST,
             identity,
             timeline: Timeline::default(),
             reports: Vec::new(),
@@ -62,7 +79,13 @@ impl Watch {
         Watch {
             seen: Mutex::new(seen),
             changed: Condvar::new(),
+            witness,
         }
+    }
+
+    /// What is known of its start from before it runs.
+    pub(crate) fn begin(&self, timeline: Timeline) {
+        self.lock().timeline = timeline;
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Seen> {
@@ -86,21 +109,32 @@ impl Watch {
     }
 
     /// The first KVM_RUN of this life is entered.
-    pub(super) fn ran(&self, life: u32, at: Instant) {
-        if let Some(mut seen) = self.lock_in(life) {
-            seen.timeline.first_run.get_or_insert(at);
+    pub(crate) fn ran(&self, life: u32, at: Instant) {
+        let Some(mut seen) = self.lock_in(life) else {
+            return;
+        };
+        seen.timeline.first_run.get_or_insert(at);
+        drop(seen);
+        if let Some(witness) = &self.witness {
+            witness.ran(at);
         }
     }
 
     /// The guest did something that is seen outside.
-    pub(super) fn acted(&self, life: u32, at: Instant) {
-        if let Some(mut seen) = self.lock_in(life) {
-            seen.timeline.first_action.get_or_insert(at);
+    pub(crate) fn acted(&self, life: u32, at: Instant) {
+        let Some(mut seen) = self.lock_in(life) else {
+            return;
+        };
+        let first_action = &mut seen.timeline.first_action;
+        let first = first_action.is_none() && first_action.replace(at).is_none();
+        drop(seen);
+        if let (true, Some(witness)) = (first, &self.witness) {
+            witness.acted(at);
         }
     }
 
     /// The guest reported something.
-    pub(super) fn reported(&self, life: u32, value: u32, at: Instant) {
+    pub(crate) fn reported(&self, life: u32, value: u32, at: Instant) {
         let Some(mut seen) = self.lock_in(life) else {
             return;
         };
@@ -108,24 +142,34 @@ impl Watch {
         if value == report::ANSWER {
             seen.timeline.first_answer.get_or_insert(at);
         }
-        if seen.reports.len() < REPORTS {
+        let kept = seen.reports.len() < REPORTS;
+        if kept {
             seen.reports.push((value, at));
         }
-        if seen.counts.len() < REPORTS || seen.counts.contains_key(&value) {
+        let counted = seen.counts.len() < REPORTS || seen.counts.contains_key(&value);
+        if counted {
             *seen.counts.entry(value).or_default() += 1;
-            drop(seen);
+        }
+        drop(seen);
+        if counted {
             self.changed.notify_all();
+        }
+        if let (true, Some(witness)) = (kept || counted, &self.witness) {
+            witness.reported(value, at);
         }
     }
 
     /// The VM is gone.
-    pub(super) fn finish(&self, finished: Finished) {
+    pub(crate) fn finish(&self, finished: Finished) {
         let end = finished.end.clone();
         let mut seen = self.lock();
-        seen.finished = Some(finished);
+        seen.finished = Some(finished.clone());
         let calls = std::mem::take(&mut seen.when_ended);
         drop(seen);
         self.changed.notify_all();
+        if let Some(witness) = &self.witness {
+            witness.ended(&finished);
+        }
         calls.into_iter().for_each(|call| call(&end));
     }
 

@@ -15,7 +15,7 @@ use forkvm_devices::doorbell::Answer;
 use forkvm_vmm::memory::PAGE;
 use forkvm_vmm::{Disk, PausedVm, Vm};
 
-use super::{Finished, Inbox, Life, Member, Message, Origin, PAUSE_DEADLINE};
+use super::{Ask, Finished, Inbox, Life, Member, Message, Origin, PAUSE_DEADLINE};
 use crate::accounting::VmCount;
 use crate::disks::{DiskSource, DisksError};
 use crate::end::End;
@@ -24,6 +24,7 @@ use crate::fork::{CloneSpec, ForkError, Frozen, Parent, Request, Ticket};
 use crate::fork_point::ForkPoint;
 use crate::limits::LimitError;
 use crate::saved::SaveError;
+use crate::spawn::SpawnError;
 use crate::vm_memory::VmMemory;
 
 /// The thread that serves a VM.
@@ -33,6 +34,8 @@ pub(super) struct Serving {
     pub(super) vm: Vm,
     pub(super) memory: Arc<VmMemory>,
     pub(super) disks: Vec<DiskSource>,
+    /// Its own, for whoever is to send something there.
+    sender: Sender<Message>,
     inbox: Receiver<Message>,
     /// Messages of other lives are of the past.
     pub(super) life: Life,
@@ -102,6 +105,7 @@ impl Serving {
         inbox: Inbox,
     ) -> Serving {
         let Inbox {
+            sender,
             receiver,
             life,
             origin,
@@ -113,6 +117,7 @@ impl Serving {
             vm,
             memory,
             disks,
+            sender,
             inbox: receiver,
             life,
             origin,
@@ -129,7 +134,7 @@ impl Serving {
     pub(super) fn serve(mut self) {
         let end = loop {
             let Ok(message) = self.inbox.recv() else {
-                // The handle in `self.member` holds a sender, so this cannot be.
+                // `self.sender` is one, so this cannot be.
                 break End::Failed("its inbox was closed".into());
             };
             // Observers, consoles and savers are the embedder's code: if they panic, this VM has
@@ -211,12 +216,21 @@ impl Serving {
             Message::Call { vcpu, call, at, .. } => return self.call(vcpu, call, at),
             Message::Ended { reason, .. } => return Some(reason.into()),
             Message::Lost { why, .. } => return Some(End::Failed(why)),
-            Message::Fork(spec, at, reply) => {
+            Message::Asked(ask) => return self.asked(ask),
+            Message::ClonesEnded => self.finish_joins(),
+        }
+        None
+    }
+
+    /// Does what the holder of a handle asks; `Some` when the VM has ended.
+    fn asked(&mut self, ask: Ask) -> Option<End> {
+        match ask {
+            Ask::Fork(spec, at, reply) => {
                 let (forked, end) = self.fork(&spec, None, at);
-                answer(reply, forked);
+                reply.give(forked);
                 return end;
             }
-            Message::ForkPoint(spec, at, reply) => {
+            Ask::ForkPoint(spec, at, reply) => {
                 let request = Request {
                     spec: &spec,
                     forker: None,
@@ -229,28 +243,27 @@ impl Serving {
                     }
                     Err(error) => (Err(error), None),
                 };
-                answer(reply, frozen);
+                reply.give(frozen);
                 return end;
             }
-            Message::WithPaused(look) => match self.vm.pause(PAUSE_DEADLINE) {
+            Ask::WithPaused(look) => match self.vm.pause(PAUSE_DEADLINE) {
                 Ok(mut paused) => look(Ok(&mut paused)),
                 Err(error) => look(Err(error)),
             },
-            Message::Save(reply) => {
+            Ask::Save(reply) => {
                 let saved = self.save();
                 let end = saved.is_ok().then_some(End::Saved);
-                answer(reply, saved);
+                reply.give(saved);
                 return end;
             }
-            Message::Rewind(way, asked, reply) => {
+            Ask::Rewind(way, asked, reply) => {
                 let (rewound, end) = self.rewind(way, asked);
-                answer(reply, rewound);
+                reply.give(rewound);
                 return end;
             }
-            Message::MemoryUse(reply) => answer(reply, VmCount::of(&self.vm)),
-            Message::Input(bytes, reply) => answer(reply, self.vm.console_input(&bytes)),
-            Message::ClonesEnded => self.finish_joins(),
-            Message::Kill => return Some(End::Killed),
+            Ask::MemoryUse(reply) => reply.give(VmCount::of(&self.vm)),
+            Ask::Input(bytes, reply) => reply.give(self.vm.console_input(&bytes)),
+            Ask::Kill => return Some(End::Killed),
         }
         None
     }
@@ -271,7 +284,7 @@ impl Serving {
                 let result = match forked {
                     Ok(ticket) => {
                         let granted = ticket.clones.len() as u32;
-                        let brood = Brood::watch(&ticket.clones, &self.member.inbox);
+                        let brood = Brood::watch(&ticket.clones, &self.sender);
                         self.tickets.insert(ticket.id, brood);
                         Answer {
                             result: 0,
@@ -456,15 +469,8 @@ pub(super) fn take_apart(vm: Vm, memory: Arc<VmMemory>) {
     drop(memory);
 }
 
-/// Whoever asked may be gone.
-fn answer<T>(reply: Sender<T>, answer: T) {
-    if reply.send(answer).is_err() {
-        tracing::debug!("nobody waits for an answer any more");
-    }
-}
-
 /// An error with its causes, on one line.
-pub(super) fn with_causes(error: &dyn std::error::Error) -> String {
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes
         .map(ToString::to_string)
@@ -479,6 +485,7 @@ fn errno_of(error: &ForkError) -> i64 {
         ForkError::Limits(LimitError::TooMany { .. })
         | ForkError::Disks(DisksError::TooDeep { .. }) => errno::ENOSPC,
         ForkError::Pause(_) | ForkError::Ending(_) => errno::EBUSY,
+        ForkError::Spawn(SpawnError::OfWorker) => errno::ENOSYS,
         _ => errno::EIO,
     }
 }

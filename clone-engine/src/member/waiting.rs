@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use forkvm_vmm::ReadyVm;
 
+use super::door::Door;
 use super::serving::Serving;
 use super::{Inbox, Member};
 use crate::disks::DiskSource;
@@ -46,8 +47,9 @@ impl Waiting {
         let member = Arc::new(Member {
             name,
             config: vm.config().clone(),
-            inbox: inbox.sender.clone(),
+            door: Door::Here(inbox.sender.clone()),
             watch: inbox.watch.clone(),
+            touches: memory.touches(),
             thread: Mutex::new(None),
         });
         Waiting {
@@ -59,6 +61,11 @@ impl Waiting {
             inbox,
             thread,
         }
+    }
+
+    /// Its handle.
+    pub(crate) fn member(&self) -> &Arc<Member> {
+        &self.member
     }
 
     /// Lets it run.

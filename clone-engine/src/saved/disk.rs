@@ -146,13 +146,16 @@ impl SavedDisk {
         let mut layer = top;
         let base = loop {
             match layer.storage() {
-                Storage::Overlay { path: None, base } if overlays.is_empty() => {
+                Storage::Overlay {
+                    path: None, base, ..
+                } if overlays.is_empty() => {
                     in_memory.push(layer);
                     layer = base;
                 }
                 Storage::Overlay {
                     path: Some(path),
                     base,
+                    ..
                 } => {
                     let data = SavedFile::look(path)?;
                     let map = SavedFile::look(&Overlay::map_path(path))?;

@@ -11,7 +11,7 @@ mod restore;
 mod save_to;
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use forkvm_devices::SectionError;
 use forkvm_devices::block::OverlayError;
@@ -48,6 +48,12 @@ pub trait Saver: Send + Sync {
         vm: &mut PausedVm<'_>,
         disks: &[DiskSource],
     ) -> Result<(), SaveError>;
+
+    /// The directory of a [`SaveTo`] that saves the same: clones that live in other processes are saved
+    /// there, by it. Without one they are not saved.
+    fn directory(&self) -> Option<&Path> {
+        None
+    }
 }
 
 /// Why a machine was not saved.
@@ -56,6 +62,14 @@ pub enum SaveError {
     /// Its family saves nowhere.
     #[error("there is no place to save to: start the machine with --save DIR")]
     NoPlace,
+    /// It lives in another process, which could not save it.
+    #[error("process {process} could not save it: {why}")]
+    Elsewhere {
+        /// The process.
+        process: u32,
+        /// What went wrong there.
+        why: String,
+    },
     /// It ended before it was asked to stand still.
     #[error("the guest has just ended the machine: there is nothing left to save")]
     Ended,

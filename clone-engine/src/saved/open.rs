@@ -17,6 +17,7 @@ use thiserror::Error;
 use super::disk::{DiskKind, SavedDisk, SavedFile, SavedOverlay};
 use super::{disk_section, sectors_file};
 use crate::disks::DiskSource;
+use crate::working_set::WorkingSet;
 
 /// A saved machine with everything that it needs open: what
 /// [`Family::restore`](crate::Family::restore) takes.
@@ -27,6 +28,10 @@ pub struct OpenMachine {
     pub memory: MemoryFile,
     /// Its disks, in the order of its configuration.
     pub disks: Vec<DiskSource>,
+    /// What it will probably touch first, to be read at once by a restore with lazy memory: what
+    /// [`Member::working_set`](crate::Member::working_set) said of an earlier restore of the same
+    /// machine. Empty at first.
+    pub working_set: WorkingSet,
 }
 
 impl OpenMachine {
@@ -36,7 +41,7 @@ impl OpenMachine {
         let SavedMachine {
             sections, memory, ..
         } = SavedMachine::open(dir)?;
-        let config = config(&sections)?;
+        let config = VmConfig::of_state(&sections)?;
         let open = |(index, name): (usize, String)| -> Result<DiskSource, OpenError> {
             let section = disk_section(&name);
             let section = sections
@@ -52,20 +57,13 @@ impl OpenMachine {
             sections,
             memory,
             disks,
+            working_set: WorkingSet::default(),
         })
     }
 
     /// What the machine is.
     pub fn config(&self) -> Result<VmConfig, SectionError> {
-        config(&self.sections)
-    }
-}
-
-fn config(sections: &Sections) -> Result<VmConfig, SectionError> {
-    const KIND: &str = "config";
-    match sections.find(KIND) {
-        Some(section) => section.decode(),
-        None => Err(SectionError::Missing { kind: KIND.into() }),
+        VmConfig::of_state(&self.sections)
     }
 }
 

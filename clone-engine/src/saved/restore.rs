@@ -28,6 +28,7 @@ use crate::spawn::SpawnError;
 use crate::timeline::Timeline;
 use crate::userfault::UserfaultError;
 use crate::vm_memory::{ImageBase, VmMemory};
+use crate::working_set::Recorder;
 
 impl Family {
     /// Starts a saved machine as the first VM of this family, under `name` or the name that it had.
@@ -56,7 +57,7 @@ impl Family {
             Identity::root(name.unwrap_or(&saved.name)).map_err(RestoreError::Identity)?;
         identity.fork_count = saved.fork_count;
 
-        let inbox = Inbox::new(identity.clone());
+        let inbox = Inbox::new(identity.clone(), None);
         let (ram, memory) = match memory_mode {
             MemoryMode::Cow => {
                 let file = memory::memfd(c"forkvm-ram", layout.len())?;
@@ -74,6 +75,10 @@ impl Family {
                 let mut ram = Ram::map(layout, Backing::Private(Arc::new(base)))?;
                 let (name, lose) = (identity.name.as_str(), inbox.life().lose());
                 let memory = VmMemory::of_clone(name, &mut ram, &image, self.faults(), lose)?;
+                if self.faults().replays() {
+                    memory.record(Recorder::after(&machine.working_set));
+                    self.faults().replay(&image, machine.working_set);
+                }
                 self.faults().fill_in_background(&image);
                 (ram, memory)
             }

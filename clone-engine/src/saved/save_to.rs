@@ -84,6 +84,10 @@ impl Saver for SaveTo {
         tracing::info!(vm = identity.name, dir = %self.dir_of(identity).display(), "saved");
         Ok(())
     }
+
+    fn directory(&self) -> Option<&Path> {
+        Some(&self.dir)
+    }
 }
 
 /// Flushes a disk, says what it stands on, and writes what it holds in memory to `sectors`.

@@ -17,6 +17,7 @@ use forkvm_vmm::memory::PAGE;
 use crate::check_userfaultfd;
 use crate::fault::{FaultConfig, FaultHandler};
 use crate::image::{MemoryImage, OwnerTable, Plan};
+use crate::working_set::WorkingSetPolicy;
 
 /// How long the sources of these tests may be silent.
 const DEADLINE: Duration = Duration::from_millis(300);
@@ -34,6 +35,8 @@ fn has_userfaultfd() -> bool {
 fn faults() -> FaultHandler {
     let config = FaultConfig {
         chunk: 4 * PAGE,
+        readahead: 0,
+        working_set: WorkingSetPolicy::Off,
         shards: 1,
         background: None,
         page_deadline: DEADLINE,

@@ -3,20 +3,22 @@
 //! The clone's first instruction comes from here: its memory is a private mapping of the image, its
 //! registers are the parent's, and in its copy of the doorbell page stands its own answer.
 
+use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::Instant;
 
 use forkvm_abi::errno;
 use forkvm_devices::DeviceError;
 use forkvm_devices::doorbell::{Answer, Doorbell};
-use forkvm_vmm::{Backing, Peripherals, ReadyVm};
+use forkvm_vmm::{Backing, MachineState, Peripherals, ReadyVm};
 
 use super::{Prepared, SpawnError, Spawner};
 use crate::disks::DiskSource;
 use crate::family::Family;
+use crate::fork::MemoryMode;
 use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
-use crate::member::{Inbox, Life, Member, Origin, Waiting};
+use crate::member::{Inbox, Life, Member, Origin, Waiting, Witness};
 use crate::parked::Parked;
 use crate::phase::{self, Observer, Phase};
 use crate::pool::Pooled;
@@ -32,22 +34,76 @@ impl Spawner for InProcess {
         "in-process"
     }
 
+    fn check(&self, _mode: MemoryMode) -> Result<(), SpawnError> {
+        Ok(())
+    }
+
+    fn fill(
+        &self,
+        family: &Family,
+        state: &Arc<MachineState>,
+        count: u32,
+    ) -> Result<u32, SpawnError> {
+        Ok(family.pool().fill(state, count)?)
+    }
+
     fn prepare(
         &self,
         family: &Arc<Family>,
         point: &Arc<ForkPoint>,
-        identity: Identity,
-        granted: u32,
+        identities: Vec<Identity>,
         observer: &dyn Observer,
-    ) -> Result<Box<dyn Prepared>, SpawnError> {
-        let inbox = Inbox::of_clone(Origin {
+    ) -> Result<Vec<Box<dyn Prepared>>, SpawnError> {
+        let granted = identities.len() as u32;
+        let prepare = |identity: Identity| -> Result<Box<dyn Prepared>, SpawnError> {
+            family.check_open()?;
+            let clone = Unbuilt {
+                console: &|| family.config().consoles.open(&identity),
+                witness: None,
+                identity: identity.clone(),
+                granted,
+            };
+            Ok(Box::new(clone.build(family, point, observer)?))
+        };
+        identities.into_iter().map(prepare).collect()
+    }
+}
+
+/// A clone that is to be built in this process.
+pub(crate) struct Unbuilt<'a> {
+    pub(crate) identity: Identity,
+    /// Clones of its fork.
+    pub(crate) granted: u32,
+    /// Opens its console.
+    pub(crate) console: &'a dyn Fn() -> io::Result<Box<dyn Write + Send>>,
+    /// Who else hears what it shows.
+    pub(crate) witness: Option<Arc<dyn Witness>>,
+}
+
+impl Unbuilt<'_> {
+    /// Builds it out of `point`.
+    pub(crate) fn build(
+        self,
+        family: &Arc<Family>,
+        point: &Arc<ForkPoint>,
+        observer: &dyn Observer,
+    ) -> Result<Waiting, SpawnError> {
+        let Unbuilt {
+            identity,
+            granted,
+            console,
+            witness,
+        } = self;
+        let origin = Origin {
             point: point.clone(),
             identity: identity.clone(),
             granted,
-        });
+        };
+        let inbox = Inbox::of_clone(origin, witness);
         let told = Told {
             identity: &identity,
             granted,
+            console,
             life: inbox.life(),
         };
         let timeline = Timeline {
@@ -61,9 +117,16 @@ impl Spawner for InProcess {
             disks,
             timeline,
             thread,
-        } = furnish(point, &told, timeline, observer)?;
+        } = furnish(family, point, &told, timeline, observer)?;
         let waiting = Waiting::new(family, vm, memory, disks, inbox, timeline, thread);
-        Ok(Box::new(waiting))
+        Ok(waiting)
+    }
+}
+
+pub(super) fn no_console(source: io::Error) -> SpawnError {
+    SpawnError::Host {
+        what: "a console",
+        source,
     }
 }
 
@@ -72,6 +135,8 @@ pub(crate) struct Told<'a> {
     pub(crate) identity: &'a Identity,
     /// Clones that the guest's call was granted.
     pub(crate) granted: u32,
+    /// Opens its console.
+    pub(crate) console: &'a dyn Fn() -> io::Result<Box<dyn Write + Send>>,
     pub(crate) life: &'a Life,
 }
 
@@ -87,19 +152,15 @@ pub(crate) struct Furnished {
 
 /// Makes a VM that stands at `point`. Dropped, all of it goes.
 pub(crate) fn furnish(
+    family: &Family,
     point: &ForkPoint,
     told: &Told<'_>,
     mut timeline: Timeline,
     observer: &dyn Observer,
 ) -> Result<Furnished, SpawnError> {
-    let (family, identity) = (&point.family, told.identity);
     let phase = phase::begin(observer, Phase::Spawn, None)?;
     let disks = point.disks.for_clone();
-    let console = family.config().consoles.open(identity);
-    let console = console.map_err(|source| SpawnError::Host {
-        what: "a console",
-        source,
-    })?;
+    let console = (told.console)().map_err(no_console)?;
     let peripherals = Peripherals {
         console,
         disks: disks.iter().map(DiskSource::layer).collect(),
@@ -112,8 +173,12 @@ pub(crate) fn furnish(
     let (lose, ram) = (told.life.lose(), shell.ram_mut());
     let image = point.image.clone();
     ram.remap(Backing::Private(Arc::new(ImageBase { image })))?;
-    let memory = VmMemory::of_clone(&identity.name, ram, &point.image, family.faults(), lose)?;
+    let name = told.identity.name.as_str();
+    let memory = VmMemory::of_clone(name, ram, &point.image, family.faults(), lose)?;
     memory.set_brake(shell.brake());
+    if let Some(touches) = &point.touches {
+        memory.record(touches.clone());
+    }
     phase.done();
 
     let phase = phase::begin(observer, Phase::Restore, None)?;
@@ -122,7 +187,12 @@ pub(crate) fn furnish(
     phase.done();
 
     let phase = phase::begin(observer, Phase::Identity, None)?;
-    tell(&mut vm.doorbell(), identity, point.forker, told.granted)?;
+    tell(
+        &mut vm.doorbell(),
+        told.identity,
+        point.forker,
+        told.granted,
+    )?;
     phase.done();
     Ok(Furnished {
         vm,

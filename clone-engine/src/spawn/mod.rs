@@ -1,19 +1,23 @@
 //! Where clones come to life.
 //!
-//! A [`Spawner`] makes one clone out of a fork point, up to the point where only its start is
+//! A [`Spawner`] makes clones out of a fork point, up to the point where only its start is
 //! missing: all clones of a request are prepared before the first one runs, so that a request that
-//! cannot be met has no effect. The only spawner here is [`in_process`].
+//! cannot be met has no effect. [`in_process`] makes them VMs of this process; [`process`] hands them to
+//! workers, processes of their own that it has started ahead of time.
 
 pub mod in_process;
+pub mod process;
 
 use std::io;
 use std::sync::Arc;
 
 use forkvm_devices::{DeviceError, SectionError};
-use forkvm_vmm::{MemoryError, VmError};
+use forkvm_vmm::{MachineState, MemoryError, VmError};
 use thiserror::Error;
 
+use crate::descriptor::DescriptorError;
 use crate::family::{Ending, Family};
+use crate::fork::MemoryMode;
 use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
 use crate::member::Member;
@@ -21,20 +25,44 @@ use crate::phase::{Observer, Vetoed};
 use crate::pool::PoolError;
 use crate::userfault::UserfaultError;
 
+use process::WorkerError;
+
 /// Makes clones.
 pub trait Spawner: Send + Sync {
     /// The word in options and outputs.
     fn name(&self) -> &'static str;
 
-    /// Prepares the clone `identity` of `point`. What was built goes when the result is dropped.
+    /// Whether clones of this memory mode can be made at all. Asked before a fork does anything.
+    fn check(&self, mode: MemoryMode) -> Result<(), SpawnError>;
+
+    /// Whether clones live in other processes than this one.
+    fn apart(&self) -> bool {
+        false
+    }
+
+    /// Has `count` shells ready for clones of the shape of `state`, where those of `family` would live,
+    /// and says how many there are then.
+    fn fill(
+        &self,
+        family: &Family,
+        state: &Arc<MachineState>,
+        count: u32,
+    ) -> Result<u32, SpawnError>;
+
+    /// Processes beside this one that clones live in, by their ids.
+    fn processes(&self) -> Vec<u32> {
+        Vec::new()
+    }
+
+    /// Prepares all clones of one request, `identities`, of `point`. What was built goes when the
+    /// result is dropped, and on an error.
     fn prepare(
         &self,
         family: &Arc<Family>,
         point: &Arc<ForkPoint>,
-        identity: Identity,
-        granted: u32,
+        identities: Vec<Identity>,
         observer: &dyn Observer,
-    ) -> Result<Box<dyn Prepared>, SpawnError>;
+    ) -> Result<Vec<Box<dyn Prepared>>, SpawnError>;
 }
 
 /// A clone that waits for its start.
@@ -73,6 +101,29 @@ pub enum SpawnError {
         #[source]
         source: io::Error,
     },
+    /// The fork point cannot be handed to a worker.
+    #[error("handing the fork point to a worker failed")]
+    Descriptor(#[from] DescriptorError),
+    /// No worker could be had, or one died.
+    #[error(transparent)]
+    Worker(#[from] WorkerError),
+    /// A worker tried and failed.
+    #[error("worker {pid} could not prepare the clone: {why}")]
+    InWorker {
+        /// Its process.
+        pid: u32,
+        /// What went wrong there.
+        why: String,
+    },
+    /// The VM lives in a worker, which spawns nothing.
+    #[error(
+        "a clone that lives in a worker process cannot be forked yet: use spawner in-process for \
+         families that fork their clones"
+    )]
+    OfWorker,
+    /// Clones of an image that is not whole live in the engine's process.
+    #[error("spawner process gives memory mode cow only yet: use spawner in-process with lazy")]
+    Lazy,
     /// Its family is being ended.
     #[error(transparent)]
     Ending(#[from] Ending),

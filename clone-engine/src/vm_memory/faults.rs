@@ -9,50 +9,92 @@ const WRITE_CHUNK: u64 = 16 * PAGE;
 const MOST_HANDLER_DEATHS: u32 = 3;
 
 impl VmMemory {
-    /// Answers a fault at the page `offset`.
-    pub(crate) fn answer(self: &Arc<Self>, shard: &Shard, offset: u64, written: bool) {
+    /// Answers a fault at the page `offset`. Whether pages should be brought ahead of the VM.
+    pub(crate) fn answer(self: &Arc<Self>, shard: &Shard, offset: u64, written: bool) -> bool {
         let answered = if written {
-            self.written(shard, offset)
+            self.written(shard, offset).map(|()| false)
         } else {
             self.missing(shard, offset)
         };
-        if let Err(error) = answered {
+        answered.unwrap_or_else(|error| {
             tracing::error!(vm = self.name, error = %error, "a page fault could not be answered");
             let why = error.to_string();
             self.lost(&SourceError::Insert { offset, why });
-        }
+            false
+        })
     }
 
     /// The VM misses a page.
-    fn missing(self: &Arc<Self>, shard: &Shard, offset: u64) -> Result<(), UserfaultError> {
+    fn missing(self: &Arc<Self>, shard: &Shard, offset: u64) -> Result<bool, UserfaultError> {
         if self.abandoned.load(Ordering::Acquire) {
             // In its own mapping only: its threads get out, nobody else sees it.
             let page = self.host(&(offset..offset + PAGE));
-            return shard.userfault.zero(&page).map(|_zeroed| ());
+            return shard.userfault.zero(&page).map(|_zeroed| false);
         }
         let since = Instant::now();
         let Some((mapping, image)) = self.image_at(offset) else {
-            return shard.userfault.wake(&self.host(&(offset..offset + PAGE)));
+            let page = self.host(&(offset..offset + PAGE));
+            return shard.userfault.wake(&page).map(|()| false);
         };
         let waiter: Arc<dyn Waiter> = self.clone();
         match image.provide(offset, &waiter) {
             Ok(Provided::Here(range)) => {
                 shard.counters.took(since.elapsed());
-                shard.userfault.wake(&self.host(&range))
+                shard.userfault.wake(&self.host(&range))?;
+                Ok(self.missed(&mapping, &range))
             }
             Ok(Provided::Zero(range)) => {
                 shard.counters.count_zero();
                 let block = (offset / ZERO_BLOCK + 1) * ZERO_BLOCK;
                 let end = range.end.min(block).min(mapping.end);
                 let part = offset..end.min(self.range_of(offset).end());
-                shard.userfault.zero(&self.host(&part)).map(|_zeroed| ())
+                shard.userfault.zero(&self.host(&part)).map(|_zeroed| false)
             }
-            Ok(Provided::Coming) => Ok(()),
+            Ok(Provided::Coming(range)) => Ok(self.missed(&mapping, &range)),
             Err(why) => {
                 self.lost(&why);
-                Ok(())
+                Ok(false)
             }
         }
+    }
+
+    /// A fault has brought `range`. Whether pages should be brought ahead of the next.
+    fn missed(&self, mapping: &Range<u64>, range: &Range<u64>) -> bool {
+        self.touched(range);
+        let end = mapping.end.min(self.range_of(range.start).end());
+        self.readahead().missed(range, end)
+    }
+
+    /// Brings a chunk that the VM will probably touch soon. Whether there is more of it.
+    pub(crate) fn read_ahead(&self) -> bool {
+        let Some(range) = self.readahead().next() else {
+            return false;
+        };
+        let Some((_, image)) = self.image_at(range.start) else {
+            return false;
+        };
+        // As good as touched: whoever reads on does not fault there.
+        match image.provide_ahead(&range, |brought| self.touched(brought)) {
+            Ok(()) => true,
+            Err(why) => {
+                // Whoever touches it will hear of it.
+                tracing::debug!(%why, vm = self.name, "nothing is brought ahead");
+                self.readahead().stop();
+                false
+            }
+        }
+    }
+
+    fn touched(&self, range: &Range<u64>) {
+        if let Some(touches) = self.touches.get() {
+            touches.touched(range);
+        }
+    }
+
+    fn readahead(&self) -> MutexGuard<'_, Readahead> {
+        self.readahead
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The image that is mapped at `offset`, and how far.

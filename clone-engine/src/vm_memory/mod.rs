@@ -21,7 +21,7 @@ mod rewind;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, OnceLock, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 use std::time::Instant;
 
 use forkvm_devices::Brake;
@@ -32,6 +32,7 @@ use vm_memory::VolatileSlice;
 
 use crate::fault::counters::Cause;
 use crate::fault::fetcher::Waiter;
+use crate::fault::readahead::Readahead;
 use crate::fault::shard::Shard;
 use crate::fault::{FaultHandler, Notice};
 use crate::image::{
@@ -40,6 +41,7 @@ use crate::image::{
 use crate::rewind::Break;
 use crate::source::SourceError;
 use crate::userfault::{UserfaultError, Watch};
+use crate::working_set::{Recorder, WorkingSet};
 
 use mappings::HostRange;
 
@@ -61,6 +63,12 @@ pub(crate) struct VmMemory {
     shard: OnceLock<Arc<Shard>>,
     notices: Sender<Notice>,
     lose: Lose,
+    /// Of the fault thread alone.
+    readahead: Mutex<Readahead>,
+    /// Where its first touches are recorded, of a clone.
+    touches: OnceLock<Arc<Recorder>>,
+    /// What the clones of its last lazy fork point touched first.
+    touched_by_clones: Mutex<Arc<Recorder>>,
     brake: OnceLock<Brake>,
     lost: AtomicBool,
     abandoned: AtomicBool,
@@ -109,6 +117,9 @@ impl VmMemory {
             shard: OnceLock::new(),
             notices: faults.notices(),
             lose,
+            readahead: Mutex::new(faults.readahead()),
+            touches: OnceLock::new(),
+            touched_by_clones: Mutex::default(),
             brake: OnceLock::new(),
             lost: AtomicBool::new(false),
             abandoned: AtomicBool::new(false),
@@ -199,6 +210,28 @@ impl VmMemory {
             .mapped
             .iter()
             .all(|(_, image)| image.is_whole())
+    }
+
+    /// Has its first touches recorded from now on.
+    pub(crate) fn record(&self, recorder: Arc<Recorder>) {
+        self.touches.get_or_init(|| recorder);
+    }
+
+    /// Where its first touches are recorded.
+    pub(crate) fn touches(&self) -> Option<Arc<Recorder>> {
+        self.touches.get().cloned()
+    }
+
+    /// A record for the clones of the next fork point of this VM, and what is known before of what
+    /// they will touch.
+    pub(crate) fn expect_touches(&self) -> (WorkingSet, Arc<Recorder>) {
+        let mut last = self
+            .touched_by_clones
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let known = last.working_set();
+        *last = Recorder::after(&known);
+        (known, last.clone())
     }
 
     /// Brings all that the images under it miss, waiting for it.

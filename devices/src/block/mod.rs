@@ -7,6 +7,7 @@
 mod base_mark;
 mod commit;
 mod durable;
+mod foreign;
 mod frozen;
 mod overlay;
 mod presence_map;
@@ -21,8 +22,9 @@ use std::sync::Arc;
 
 pub use base_mark::MarkError;
 pub use commit::{CommitError, CommitReport, commit};
+pub use foreign::{ForeignError, ForeignFile};
 pub use frozen::Frozen;
-pub use overlay::{Overlay, OverlayError};
+pub use overlay::{HeldError, HeldSectors, Overlay, OverlayError};
 pub use presence_map::MapError;
 pub use raw::{Access, RawFile, RawFileError};
 
@@ -91,6 +93,8 @@ pub enum Storage<'a> {
     },
     /// Some sectors are in an overlay, `base` has the others.
     Overlay {
+        /// The overlay itself.
+        overlay: &'a Overlay,
         /// Path of the overlay's data file; `None` for an overlay in memory.
         path: Option<&'a Path>,
         /// The layer below.

@@ -23,7 +23,19 @@ pub struct Overlay {
     base: Arc<dyn BlockLayer>,
     /// Path of the data file; `None` for a memfd.
     path: Option<PathBuf>,
+    /// Whether the data file was locked here, and is to be unlocked: another process may have a duplicate
+    /// of its descriptor.
+    locked: bool,
     state: RwLock<State>,
+}
+
+/// What an overlay holds, apart from its base: to be handed to another process.
+#[derive(Debug)]
+pub struct HeldSectors {
+    /// Which sectors, in the format of the map beside an overlay file; it knows damage when it sees it.
+    pub map: Vec<u8>,
+    /// The sectors themselves, at the offsets that they have on the disk; `None` when it holds none.
+    pub data: Option<File>,
 }
 
 struct State {
@@ -48,6 +60,7 @@ impl Overlay {
         Overlay {
             base,
             path: None,
+            locked: false,
             state: RwLock::new(state),
         }
     }
@@ -121,6 +134,49 @@ impl Overlay {
         Ok(())
     }
 
+    /// What it holds now. The descriptor of its data is a duplicate: a lock on an overlay file stays
+    /// as long as either is open.
+    pub fn held(&self) -> io::Result<HeldSectors> {
+        let state = self.read_state();
+        Ok(HeldSectors {
+            map: state.present.encode(self.base.len())?,
+            data: state.data.as_ref().map(File::try_clone).transpose()?,
+        })
+    }
+
+    /// The overlay that [`held`](Overlay::held) was asked of, over the same base. `path` is that of
+    /// its data file, if it has one: what the map beside that file says must be what `held` says.
+    pub fn from_held(
+        held: HeldSectors,
+        path: Option<PathBuf>,
+        base: Arc<dyn BlockLayer>,
+    ) -> Result<Overlay, HeldError> {
+        let present = PresenceMap::decode(&held.map, base.len()).map_err(HeldError::Map)?;
+        match &held.data {
+            None if present.is_empty() => {}
+            None => return Err(HeldError::NoData),
+            Some(data) => {
+                let len = data.metadata().map_err(HeldError::Data)?.len();
+                if len != base.len() {
+                    let disk_len = base.len();
+                    return Err(HeldError::Size { len, disk_len });
+                }
+            }
+        }
+        let state = State {
+            present,
+            data: held.data,
+            map_is_stale: false,
+            base_is_durable: false,
+        };
+        Ok(Overlay {
+            base,
+            path,
+            locked: false,
+            state: RwLock::new(state),
+        })
+    }
+
     /// Path of the data file; `None` for an overlay in memory.
     pub fn path(&self) -> Option<&Path> {
         self.path.as_deref()
@@ -146,6 +202,7 @@ impl Overlay {
         Overlay {
             base,
             path: Some(path),
+            locked: true,
             state: RwLock::new(state),
         }
     }
@@ -263,6 +320,7 @@ impl BlockLayer for Overlay {
 
     fn storage(&self) -> Storage<'_> {
         Storage::Overlay {
+            overlay: self,
             path: self.path(),
             base: &self.base,
         }
@@ -283,6 +341,11 @@ impl Drop for Overlay {
         {
             let path = self.path.as_deref().unwrap_or(Path::new("")).display();
             tracing::error!(%error, %path, "an overlay could not be saved when it was closed");
+        }
+        if let (true, Some(data)) = (self.locked, &state.data)
+            && let Err(error) = data.unlock()
+        {
+            tracing::warn!(%error, "an overlay could not be unlocked");
         }
     }
 }
@@ -384,4 +447,26 @@ pub enum OverlayError {
         /// What the file system said.
         source: io::Error,
     },
+}
+
+/// Why sectors that another process held cannot be taken over.
+#[derive(Debug, Error)]
+pub enum HeldError {
+    /// The map is damaged, or of another disk.
+    #[error("the map of an overlay that was handed over cannot be used: {0}")]
+    Map(String),
+    /// It names sectors and none came along.
+    #[error("an overlay that was handed over names sectors and came without them")]
+    NoData,
+    /// The data is of a disk of another size.
+    #[error("an overlay that was handed over has {len} bytes, its base {disk_len}")]
+    Size {
+        /// Its length.
+        len: u64,
+        /// Length of the base.
+        disk_len: u64,
+    },
+    /// The data cannot be looked at.
+    #[error("the data of an overlay that was handed over cannot be looked at")]
+    Data(#[source] io::Error),
 }

@@ -113,7 +113,8 @@ impl PresenceMap {
             .map_err(|source| MapError::Io { path, source })
     }
 
-    fn encode(&self, disk_len: u64) -> io::Result<Vec<u8>> {
+    /// As it stands in the file.
+    pub(super) fn encode(&self, disk_len: u64) -> io::Result<Vec<u8>> {
         let mut bytes = Vec::with_capacity(HEADER_LEN + self.0.serialized_size());
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
@@ -125,7 +126,8 @@ impl PresenceMap {
         Ok(bytes)
     }
 
-    fn decode(bytes: &[u8], disk_len: u64) -> Result<PresenceMap, String> {
+    /// Of the bytes of a file, and of a disk of `disk_len` bytes; or what is wrong with them.
+    pub(super) fn decode(bytes: &[u8], disk_len: u64) -> Result<PresenceMap, String> {
         let field = |range: Range<usize>| {
             let mut word = [0; 8];
             word[..range.len()].copy_from_slice(&bytes[range]);

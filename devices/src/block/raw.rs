@@ -5,7 +5,7 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,12 +27,33 @@ pub enum Access {
 /// A disk in a file.
 #[derive(Debug)]
 pub struct RawFile {
-    pub(super) file: File,
+    pub(super) file: LockedFile,
     pub(super) path: PathBuf,
     pub(super) access: Access,
     /// Opened for writing, but the base of a fork since.
     pub(super) frozen: AtomicBool,
     len: u64,
+}
+
+/// A file that is locked. Dropped, it is not: also where another process has a duplicate of its
+/// descriptor, which only the clones of whoever dropped it can have worked on.
+#[derive(Debug)]
+pub(super) struct LockedFile(File);
+
+impl Deref for LockedFile {
+    type Target = File;
+
+    fn deref(&self) -> &File {
+        &self.0
+    }
+}
+
+impl Drop for LockedFile {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.unlock() {
+            tracing::warn!(%error, "a disk could not be unlocked");
+        }
+    }
 }
 
 impl RawFile {
@@ -113,7 +134,7 @@ impl RawFile {
             return Err(RawFileError::Size { path, len });
         }
         Ok(RawFile {
-            file,
+            file: LockedFile(file),
             path,
             access,
             frozen: AtomicBool::new(false),

@@ -58,7 +58,7 @@ const ID_LEN: usize = 20;
 const BOUNCE_LEN: usize = 128 * 1024;
 
 /// What a block device has done since it was made. Not part of its saved state.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlkCounters {
     /// Reads that succeeded.
     pub read_requests: u64,

@@ -5,7 +5,9 @@ use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
 
-use forkvm_devices::block::{Access, BlockLayer, Frozen, Overlay, RawFile, SECTOR};
+use forkvm_devices::block::{
+    Access, BlockLayer, ForeignFile, Frozen, HeldError, Overlay, RawFile, SECTOR,
+};
 use tempfile::TempDir;
 
 pub(crate) const LEN: u64 = 64 * SECTOR;
@@ -37,7 +39,10 @@ fn writable(directory: &Path) -> Vec<(&'static str, Arc<dyn BlockLayer>)> {
     let base = numbered_base(directory);
     let file = Overlay::create(directory.join("overlay"), base.clone()).unwrap();
     let middle: Arc<dyn BlockLayer> = Arc::new(Overlay::in_memory(base.clone()));
+    let held = Overlay::in_memory(base.clone()).held().unwrap();
+    let handed_over = Overlay::from_held(held, None, base.clone()).unwrap();
     vec![
+        ("overlay that was handed over", Arc::new(handed_over)),
         ("raw file", Arc::new(raw)),
         ("overlay in memory", Arc::new(Overlay::in_memory(base))),
         ("overlay in a file", Arc::new(file)),
@@ -48,10 +53,18 @@ fn writable(directory: &Path) -> Vec<(&'static str, Arc<dyn BlockLayer>)> {
     ]
 }
 
+/// The numbered base, as another process opened it.
+fn foreign(directory: &Path) -> Arc<dyn BlockLayer> {
+    let path = directory.join("base");
+    let file = File::open(&path).unwrap();
+    Arc::new(ForeignFile::new(file, path, LEN).unwrap())
+}
+
 fn read_only(directory: &Path) -> Vec<(&'static str, Arc<dyn BlockLayer>)> {
     let base = numbered_base(directory);
     vec![
         ("raw file, read-only", base.clone()),
+        ("file of another process", foreign(directory)),
         ("frozen", Arc::new(Frozen::new(base))),
     ]
 }
@@ -244,4 +257,57 @@ fn zeroes_written_to_a_raw_file_keep_its_space_reserved() {
     ]
     .concat();
     assert!(read(&raw, 0, 1 << 20) == expected);
+}
+
+#[test]
+fn sectors_that_are_handed_over_are_those_that_were_held() {
+    let directory = TempDir::new().unwrap();
+    let base = numbered_base(directory.path());
+    let overlay = Overlay::in_memory(base.clone());
+    overlay.write_at(2 * SECTOR, &[0xaa; 1024]).unwrap();
+    overlay.discard(8 * SECTOR..9 * SECTOR).unwrap();
+    let held = overlay.held().unwrap();
+    let handed_over = Overlay::from_held(held, None, foreign(directory.path())).unwrap();
+    assert_eq!(read(&handed_over, 0, LEN), read(&overlay, 0, LEN));
+    assert_eq!(handed_over.present_bytes(), overlay.present_bytes());
+}
+
+#[test]
+fn sectors_that_cannot_be_those_that_were_held_are_refused() {
+    let directory = TempDir::new().unwrap();
+    let base = numbered_base(directory.path());
+    let overlay = Overlay::in_memory(base.clone());
+    overlay.write_at(0, &[1; 512]).unwrap();
+    let take = |change: &dyn Fn(&mut forkvm_devices::block::HeldSectors)| {
+        let mut held = overlay.held().unwrap();
+        change(&mut held);
+        Overlay::from_held(held, None, base.clone()).map(|_| ())
+    };
+    take(&|_| ()).unwrap();
+    let refused = take(&|held| held.map[30] ^= 1);
+    assert!(matches!(refused, Err(HeldError::Map(_))), "{refused:?}");
+    let refused = take(&|held| held.data = None);
+    assert!(matches!(refused, Err(HeldError::NoData)), "{refused:?}");
+    let short = File::create(directory.path().join("short")).unwrap();
+    let refused = take(&|held| held.data = Some(short.try_clone().unwrap()));
+    assert!(
+        matches!(refused, Err(HeldError::Size { .. })),
+        "{refused:?}"
+    );
+}
+
+#[test]
+fn a_disk_is_free_when_its_owner_drops_it_whoever_has_its_descriptor() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("disk");
+    numbered_disk(&path);
+    let disk = RawFile::open(&path, Access::ReadWrite).unwrap();
+    let forkvm_devices::block::Storage::Raw { file, .. } = disk.storage() else {
+        panic!("a raw file is one");
+    };
+    let elsewhere = file.try_clone().unwrap();
+    RawFile::open(&path, Access::ReadOnly).unwrap_err();
+    drop(disk);
+    RawFile::open(&path, Access::ReadWrite).unwrap();
+    drop(elsewhere);
 }

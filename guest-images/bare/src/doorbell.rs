@@ -153,11 +153,16 @@ impl Doorbell {
     /// Asks for an interrupt at each change of [`Doorbell::fork_count`].
     pub fn want_interrupt(&self) {
         interrupts::route(slot::DOORBELL_GSI);
-        let wish = (&raw mut PAGE)
-            .cast::<u8>()
-            .wrapping_add(offset_of!(PageHeader, want_interrupt));
-        // SAFETY: an aligned field of the page, which only the host reads.
-        unsafe { wish.cast::<u32>().write_volatile(1) };
+        set_wish(1);
+    }
+
+    /// [`Doorbell::fork`] of a VM that wants interrupts, but not for this: who asks for a fork sees its
+    /// answer.
+    pub fn fork_without_interrupt(&self, cpu: usize, clones: u32) -> Result<Forked, i64> {
+        set_wish(0);
+        let forked = self.fork(cpu, clones);
+        set_wish(1);
+        forked
     }
 
     /// Halts the first vCPU until [`Doorbell::fork_count`] is no longer `seen`.
@@ -180,6 +185,15 @@ impl Doorbell {
             answer => Ok(answer),
         }
     }
+}
+
+/// Whether this VM wants an interrupt at a fork.
+fn set_wish(wish: u32) {
+    let field = (&raw mut PAGE)
+        .cast::<u8>()
+        .wrapping_add(offset_of!(PageHeader, want_interrupt));
+    // SAFETY: an aligned field of the page, which only the host reads.
+    unsafe { field.cast::<u32>().write_volatile(wish) };
 }
 
 /// A call that is not answered yet.

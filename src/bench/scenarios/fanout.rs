@@ -3,7 +3,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forkvm_clone_engine::{ForkPoint, FreezeKind, Member, MemoryMode, Timeline};
+use forkvm_clone_engine::spawn::SpawnError;
+use forkvm_clone_engine::{
+    ForkError, ForkPoint, FreezeKind, Member, MemoryMode, PoolError, Timeline,
+};
 
 use crate::bench::chart::{Chart, Marks, Series};
 use crate::bench::measure::{BenchError, Experiment, Repetitions, Samples, Unit};
@@ -15,7 +18,7 @@ use crate::bench::{Scale, Scenario};
 pub(super) const SCENARIO: Scenario = Scenario {
     name: "fanout",
     about: "1 to 1000 clones of one fork point, until the last of them runs",
-    reading: "Clock instantiate: from the spawn request on a fork point that exists. all_running: the last clone has entered its first KVM_RUN; \
+    reading: "Clock instantiate: from the spawn request on a fork point that exists, with the pool filled before; fill: what that took. all_running: the last clone has entered its first KVM_RUN; \
               all_acted: the last one's first action was seen. 512 MiB of RAM each, 64 MiB populated; every clone must answer, or the \
               row is not there.",
     experiments,
@@ -76,19 +79,28 @@ impl Experiment for Fanout {
         let Some(point) = &self.point else {
             return Ok(());
         };
+        let begun = Instant::now();
+        point.fill_pool(self.clones).map_err(|error| match error {
+            SpawnError::Shell(PoolError::Limits(limit)) => BenchError::Lacks(limit.to_string()),
+            error => error.into(),
+        })?;
+        let fill = begun.elapsed();
         let asked = Instant::now();
         let clones = match point.spawn(self.clones) {
             Ok(clones) => clones,
-            Err(forkvm_clone_engine::ForkError::Limits(limit)) => {
-                return Err(BenchError::Lacks(limit.to_string()));
-            }
+            Err(ForkError::Limits(limit)) => return Err(BenchError::Lacks(limit.to_string())),
             Err(error) => return Err(error.into()),
         };
         let measured = measure(&clones, asked);
         end(&clones);
         let [running, acted] = measured?;
         let name = self.name();
-        for (case, took) in [("all_running", running), ("all_acted", acted)] {
+        let cases = [
+            ("fill", fill),
+            ("all_running", running),
+            ("all_acted", acted),
+        ];
+        for (case, took) in cases {
             samples
                 .time(&format!("{name}/{case}"), Unit::Ms, took)
                 .column("clones", clones.len() as f64)

@@ -139,6 +139,7 @@ impl Experiment for Fork {
             Some(subject) => subject,
             None => fresh.insert(self.boot()?),
         };
+        subject.get_ready(1)?;
         subject.rewrite()?;
         // What was traced before the request.
         subject.trace();

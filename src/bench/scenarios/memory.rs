@@ -1,12 +1,13 @@
 //! What a clone takes of the host's memory.
 
-use std::fs;
 use std::sync::Arc;
 
+use forkvm_clone_engine::accounting::{HostKernelUse, ProcessUse};
+use forkvm_clone_engine::limits;
 use forkvm_clone_engine::{ForkError, ForkPoint, FreezeKind, Member, MemoryMode};
 
 use crate::bench::chart::{Chart, Marks, Series};
-use crate::bench::measure::{BenchError, Experiment, Repetitions, Samples, Unit};
+use crate::bench::measure::{BenchError, Experiment, Repetitions, Samples, Unit, call};
 use crate::bench::report::Row;
 use crate::bench::subject::{Subject, SubjectSpec, Work, end, wait_answer};
 use crate::bench::{Scale, Scenario};
@@ -28,28 +29,38 @@ const TOUCHED: [u32; 4] = [16, 256, 1024, 4096];
 fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
     let measured = scale.pick(5, 2, 1);
     let clones = scale.pick(32, 8, 2);
-    let grown = |what, work| -> Box<dyn Experiment> {
+    let grown = |what, spec| -> Box<dyn Experiment> {
         Box::new(Growth {
             what,
-            work,
+            spec,
             clones,
             measured,
             subject: None,
             point: None,
         })
     };
-    let mut all = vec![grown(What::Idle, Work::default())];
+    let mut all = vec![grown(What::Idle, IDLE)];
+    if scale == Scale::Full {
+        // What a vCPU adds, and what RAM does.
+        all.push(grown(What::Idle, SubjectSpec { vcpus: 4, ..IDLE }));
+        let small = SubjectSpec {
+            memory_mib: 64,
+            populated_mib: 16,
+            ..IDLE
+        };
+        all.push(grown(What::Idle, small));
+    }
     for &pages in scale.pick(&TOUCHED[..], &TOUCHED[..2], &TOUCHED[..1]) {
-        let read = Work {
-            read_pages: pages,
-            ..Work::default()
+        let doing = |read_pages, write_pages| SubjectSpec {
+            work: Work {
+                read_pages,
+                write_pages,
+                ..Work::default()
+            },
+            ..IDLE
         };
-        let written = Work {
-            write_pages: pages,
-            ..Work::default()
-        };
-        all.push(grown(What::Read(pages), read));
-        all.push(grown(What::Written(pages), written));
+        all.push(grown(What::Read(pages), doing(pages, 0)));
+        all.push(grown(What::Written(pages), doing(0, pages)));
     }
     all.push(Box::new(Descriptor {
         memory_mib: scale.pick(1024, 1024, 64),
@@ -64,7 +75,7 @@ fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
 fn grown_host() -> Box<dyn Experiment> {
     Box::new(Growth {
         what: What::Host,
-        work: Work::default(),
+        spec: IDLE,
         clones: 1000,
         measured: 2,
         subject: None,
@@ -85,9 +96,18 @@ enum What {
     Host,
 }
 
+/// A parent whose clones do nothing.
+const IDLE: SubjectSpec = SubjectSpec {
+    work: Work {
+        read_pages: 0,
+        ..SubjectSpec::USUAL.work
+    },
+    ..SubjectSpec::USUAL
+};
+
 struct Growth {
     what: What,
-    work: Work,
+    spec: SubjectSpec,
     clones: u32,
     measured: u32,
     // Before the subject: its family ends with that.
@@ -98,7 +118,10 @@ struct Growth {
 impl Experiment for Growth {
     fn name(&self) -> String {
         match self.what {
-            What::Idle => "idle".into(),
+            What::Idle => match (self.spec.memory_mib, self.spec.vcpus) {
+                (512, 1) => "idle".into(),
+                (memory_mib, vcpus) => format!("idle-{vcpus}-vcpus-{memory_mib}-MiB"),
+            },
             What::Read(pages) => format!("read-{pages}-pages"),
             What::Written(pages) => format!("written-{pages}-pages"),
             What::Host => format!("idle-{}", self.clones),
@@ -114,10 +137,7 @@ impl Experiment for Growth {
     }
 
     fn prepare(&mut self) -> Result<(), BenchError> {
-        let subject = Subject::boot(&SubjectSpec {
-            work: self.work,
-            ..SubjectSpec::USUAL
-        })?;
+        let subject = Subject::boot(&self.spec)?;
         self.point = Some(subject.point(FreezeKind::Remap, MemoryMode::Cow)?);
         self.subject = Some(subject);
         Ok(())
@@ -137,37 +157,35 @@ impl Experiment for Growth {
         end(&clones);
         let after = after?;
         let name = self.name();
-        let count = f64::from(self.clones);
-        let mut note = |case: &str, unit, grown: f64| {
-            let case = samples.value(&format!("{name}/{case}"), unit, grown.max(0.0));
-            case.column("clones", count);
+        if self.what == What::Host {
+            let lost = each(after.available_kib, before.available_kib, 1) / 1024.0;
+            samples.value(&format!("{name}/host"), Unit::Mib, lost);
+            return Ok(());
+        }
+        let grown = |of: fn(&Usage) -> u64| each(of(&before), of(&after), self.clones);
+        let mut note = |case: &str, grown: f64| {
+            let case = samples.value(&format!("{name}/{case}"), Unit::Kib, grown);
+            case.column("clones", f64::from(self.clones));
             if let What::Read(pages) | What::Written(pages) = self.what {
                 case.column("pages", f64::from(pages));
             }
         };
-        if self.what == What::Host {
+        note("private", grown(|usage| usage.process.anonymous_kib));
+        note("page-tables", grown(|usage| usage.process.page_tables_kib));
+        note("kernel", grown(|usage| usage.kernel.total_kib()));
+        if self.what == What::Idle {
+            note("kernel/slab", grown(|usage| usage.kernel.slab_kib));
+            note("kernel/vmalloc", grown(|usage| usage.kernel.vmalloc_kib));
             note(
-                "host",
-                Unit::Mib,
-                (before.available_kib - after.available_kib) / 1024.0,
+                "kernel/page-tables",
+                grown(|usage| usage.kernel.page_tables_kib),
             );
-            return Ok(());
+            note(
+                "kernel/guest-page-tables",
+                grown(|usage| usage.kernel.guest_page_tables_kib),
+            );
+            note("kernel/percpu", grown(|usage| usage.kernel.percpu_kib));
         }
-        note(
-            "private",
-            Unit::Kib,
-            (after.private_kib - before.private_kib) / count,
-        );
-        note(
-            "page-tables",
-            Unit::Kib,
-            (after.page_tables_kib - before.page_tables_kib) / count,
-        );
-        note(
-            "kernel",
-            Unit::Kib,
-            (after.kernel_kib - before.kernel_kib) / count,
-        );
         Ok(())
     }
 }
@@ -207,51 +225,27 @@ impl Experiment for Descriptor {
     }
 }
 
-/// What the kernel accounts at one instant, in KiB.
+/// What the kernel accounts at one instant.
 struct Usage {
-    /// Written by this process: clones, heap, stacks.
-    private_kib: f64,
-    /// Page tables of this process.
-    page_tables_kib: f64,
-    /// The kernel's own, of the whole host.
-    kernel_kib: f64,
-    /// What the host could still give.
-    available_kib: f64,
+    process: ProcessUse,
+    kernel: HostKernelUse,
+    /// What the host could still give, in KiB.
+    available_kib: u64,
 }
 
 impl Usage {
     fn now() -> Result<Usage, BenchError> {
-        let (rollup, status, host) = (
-            "/proc/self/smaps_rollup",
-            "/proc/self/status",
-            "/proc/meminfo",
-        );
-        let kernel = ["Slab", "VmallocUsed", "PageTables", "Percpu"];
-        let mut kernel_kib = 0.0;
-        for name in kernel {
-            kernel_kib += account(host, name)?;
-        }
-        // Since Linux 6.1.
-        kernel_kib += account(host, "SecPageTables").unwrap_or(0.0);
         Ok(Usage {
-            private_kib: account(rollup, "Anonymous")?,
-            page_tables_kib: account(status, "VmPTE")?,
-            kernel_kib,
-            available_kib: account(host, "MemAvailable")?,
+            process: ProcessUse::now()?,
+            kernel: HostKernelUse::now()?,
+            available_kib: limits::available_kib().map_err(call("reading MemAvailable"))?,
         })
     }
 }
 
-/// The line `field: N kB` of a file.
-fn account(path: &'static str, field: &'static str) -> Result<f64, BenchError> {
-    let lacks = || BenchError::Account { path, field };
-    let text =
-        fs::read_to_string(path).map_err(|source| BenchError::Call { call: path, source })?;
-    let value = text
-        .lines()
-        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
-    let kib = value.and_then(|value| value.trim().strip_suffix("kB")?.trim().parse().ok());
-    kib.ok_or_else(lacks)
+/// Growth from `before` to `after` for each of `clones`; none where it shrank.
+fn each(before: u64, after: u64, clones: u32) -> f64 {
+    after.saturating_sub(before) as f64 / f64::from(clones)
 }
 
 fn charts(rows: &[Row]) -> Vec<Chart> {

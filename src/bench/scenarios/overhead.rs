@@ -9,6 +9,7 @@ use forkvm_clone_engine::{FreezeKind, Member, MemoryMode};
 use crate::bench::chart::Chart;
 use crate::bench::measure::{BenchError, Experiment, Repetitions, Samples, Unit, told};
 use crate::bench::report::Row;
+use crate::bench::setting::{Pool, Setting};
 use crate::bench::subject::{
     PAGES_PER_MIB, Subject, SubjectSpec, Work, end, fork_by, wait_answer, work,
 };
@@ -19,7 +20,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
     name: "overhead",
     about: "a job in forked clones against VMs that were already running and waiting: a zero-cost fork",
     reading: "Percent that the job takes longer, from the fork's request until the last clone's answer, than from the word to VMs that wait with \
-              everything in memory until the last of them answers; one after the other, again and again, as many VMs as CPUs. The job \
+              everything in memory until the last of them answers; one after the other, again and again, as many VMs as CPUs; clones come from a pool filled before. The job \
               reads 16 MiB, computes, writes 4 MiB and takes about a second; guests count the pages themselves.",
     experiments,
     charts: |_: &[Row]| -> Vec<Chart> { Vec::new() },
@@ -71,6 +72,10 @@ impl Overhead {
     fn boot(&self) -> Result<Subject, BenchError> {
         Subject::boot(&SubjectSpec {
             work: self.work,
+            setting: Setting {
+                pool: Pool::Pooled,
+                ..Setting::PLAIN
+            },
             ..SubjectSpec::USUAL
         })
     }
@@ -136,6 +141,7 @@ impl Experiment for Overhead {
         let Some(parent) = &self.parent else {
             return Ok(());
         };
+        parent.get_ready(self.waiting.len() as u32)?;
         let asked = Instant::now();
         let spec = fork_by(FreezeKind::Delta, self.mode, self.waiting.len() as u32);
         let ticket = parent.member().fork(spec)?;

@@ -30,6 +30,18 @@ fn device_section(name: &str) -> String {
     format!("{DEVICES}{name}")
 }
 
+impl VmConfig {
+    /// Of the machine whose state this is.
+    pub fn of_state(state: &Sections) -> Result<VmConfig, SectionError> {
+        match state.find(CONFIG) {
+            Some(section) => section.decode(),
+            None => Err(SectionError::Missing {
+                kind: CONFIG.into(),
+            }),
+        }
+    }
+}
+
 /// Section `host`: where the state was taken. Compared at a restore.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct HostState {

@@ -5,7 +5,8 @@
 //! ACTION, reads and checks `read` pages, computes `rounds` rounds, writes the last `write` pages of
 //! the area, reports ANSWER and halts. `linear` reads the first pages, `scattered` one in each chunk
 //! of 64 KiB before any chunk has a second. A byte on the console has a VM that waits do the same
-//! without a fork (`g`), or write the first `dirty` pages and report READY once more (`d`). With `tell=1`
+//! without a fork (`g`), write the first `dirty` pages and report READY once more (`d`), or fork itself
+//! into one clone, which works like any other (`f`). With `tell=1`
 //! USER + the pages that were read and USER + those that were written are reported before ANSWER.
 //! Nothing is printed, and nothing else is touched meanwhile. Exit status 1: the console says what
 //! differs. Only the first vCPU works.
@@ -81,6 +82,15 @@ pub fn run(machine: &Machine, args: Args<'_>) -> u32 {
                 first.iter().for_each(|page| page.set(WRITTEN, told));
                 doorbell.report(report::READY);
             }
+            Some(b'f') => match doorbell.fork_without_interrupt(0, 1) {
+                Ok(forked) => {
+                    seen = doorbell.fork_count();
+                    if forked.id != 0 && !work.done(doorbell) {
+                        return WRONG;
+                    }
+                }
+                Err(error) => println!("wrong: work: fork failed with error {error}"),
+            },
             Some(_) => {}
         }
     }

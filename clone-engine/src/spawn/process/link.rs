@@ -1,0 +1,498 @@
+//! One worker, as the engine sees it: its process, its socket, and the thread that hears it.
+//!
+//! Locks: what is known of a worker ([`State`]) is never locked while something is sent, since the
+//! thread that hears the worker takes that lock, and a worker that is not heard may not read either.
+
+use std::cell::OnceCell;
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::mem;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::resident::{Request, Resident};
+use super::{SocketError, SpawnError, WorkerError, WorkerProgram};
+use crate::accounting::{AccountingError, VmCount};
+use crate::descriptor::{self, Description};
+use crate::fork_point::ForkPoint;
+use crate::member::{Life, with_causes};
+use crate::wire::socket::{Received, Socket};
+use crate::wire::{Order, PROTOCOL, Readiness, Told, VERSION};
+
+/// How long a program may take to say that it is a worker; emulated hosts are slow.
+const GREETING: Duration = Duration::from_secs(60);
+
+/// How long a worker whose socket is closed may take to be gone.
+const GOING: Duration = Duration::from_secs(5);
+
+/// A program that was started and has not said yet that it is a worker.
+pub(super) struct Started {
+    program: WorkerProgram,
+    child: OwnChild,
+    socket: Socket,
+}
+
+/// A child that is ended when this is dropped, whether or not it knows what a socket is.
+struct OwnChild {
+    pid: u32,
+    child: Option<Child>,
+}
+
+/// A worker. Dropped, its socket is closed, and it ends.
+pub(super) struct Worker {
+    link: Arc<Link>,
+}
+
+/// A place for one clone in a worker, which stays as long as there is one.
+pub(super) struct Berth {
+    pub(super) worker: Arc<Worker>,
+}
+
+/// What the engine and the thread that hears the worker share.
+pub(super) struct Link {
+    pid: u32,
+    socket: Socket,
+    /// Places that are taken.
+    berths: AtomicUsize,
+    /// The last number that was given to a clone or a request.
+    numbers: AtomicU64,
+    /// Fork points that it has.
+    points: Mutex<HashSet<u64>>,
+    state: Mutex<State>,
+    died: Condvar,
+}
+
+#[derive(Default)]
+pub(super) struct State {
+    /// How it ended.
+    pub(super) death: Option<WorkerError>,
+    /// Clones that are prepared or run, by their numbers.
+    pub(super) residents: HashMap<u64, Resident>,
+    /// Who waits for one that is being prepared.
+    pub(super) preparing: HashMap<u64, Sender<Result<Readiness, String>>>,
+    /// Who waits for shells, by the number of the request.
+    pub(super) filling: HashMap<u64, Sender<Result<u32, String>>>,
+    /// What running ones were asked, with the number of the clone.
+    pub(super) requests: HashMap<u64, (u64, Request)>,
+}
+
+/// A fork point that a worker has. Dropped with it, it is forgotten there.
+struct HandedOver {
+    link: Weak<Link>,
+    point: u64,
+}
+
+impl Worker {
+    /// Executes the program.
+    pub(super) fn start(program: &WorkerProgram) -> Result<Started, WorkerError> {
+        let failed = |error| program.start_error(&error);
+        let (socket, far) = Socket::pair().map_err(failed)?;
+        let child = Command::new(&program.path)
+            .args(&program.args)
+            .stdin(Stdio::from(far))
+            .stdout(Stdio::null())
+            // What a terminal sends to the engine's group is for the engine to act on.
+            .process_group(0)
+            .spawn()
+            .map_err(failed)?;
+        Ok(Started {
+            program: program.clone(),
+            child: OwnChild {
+                pid: child.id(),
+                child: Some(child),
+            },
+            socket,
+        })
+    }
+
+    pub(super) fn pid(&self) -> u32 {
+        self.link.pid
+    }
+
+    pub(super) fn link(&self) -> &Arc<Link> {
+        &self.link
+    }
+
+    pub(super) fn is_alive(&self) -> bool {
+        self.link.state().death.is_none()
+    }
+
+    /// Places that are taken.
+    pub(super) fn berths(&self) -> usize {
+        self.link.berths.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.link.socket.close();
+    }
+}
+
+impl Berth {
+    pub(super) fn in_worker(worker: &Arc<Worker>) -> Berth {
+        worker.link.berths.fetch_add(1, Ordering::Relaxed);
+        Berth {
+            worker: worker.clone(),
+        }
+    }
+}
+
+impl Drop for Berth {
+    fn drop(&mut self) {
+        self.worker.link.berths.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Started {
+    /// Waits until it says that it is a worker.
+    pub(super) fn greet(self) -> Result<Worker, WorkerError> {
+        let Started {
+            program,
+            mut child,
+            socket,
+        } = self;
+        let limited = socket.receive_within(Some(GREETING));
+        let greeting: Result<Received<Told>, SocketError> = match limited {
+            Ok(()) => socket.receive(),
+            Err(error) => Err(SocketError::Io(error)),
+        };
+        let why = match greeting {
+            Ok((
+                Told::Hello {
+                    protocol: PROTOCOL,
+                    version,
+                    broken: None,
+                },
+                _,
+            )) if version == VERSION => None,
+            Ok((
+                Told::Hello {
+                    broken: Some(why), ..
+                },
+                _,
+            )) => Some(why),
+            Ok((
+                Told::Hello {
+                    version, protocol, ..
+                },
+                _,
+            )) => Some(format!(
+                "it has version {version} and protocol {protocol}, this program {VERSION} and {PROTOCOL}"
+            )),
+            Ok((other, _)) => Some(format!("it began with {other:?}")),
+            Err(error) => Some(with_causes(&error)),
+        };
+        let unlimited = socket.receive_within(None);
+        let why = why.or_else(|| Some(unlimited.err()?.to_string()));
+        if let Some(why) = why {
+            return Err(program.refused(match child.end() {
+                Some(how) => format!("{why}; it ended: {how}"),
+                None => why,
+            }));
+        }
+        let link = Arc::new(Link {
+            pid: child.pid,
+            socket,
+            berths: AtomicUsize::new(0),
+            numbers: AtomicU64::new(0),
+            points: Mutex::default(),
+            state: Mutex::default(),
+            died: Condvar::new(),
+        });
+        let hear = {
+            let link = link.clone();
+            move || link.hear(child)
+        };
+        let thread = thread::Builder::new().name(format!("worker-{}", link.pid));
+        match thread.spawn(hear) {
+            // It ends with the worker.
+            Ok(_detached) => Ok(Worker { link }),
+            Err(error) => {
+                link.socket.close();
+                Err(program.start_error(&error))
+            }
+        }
+    }
+}
+
+impl OwnChild {
+    /// Ends it and says how it ended; `None` if it does not go away.
+    fn end(&mut self) -> Option<String> {
+        end(&mut self.child.take()?)
+    }
+}
+
+impl Drop for OwnChild {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl Link {
+    pub(super) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A number that was never given.
+    pub(super) fn number(&self) -> u64 {
+        self.numbers.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    pub(super) fn send(&self, order: &Order) -> Result<(), WorkerError> {
+        self.send_with(order, &[])
+    }
+
+    fn send_with(&self, order: &Order, files: &[BorrowedFd<'_>]) -> Result<(), WorkerError> {
+        match self.socket.send(order, files) {
+            Ok(()) => Ok(()),
+            Err(SocketError::Closed) => Err(self.death()),
+            Err(error) => Err(WorkerError::Unreached {
+                pid: self.pid,
+                why: with_causes(&error),
+            }),
+        }
+    }
+
+    /// How it ended, once that is known: the socket is closed a moment before.
+    pub(super) fn death(&self) -> WorkerError {
+        let until = Instant::now() + 2 * GOING;
+        let mut state = self.state();
+        loop {
+            if let Some(death) = &state.death {
+                return death.clone();
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return WorkerError::Unreached {
+                    pid: self.pid,
+                    why: "its socket is closed".into(),
+                };
+            }
+            let waited = self.died.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Has the worker know `point`. `description` is that of the point, once somebody needs it.
+    pub(super) fn hand_over(
+        self: &Arc<Self>,
+        point: &ForkPoint,
+        description: &OnceCell<Description>,
+    ) -> Result<(), SpawnError> {
+        let number = point.handed_out.number();
+        let mut points = self.points.lock().unwrap_or_else(PoisonError::into_inner);
+        if points.contains(&number) {
+            return Ok(());
+        }
+        let Description { bytes, files } = match description.get() {
+            Some(description) => description,
+            None => {
+                let described = point.describe()?;
+                description.get_or_init(|| described)
+            }
+        };
+        let descriptor = descriptor::in_memory(bytes)?;
+        let files = std::iter::once(&descriptor).chain(files);
+        let files: Vec<BorrowedFd<'_>> = files.map(AsFd::as_fd).collect();
+        self.send_with(&Order::ForkPoint { point: number }, &files)?;
+        points.insert(number);
+        point.handed_out.keep(Box::new(HandedOver {
+            link: Arc::downgrade(self),
+            point: number,
+        }));
+        Ok(())
+    }
+
+    /// Asks for `shells` shells of the shape of the state in `state`. `filled` hears how many there are then,
+    /// or nothing when the worker dies.
+    pub(super) fn ask_to_fill(
+        &self,
+        state: &File,
+        shells: u32,
+        filled: Sender<Result<u32, String>>,
+    ) -> Result<(), WorkerError> {
+        let (request, file) = (self.number(), state);
+        {
+            let mut state = self.state();
+            if let Some(death) = &state.death {
+                return Err(death.clone());
+            }
+            state.filling.insert(request, filled);
+        }
+        self.send_with(&Order::Fill { request, shells }, &[file.as_fd()])
+    }
+
+    /// Hears the worker until it has ended. Then its clones have ended too.
+    fn hear(self: Arc<Self>, mut child: OwnChild) {
+        let why = loop {
+            match self.socket.receive() {
+                Ok((told, files)) => self.told(told, files),
+                Err(SocketError::Closed) => break None,
+                Err(error) => break Some(with_causes(&error)),
+            }
+        };
+        self.socket.close();
+        let ended = child.end().unwrap_or_else(|| "it does not go away".into());
+        let how = why.map_or(ended.clone(), |why| format!("{why}; {ended}"));
+        let death = WorkerError::Died { pid: self.pid, how };
+        let mut state = self.state();
+        let dead = State {
+            death: Some(death.clone()),
+            ..State::default()
+        };
+        let State {
+            residents,
+            preparing,
+            filling,
+            requests,
+            death: _,
+        } = mem::replace(&mut *state, dead);
+        drop(state);
+        self.died.notify_all();
+        if residents.is_empty() {
+            tracing::debug!(pid = self.pid, %death, "a worker without clones has ended");
+        } else {
+            let clones = residents.len();
+            tracing::error!(%death, clones, "a worker has died, and its clones with it");
+        }
+        // Whoever waits for them hears that nothing comes any more.
+        drop((preparing, filling, requests));
+        for resident in residents.into_values() {
+            resident.died(&death);
+        }
+    }
+
+    fn told(&self, told: Told, files: Vec<OwnedFd>) {
+        match told {
+            Told::Hello { .. } => tracing::error!(pid = self.pid, "a worker greets twice"),
+            Told::Prepared { clone, outcome } => {
+                let waiting = self.state().preparing.remove(&clone);
+                if let Some(Err(_gone)) = waiting.map(|waiting| waiting.send(outcome)) {
+                    tracing::trace!(clone, "nobody waits for a clone any more");
+                }
+            }
+            Told::Filled { request, outcome } => {
+                let waiting = self.state().filling.remove(&request);
+                if let Some(Err(_gone)) = waiting.map(|waiting| waiting.send(outcome)) {
+                    tracing::trace!(request, "nobody waits for shells any more");
+                }
+            }
+            Told::Ran { clone, at } => self.with(clone, |watch| watch.ran(Life::FIRST, at.into())),
+            Told::Acted { clone, at } => {
+                self.with(clone, |watch| watch.acted(Life::FIRST, at.into()))
+            }
+            Told::Reported { clone, value, at } => {
+                self.with(clone, |watch| watch.reported(Life::FIRST, value, at.into()));
+            }
+            Told::Printed { clone, bytes } => {
+                let resident = self.state();
+                let console = resident.residents.get(&clone).map(Resident::console);
+                drop(resident);
+                if let Some(console) = console {
+                    console.print(&bytes, || {
+                        // A console that panicked fails its VM; there is nobody else to tell.
+                        if let Err(error) = self.send(&Order::Kill { clone }) {
+                            tracing::debug!(%error, "a clone whose console panicked");
+                        }
+                    });
+                }
+            }
+            Told::Taken { request, bytes } => match self.request(request) {
+                Some(Request::Input(reply)) => reply.give(bytes),
+                _ => tracing::error!(request, "a worker answers what it was not asked"),
+            },
+            Told::Saved { request, failed } => match self.request(request) {
+                Some(Request::Save(reply)) => reply.give(match failed {
+                    None => Ok(()),
+                    Some(why) => Err(crate::saved::SaveError::Elsewhere {
+                        process: self.pid,
+                        why,
+                    }),
+                }),
+                _ => tracing::error!(request, "a worker answers what it was not asked"),
+            },
+            Told::MemoryUsed { request, outcome } => match self.request(request) {
+                Some(Request::MemoryUse(reply)) => reply.give(match outcome {
+                    Ok(taken) => Ok(VmCount::elsewhere(taken)),
+                    Err(why) => Err(AccountingError::Elsewhere {
+                        process: self.pid,
+                        why,
+                    }),
+                }),
+                _ => tracing::error!(request, "a worker answers what it was not asked"),
+            },
+            Told::Ended {
+                clone,
+                end,
+                counters,
+                disks,
+            } => {
+                let resident = {
+                    let mut state = self.state();
+                    state.requests.retain(|_, (of, _)| *of != clone);
+                    state.residents.remove(&clone)
+                };
+                match resident {
+                    Some(resident) => resident.ended(end, counters, &disks, files),
+                    None => tracing::error!(clone, "a worker tells the end of an unknown clone"),
+                }
+            }
+        }
+    }
+
+    fn request(&self, number: u64) -> Option<Request> {
+        let asked = self.state().requests.remove(&number);
+        asked.map(|(_clone, request)| request)
+    }
+
+    fn with(&self, clone: u64, act: impl FnOnce(&crate::member::Watch)) {
+        let state = self.state();
+        let watch = state.residents.get(&clone).map(Resident::watch);
+        drop(state);
+        if let Some(watch) = watch {
+            act(&watch);
+        }
+    }
+}
+
+impl Drop for HandedOver {
+    fn drop(&mut self) {
+        let Some(link) = self.link.upgrade() else {
+            return;
+        };
+        let mut points = link.points.lock().unwrap_or_else(PoisonError::into_inner);
+        points.remove(&self.point);
+        if let Err(error) = link.send(&Order::Forget { point: self.point }) {
+            tracing::trace!(%error, "a fork point goes after its worker");
+        }
+    }
+}
+
+/// Ends a process whose socket is closed, if it has not ended by itself, and says how it did. `None`
+/// if it does not go away: that can only be the kernel's doing.
+fn end(child: &mut Child) -> Option<String> {
+    let until = Instant::now() + GOING;
+    // One that is ending by itself does so as it had begun.
+    if let Err(error) = child.kill() {
+        tracing::debug!(%error, "a worker that has ended");
+    }
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) => return Some(status.to_string()),
+            Ok(None) if Instant::now() < until => thread::sleep(Duration::from_millis(1)),
+            Ok(None) => return None,
+            Err(error) => return Some(format!("and how cannot be known: {error}")),
+        }
+    }
+}

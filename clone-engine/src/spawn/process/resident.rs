@@ -1,0 +1,446 @@
+//! A clone that lives in a worker, as the engine sees it: from the request for it to its end.
+
+use std::cell::OnceCell;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use forkvm_devices::block::{BlockLayer, HeldSectors, Overlay, Storage};
+use forkvm_devices::virtio::blk::BlkCounters;
+
+use super::link::{Berth, Link};
+use super::{FIRST_PHASE, WorkerError};
+use crate::accounting::{AccountingError, VmCount};
+use crate::descriptor::Description;
+use crate::disks::DiskSource;
+use crate::end::End;
+use crate::family::Family;
+use crate::fork::ForkError;
+use crate::fork_point::ForkPoint;
+use crate::identity::Identity;
+use crate::member::{Ask, Elsewhere, Finished, Member, Reply, Watch};
+use crate::phase::Observer;
+use crate::rewind::RewindError;
+use crate::saved::SaveError;
+use crate::spawn::in_process::no_console;
+use crate::spawn::{Prepared, SpawnError};
+use crate::timeline::Timeline;
+use crate::wire::{HeldDisk, MOST_INPUT, Order, Readiness};
+
+/// A clone that a worker was asked to prepare.
+pub(super) struct Preparing {
+    clone: Waiting,
+    timeline: Timeline,
+    answer: Receiver<Result<Readiness, String>>,
+}
+
+/// A clone that waits for its start in a worker. Dropped instead of started, it goes.
+pub(super) struct Waiting {
+    link: Arc<Link>,
+    number: u64,
+    family: Arc<Family>,
+    watch: Arc<Watch>,
+    member: Arc<Member>,
+    started: bool,
+}
+
+/// What the engine keeps of a clone while the worker has it.
+pub(super) struct Resident {
+    _berth: Berth,
+    family: Arc<Family>,
+    watch: Arc<Watch>,
+    /// From its start on.
+    member: Option<Arc<Member>>,
+    console: Arc<Console>,
+    /// What its disks stand on.
+    disks: Vec<DiskSource>,
+}
+
+/// What a running clone was asked and has not answered yet.
+pub(super) enum Request {
+    Input(Reply<usize>),
+    Save(Reply<Result<(), SaveError>>),
+    MemoryUse(Reply<Result<VmCount, AccountingError>>),
+}
+
+/// The way from a handle to its clone.
+struct Way {
+    link: Weak<Link>,
+    process: u32,
+    number: u64,
+}
+
+/// Where what a clone prints goes.
+pub(super) struct Console {
+    writer: Mutex<Writer>,
+}
+
+struct Writer {
+    to: Option<Box<dyn Write + Send>>,
+    failed: bool,
+    panicked: bool,
+}
+
+impl Preparing {
+    /// Asks the worker of `berth` for the clone `identity` of `point`. `description` is that of the point,
+    /// once somebody needs it.
+    pub(super) fn ask(
+        family: &Arc<Family>,
+        point: &ForkPoint,
+        description: &OnceCell<Description>,
+        identity: Identity,
+        granted: u32,
+        berth: Berth,
+    ) -> Result<Preparing, SpawnError> {
+        let timeline = Timeline {
+            fork_requested: Some(point.requested),
+            spawn_requested: Some(Instant::now()),
+            ..Timeline::default()
+        };
+        let link = berth.worker.link().clone();
+        link.hand_over(point, description)?;
+        let console = family.config().consoles.open(&identity);
+        let console = console.map_err(no_console)?;
+        let (number, watch) = (link.number(), Arc::new(Watch::new(identity.clone(), None)));
+        let way = Way {
+            link: Arc::downgrade(&link),
+            process: link.pid(),
+            number,
+        };
+        let (name, config) = (identity.name.clone(), point.config().clone());
+        let member = Member::elsewhere(name, config, Arc::new(way), watch.clone());
+        let resident = Resident {
+            _berth: berth,
+            family: family.clone(),
+            watch: watch.clone(),
+            member: None,
+            console: Arc::new(Console::new(console)),
+            disks: point.disks.for_clone(),
+        };
+        let (waiting, answer) = channel();
+        {
+            let mut state = link.state();
+            if let Some(death) = &state.death {
+                return Err(death.clone().into());
+            }
+            state.residents.insert(number, resident);
+            state.preparing.insert(number, waiting);
+        }
+        // From here on it is taken back when something fails.
+        let clone = Waiting {
+            link: link.clone(),
+            number,
+            family: family.clone(),
+            watch,
+            member: Arc::new(member),
+            started: false,
+        };
+        let saver = family.config().saver.as_ref();
+        let save_to = saver.and_then(|saver| saver.directory());
+        let save_to = save_to.map(std::path::absolute).transpose();
+        link.send(&Order::Prepare {
+            point: point.handed_out.number(),
+            clone: number,
+            identity,
+            granted,
+            save_to: save_to.map_err(|source| SpawnError::Host {
+                what: "the working directory",
+                source,
+            })?,
+        })?;
+        Ok(Preparing {
+            clone,
+            timeline,
+            answer,
+        })
+    }
+
+    /// Waits until it is prepared. `observer` hears of the phases afterwards, with their lengths there;
+    /// the first one was begun when the worker was asked.
+    pub(super) fn wait(self, observer: &dyn Observer) -> Result<Waiting, SpawnError> {
+        let Preparing {
+            clone,
+            timeline,
+            answer,
+        } = self;
+        let pid = clone.link.pid();
+        let readiness = match answer.recv() {
+            Ok(Ok(readiness)) => readiness,
+            Ok(Err(why)) => return Err(SpawnError::InWorker { pid, why }),
+            Err(_died) => return Err(clone.link.death().into()),
+        };
+        for (phase, took) in readiness.phases {
+            if phase != FIRST_PHASE {
+                observer.enter(phase, None)?;
+            }
+            let took = Duration::from_nanos(took);
+            tracing::debug!(%phase, took_us = took.as_micros() as u64, worker = pid, "done");
+            observer.leave(phase, took);
+        }
+        clone.watch.begin(Timeline {
+            built: Some(readiness.built.into()),
+            restored: Some(readiness.restored.into()),
+            ..timeline
+        });
+        Ok(clone)
+    }
+}
+
+impl Prepared for Waiting {
+    fn start(mut self: Box<Self>) -> Result<Arc<Member>, SpawnError> {
+        // Before it runs: what a family that ends has not heard of it could not end.
+        self.family.enter(&self.member)?;
+        let death = {
+            let mut state = self.link.state();
+            match state.residents.get_mut(&self.number) {
+                Some(resident) => {
+                    resident.member = Some(self.member.clone());
+                    None
+                }
+                None => Some(state.death.clone()),
+            }
+        };
+        if let Some(death) = death {
+            self.family.leave(&self.member);
+            return Err(death.unwrap_or_else(|| self.link.death()).into());
+        }
+        self.started = true;
+        // If the worker has died by now, whoever hears that ends the clone.
+        let number = self.number;
+        self.link.send(&Order::Start { clone: number })?;
+        Ok(self.member.clone())
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        if self.started {
+            return;
+        }
+        let resident = {
+            let mut state = self.link.state();
+            state.preparing.remove(&self.number);
+            state.residents.remove(&self.number)
+        };
+        let number = self.number;
+        if resident.is_some()
+            && let Err(error) = self.link.send(&Order::Drop { clone: number })
+        {
+            tracing::debug!(%error, "a clone that is not started went with its worker");
+        }
+    }
+}
+
+impl Elsewhere for Way {
+    fn process(&self) -> u32 {
+        self.process
+    }
+
+    fn ask(&self, ask: Ask) -> bool {
+        let Some(link) = self.link.upgrade() else {
+            return false;
+        };
+        let clone = self.number;
+        match ask {
+            Ask::Fork(_, _, reply) => reply.give(Err(not_there())),
+            Ask::ForkPoint(_, _, reply) => reply.give(Err(not_there())),
+            Ask::WithPaused(_) => unreachable!("only code of the worker can look at its VMs"),
+            Ask::Save(reply) => {
+                let order = |request| Order::Save { clone, request };
+                return self.request(&link, Request::Save(reply), order);
+            }
+            Ask::MemoryUse(reply) => {
+                let order = |request| Order::MemoryUse { clone, request };
+                return self.request(&link, Request::MemoryUse(reply), order);
+            }
+            Ask::Input(mut bytes, reply) => {
+                bytes.truncate(MOST_INPUT);
+                let order = |request| Order::Input {
+                    clone,
+                    request,
+                    bytes,
+                };
+                return self.request(&link, Request::Input(reply), order);
+            }
+            Ask::Rewind(_, _, reply) => reply.give(Err(RewindError::OfWorker)),
+            Ask::Kill => return self.is_there(&link) && link.send(&Order::Kill { clone }).is_ok(),
+        }
+        true
+    }
+}
+
+fn not_there() -> ForkError {
+    ForkError::Spawn(SpawnError::OfWorker)
+}
+
+impl Way {
+    fn is_there(&self, link: &Link) -> bool {
+        link.state().residents.contains_key(&self.number)
+    }
+
+    /// Sends what has an answer; `false` when the clone has ended.
+    fn request(&self, link: &Link, request: Request, order: impl FnOnce(u64) -> Order) -> bool {
+        let number = link.number();
+        {
+            let mut state = link.state();
+            if !state.residents.contains_key(&self.number) {
+                return false;
+            }
+            state.requests.insert(number, (self.number, request));
+        }
+        match link.send(&order(number)) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::debug!(%error, "a clone could not be asked");
+                link.state().requests.remove(&number);
+                false
+            }
+        }
+    }
+}
+
+impl Resident {
+    pub(super) fn watch(&self) -> Arc<Watch> {
+        self.watch.clone()
+    }
+
+    pub(super) fn console(&self) -> Arc<Console> {
+        self.console.clone()
+    }
+
+    /// Its worker says how it ended, and what its disks hold.
+    pub(super) fn ended(
+        self,
+        end: End,
+        counters: Vec<BlkCounters>,
+        held: &[Option<HeldDisk>],
+        files: Vec<OwnedFd>,
+    ) {
+        let (end, disks) = match take_disks(&self.disks, held, files) {
+            Ok(disks) => (end, disks),
+            Err(error) => {
+                let why = format!("it {end}, and taking over its disks failed: {error}");
+                (End::Failed(why), Vec::new())
+            }
+        };
+        self.finish(end, counters, disks);
+    }
+
+    /// Its worker has died.
+    pub(super) fn died(self, death: &WorkerError) {
+        self.finish(End::Failed(death.to_string()), Vec::new(), Vec::new());
+    }
+
+    fn finish(self, end: End, blk_counters: Vec<BlkCounters>, disks: Vec<Arc<dyn BlockLayer>>) {
+        let Resident {
+            _berth: berth,
+            family,
+            watch,
+            member,
+            console,
+            disks: below,
+        } = self;
+        let Some(member) = member else {
+            return;
+        };
+        let end = match console.close() {
+            true => End::Failed("its console panicked".into()),
+            false => end,
+        };
+        // Whoever waited for its end finds nothing left of it.
+        drop((below, berth));
+        family.leave(&member);
+        watch.finish(Finished {
+            end,
+            disks,
+            blk_counters,
+        });
+    }
+}
+
+/// The disks of a clone that has ended: what it wrote, over what they stood on here.
+fn take_disks(
+    before: &[DiskSource],
+    held: &[Option<HeldDisk>],
+    files: Vec<OwnedFd>,
+) -> io::Result<Vec<Arc<dyn BlockLayer>>> {
+    let mut files = files.into_iter().map(File::from);
+    let maps = match held.iter().any(Option::is_some) {
+        true => Some(files.next().ok_or_else(missing)?),
+        false => None,
+    };
+    let mut at = 0;
+    let mut take = |disk: &DiskSource, held: &Option<HeldDisk>| -> io::Result<_> {
+        let layer = disk.layer();
+        let (Some(held), Some(maps)) = (held, &maps) else {
+            return Ok(layer);
+        };
+        let Storage::Overlay { base, .. } = layer.storage() else {
+            return Err(missing());
+        };
+        let mut map = vec![0; held.map_len as usize];
+        maps.read_exact_at(&mut map, at)?;
+        at += held.map_len;
+        let data = match held.has_data {
+            true => Some(files.next().ok_or_else(missing)?),
+            false => None,
+        };
+        let held = HeldSectors { map, data };
+        let overlay = Overlay::from_held(held, None, base.clone()).map_err(io::Error::other)?;
+        let overlay: Arc<dyn BlockLayer> = Arc::new(overlay);
+        Ok(overlay)
+    };
+    let pairs = before.iter().zip(held);
+    pairs.map(|(disk, held)| take(disk, held)).collect()
+}
+
+fn missing() -> io::Error {
+    io::Error::other("the worker sent other files than it named")
+}
+
+impl Console {
+    fn new(to: Box<dyn Write + Send>) -> Console {
+        Console {
+            writer: Mutex::new(Writer {
+                to: Some(to),
+                failed: false,
+                panicked: false,
+            }),
+        }
+    }
+
+    /// Writes what the clone printed. `panicked` is called if the console, which is the embedder's
+    /// code, panics; it is not written again then.
+    pub(super) fn print(&self, bytes: &[u8], panicked: impl FnOnce()) {
+        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(to) = &mut writer.to else { return };
+        let write = AssertUnwindSafe(|| to.write_all(bytes).and_then(|()| to.flush()));
+        match catch_unwind(write) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                if !std::mem::replace(&mut writer.failed, true) {
+                    tracing::warn!(%error, "a console cannot be written; its output is lost");
+                }
+            }
+            Err(_panic) => {
+                writer.panicked = true;
+                writer.to = None;
+                drop(writer);
+                panicked();
+            }
+        }
+    }
+
+    /// Drops it; whether it has panicked.
+    fn close(&self) -> bool {
+        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let to = writer.to.take();
+        let dropped = catch_unwind(AssertUnwindSafe(|| drop(to)));
+        writer.panicked || dropped.is_err()
+    }
+}

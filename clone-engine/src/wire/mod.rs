@@ -1,0 +1,224 @@
+//! What the engine and its workers say to each other.
+//!
+//! A worker is a process of the same host in which clones run ([`crate::worker`]); the engine's end
+//! is [`crate::spawn::process`]. They talk over one Unix socket: messages of CBOR, each whole or not
+//! there at all, with descriptors beside them ([`socket`]). Times cross as the host's monotonic clock
+//! ([`clock`]). A number that the engine gives names a clone, a fork point or a request for as long as
+//! both know it.
+//!
+//! Both ends are of one build: [`Told::Hello`] carries version and protocol, and the engine lets
+//! no other worker in.
+
+pub(crate) mod clock;
+pub(crate) mod socket;
+
+use std::path::PathBuf;
+
+use forkvm_devices::virtio::blk::BlkCounters;
+use serde::{Deserialize, Serialize};
+
+use crate::accounting::MemoryUse;
+use crate::end::End;
+use crate::identity::Identity;
+use crate::phase::Phase;
+
+use clock::HostTime;
+
+/// Raised with every change of what is said.
+pub(crate) const PROTOCOL: u32 = 1;
+
+/// Version of this build; both ends have the same.
+pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// Most bytes of console input in one message; a guest's UART takes far fewer at once.
+pub(crate) const MOST_INPUT: usize = 4096;
+
+/// What the engine asks of a worker.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Order {
+    /// Clones of a fork point will be asked for. With the memfd of its descriptor
+    /// ([`crate::descriptor`]) and the files that this names.
+    ForkPoint {
+        /// Its number.
+        point: u64,
+    },
+    /// No more will be. Clones that are there keep what they need.
+    Forget {
+        /// Its number.
+        point: u64,
+    },
+    /// Have shells ready for clones of the shape of a state, which comes in a memfd. Answered by
+    /// [`Told::Filled`].
+    Fill {
+        /// Number of this request.
+        request: u64,
+        /// How many; those that are there count.
+        shells: u32,
+    },
+    /// Prepare a clone. Answered by [`Told::Prepared`].
+    Prepare {
+        /// Of this fork point.
+        point: u64,
+        /// Its number.
+        clone: u64,
+        /// Who it is.
+        identity: Identity,
+        /// Clones of its fork.
+        granted: u32,
+        /// Where it is saved to, if it is; nothing there yet.
+        save_to: Option<PathBuf>,
+    },
+    /// Let a prepared clone run.
+    Start {
+        /// Which.
+        clone: u64,
+    },
+    /// Take a prepared clone back.
+    Drop {
+        /// Which.
+        clone: u64,
+    },
+    /// End a clone.
+    Kill {
+        /// Which.
+        clone: u64,
+    },
+    /// Bytes for its console. Answered by [`Told::Taken`], or by its end.
+    Input {
+        /// Which.
+        clone: u64,
+        /// Number of this request.
+        request: u64,
+        /// At most [`MOST_INPUT`].
+        #[serde(with = "serde_bytes")]
+        bytes: Vec<u8>,
+    },
+    /// Count its memory. Answered by [`Told::MemoryUsed`], or by its end.
+    MemoryUse {
+        /// Which.
+        clone: u64,
+        /// Number of this request.
+        request: u64,
+    },
+    /// Save it and end it. Answered by [`Told::Saved`], or by its end.
+    Save {
+        /// Which.
+        clone: u64,
+        /// Number of this request.
+        request: u64,
+    },
+}
+
+/// What a worker tells the engine. What it tells of one clone comes in the order in which it happened:
+/// a guest's text before the report that it made after it, and all before the end.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Told {
+    /// First of all.
+    Hello {
+        /// [`PROTOCOL`] of the worker.
+        protocol: u32,
+        /// [`VERSION`] of the worker.
+        version: String,
+        /// Why it cannot work, if it cannot.
+        broken: Option<String>,
+    },
+    /// Answer to [`Order::Fill`].
+    Filled {
+        /// The request.
+        request: u64,
+        /// Shells that are there, or why there are not so many.
+        outcome: Result<u32, String>,
+    },
+    /// A clone stands ready to start, or could not be prepared.
+    Prepared {
+        /// Which.
+        clone: u64,
+        /// What came of it.
+        outcome: Result<Readiness, String>,
+    },
+    /// Its first KVM_RUN is entered.
+    Ran {
+        /// Which.
+        clone: u64,
+        /// When.
+        at: HostTime,
+    },
+    /// Its guest did something that is seen outside, for the first time.
+    Acted {
+        /// Which.
+        clone: u64,
+        /// When.
+        at: HostTime,
+    },
+    /// Its guest reported something.
+    Reported {
+        /// Which.
+        clone: u64,
+        /// What.
+        value: u32,
+        /// When.
+        at: HostTime,
+    },
+    /// It printed something.
+    Printed {
+        /// Which.
+        clone: u64,
+        /// What.
+        #[serde(with = "serde_bytes")]
+        bytes: Vec<u8>,
+    },
+    /// Answer to [`Order::Input`].
+    Taken {
+        /// The request.
+        request: u64,
+        /// Bytes that the console had room for.
+        bytes: usize,
+    },
+    /// Answer to [`Order::MemoryUse`].
+    MemoryUsed {
+        /// The request.
+        request: u64,
+        /// What it takes, or why that is not known.
+        outcome: Result<MemoryUse, String>,
+    },
+    /// Answer to [`Order::Save`].
+    Saved {
+        /// The request.
+        request: u64,
+        /// Why it was not saved.
+        failed: Option<String>,
+    },
+    /// It is gone. With the files that its disks name.
+    Ended {
+        /// Which.
+        clone: u64,
+        /// How.
+        end: End,
+        /// What each disk did in it.
+        counters: Vec<BlkCounters>,
+        /// What each disk holds of its own, in the order of the configuration; `None` for one that
+        /// the guest could not write to. With the bytes of all maps in a memfd of their own, before
+        /// the data files.
+        disks: Vec<Option<HeldDisk>>,
+    },
+}
+
+/// A clone that waits for its start.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Readiness {
+    /// Phases of its making, as they ended, with their lengths in nanoseconds.
+    pub(crate) phases: Vec<(Phase, u64)>,
+    /// The VM object existed.
+    pub(crate) built: HostTime,
+    /// State and memory were in place.
+    pub(crate) restored: HostTime,
+}
+
+/// What a disk of a clone holds beyond its base.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct HeldDisk {
+    /// Bytes of its map.
+    pub(crate) map_len: u64,
+    /// Whether a data file came along.
+    pub(crate) has_data: bool,
+}

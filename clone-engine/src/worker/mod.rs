@@ -1,0 +1,382 @@
+//! A worker: a process in which clones run whose parents live in another one, the engine.
+//!
+//! The engine starts it by exec ahead of time ([`crate::spawn::process`]) and hands it fork points:
+//! state, memory images, disks, all by open descriptor. Here each clone is a [`Member`](crate::Member) like any
+//! other, built by the same code and served by a thread of its own; what it prints, reports and ends
+//! as goes to the engine, and what holders of its handle ask comes from there. Whoever embeds the
+//! engine calls [`serve`] in the program that it names as its worker, which may be its own.
+//!
+//! **A worker ends with its engine.** It keeps no clone alive that nobody can reach: when the socket is
+//! closed, the process exits at once. So it does when it cannot be heard any more. It does not heed
+//! signals that a terminal or a service manager sends to a whole group of processes: the engine ends
+//! a family in its order, and its workers after it.
+//!
+//! It does not choose, fork or spawn: a clone that asks for a fork is refused ([`SpawnError::OfWorker`]).
+#![allow(unsafe_code)] // signal(2).
+
+mod console;
+mod save_dirs;
+mod teller;
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::process;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use forkvm_vmm::{Kvm, MachineState, PausedVm};
+use thiserror::Error;
+
+use crate::accounting::VmCount;
+use crate::descriptor;
+use crate::family::{Family, FamilyConfig};
+use crate::fork::MemoryMode;
+use crate::fork_point::ForkPoint;
+use crate::identity::Identity;
+use crate::limits;
+use crate::member::{Ask, Member, Reply, Waiting, with_causes};
+use crate::phase::{Observer, Phase, Vetoed};
+use crate::spawn::in_process::Unbuilt;
+use crate::spawn::{Prepared, SpawnError, Spawner};
+use crate::wire::socket::{Received, Socket, SocketError};
+use crate::wire::{Order, PROTOCOL, Readiness, Told, VERSION};
+
+use console::{Console, Consoles};
+use save_dirs::SaveDirs;
+use teller::Teller;
+
+/// Runs clones for the engine at the other end of `socket`, which this process was started with. The
+/// process ends in here when the engine has gone; it comes back only with a reason not to begin.
+pub fn serve(socket: OwnedFd) -> Result<Infallible, ServeError> {
+    let engine = Arc::new(Engine(Socket::inherited(socket)?));
+    ignore_signals_of_the_group();
+    if let Err(error) = limits::raise_nofile() {
+        tracing::warn!(%error, "RLIMIT_NOFILE could not be raised: few clones will fit");
+    }
+    let kvm = Kvm::open();
+    engine.tell(
+        &Told::Hello {
+            protocol: PROTOCOL,
+            version: VERSION.to_owned(),
+            broken: kvm.as_ref().err().map(|error| with_causes(error)),
+        },
+        &[],
+    );
+    let saves = Arc::new(SaveDirs::default());
+    let config = FamilyConfig {
+        spawner: Arc::new(OfWorker),
+        saver: Some(saves.clone()),
+        ..FamilyConfig::default()
+    };
+    let consoles = Consoles::start(engine.clone()).map_err(ServeError::Thread)?;
+    let worker = Worker {
+        family: Family::new(Arc::new(kvm?), config),
+        engine,
+        consoles,
+        saves,
+        points: HashMap::new(),
+        prepared: HashMap::new(),
+        running: Arc::default(),
+    };
+    worker.obey()
+}
+
+/// Why a process does not become a worker.
+#[derive(Debug, Error)]
+pub enum ServeError {
+    /// It was not started by an engine.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// KVM cannot be used.
+    #[error(transparent)]
+    Kvm(#[from] forkvm_vmm::KvmError),
+    /// No thread for consoles.
+    #[error("starting a thread for consoles failed")]
+    Thread(#[source] std::io::Error),
+}
+
+/// The engine, as a worker sees it.
+struct Engine(Socket);
+
+impl Engine {
+    /// Tells the engine something. A worker that cannot be heard is of no use to anybody: it ends, and
+    /// the engine takes its clones for dead.
+    fn tell(&self, told: &Told, files: &[BorrowedFd<'_>]) {
+        match self.0.send(told, files) {
+            Ok(()) => {}
+            Err(SocketError::Closed) => process::exit(0),
+            Err(error) => {
+                tracing::error!(
+                    error = with_causes(&error),
+                    "the engine cannot be told, so this worker ends"
+                );
+                process::exit(1);
+            }
+        }
+    }
+}
+
+/// Clones that run, by their numbers.
+#[derive(Default)]
+struct Clones(Mutex<HashMap<u64, Arc<Member>>>);
+
+impl Clones {
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Arc<Member>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct Worker {
+    engine: Arc<Engine>,
+    family: Arc<Family>,
+    consoles: Consoles,
+    saves: Arc<SaveDirs>,
+    /// Fork points, or why one cannot be had.
+    points: HashMap<u64, Result<Arc<ForkPoint>, String>>,
+    prepared: HashMap<u64, Waiting>,
+    running: Arc<Clones>,
+}
+
+impl Worker {
+    /// Does what the engine says, one thing after the other, until it has gone.
+    fn obey(mut self) -> ! {
+        loop {
+            match self.engine.0.receive() {
+                Ok(order) => self.carry_out(order),
+                Err(SocketError::Closed) => process::exit(0),
+                Err(error) => {
+                    tracing::error!(
+                        error = with_causes(&error),
+                        "the engine cannot be heard, so this worker ends"
+                    );
+                    process::exit(1);
+                }
+            }
+        }
+    }
+
+    fn carry_out(&mut self, (order, files): Received<Order>) {
+        match order {
+            Order::ForkPoint { point } => {
+                let taken = self.take_over(files).map_err(|error| with_causes(&*error));
+                self.points.insert(point, taken.map(Arc::new));
+            }
+            Order::Fill { request, shells } => {
+                let filled = self.fill(files, shells);
+                let outcome = filled.map_err(|error| with_causes(&*error));
+                self.engine.tell(&Told::Filled { request, outcome }, &[]);
+            }
+            Order::Forget { point } => drop(self.points.remove(&point)),
+            Order::Prepare {
+                point,
+                clone,
+                identity,
+                granted,
+                save_to,
+            } => {
+                let outcome = self.prepare(point, clone, identity, granted, save_to);
+                self.engine.tell(&Told::Prepared { clone, outcome }, &[]);
+            }
+            Order::Start { clone } => self.start(clone),
+            Order::Drop { clone } => drop(self.prepared.remove(&clone)),
+            Order::Kill { clone } => {
+                if let Some(member) = self.running(clone) {
+                    member.kill();
+                }
+            }
+            Order::Input {
+                clone,
+                request,
+                bytes,
+            } => {
+                let engine = self.engine.clone();
+                let reply = move |bytes| engine.tell(&Told::Taken { request, bytes }, &[]);
+                self.ask(clone, Ask::Input(bytes, Reply::new(reply)));
+            }
+            Order::MemoryUse { clone, request } => {
+                let engine = self.engine.clone();
+                let reply = move |count: Result<VmCount, _>| {
+                    let outcome = match count {
+                        Ok(count) => Ok(count.taken),
+                        Err(error) => Err(with_causes(&error)),
+                    };
+                    engine.tell(&Told::MemoryUsed { request, outcome }, &[]);
+                };
+                self.ask(clone, Ask::MemoryUse(Reply::new(reply)));
+            }
+            Order::Save { clone, request } => {
+                let engine = self.engine.clone();
+                let reply = move |saved: Result<(), _>| {
+                    let failed = saved.err().map(|error| with_causes(&error));
+                    engine.tell(&Told::Saved { request, failed }, &[]);
+                };
+                self.ask(clone, Ask::Save(Reply::new(reply)));
+            }
+        }
+    }
+
+    fn running(&self, clone: u64) -> Option<Arc<Member>> {
+        self.running.lock().get(&clone).cloned()
+    }
+
+    /// Of one that has ended nothing is asked any more: the engine hears of the end.
+    fn ask(&self, clone: u64, ask: Ask) {
+        if !self
+            .running(clone)
+            .is_some_and(|member| member.ask_later(ask))
+        {
+            tracing::trace!(clone, "asked after its end");
+        }
+    }
+
+    fn fill(&self, files: Vec<OwnedFd>, shells: u32) -> Result<u32, Box<dyn std::error::Error>> {
+        let file = files.into_iter().next().ok_or("it came without a state")?;
+        let state = descriptor::state_of(&file.into())?;
+        Ok(self.family.pool().fill(&Arc::new(state), shells)?)
+    }
+
+    fn take_over(&self, files: Vec<OwnedFd>) -> Result<ForkPoint, Box<dyn std::error::Error>> {
+        let mut files = files.into_iter();
+        let descriptor = files.next().ok_or("it came without its descriptor")?;
+        let bytes = descriptor::read(&descriptor.into())?;
+        Ok(ForkPoint::from_description(
+            &self.family,
+            &bytes,
+            files.collect(),
+        )?)
+    }
+
+    fn point(&self, number: u64) -> Result<Arc<ForkPoint>, String> {
+        match self.points.get(&number) {
+            Some(point) => point.clone(),
+            None => Err("its fork point was never handed over".into()),
+        }
+    }
+
+    fn prepare(
+        &mut self,
+        point: u64,
+        clone: u64,
+        identity: Identity,
+        granted: u32,
+        save_to: Option<PathBuf>,
+    ) -> Result<Readiness, String> {
+        let point = self.point(point)?;
+        let console = self.consoles.open(clone);
+        let witness = Teller {
+            clone,
+            read_only: point
+                .config()
+                .disks
+                .iter()
+                .map(|disk| disk.read_only)
+                .collect(),
+            console: console.clone(),
+            engine: self.engine.clone(),
+            running: self.running.clone(),
+            _saves: save_to.map(|dir| self.saves.add(&identity, dir)),
+        };
+        let unbuilt = Unbuilt {
+            identity,
+            granted,
+            console: &|| Ok(Console::writer(&console)),
+            witness: Some(Arc::new(witness)),
+        };
+        let phases = Phases::default();
+        let waiting = unbuilt.build(&self.family, &point, &phases);
+        let waiting = waiting.map_err(|error| with_causes(&error))?;
+        let timeline = waiting.member().timeline();
+        let (Some(built), Some(restored)) = (timeline.built, timeline.restored) else {
+            return Err("it was built without passing its end points".into());
+        };
+        self.prepared.insert(clone, waiting);
+        Ok(Readiness {
+            phases: phases
+                .0
+                .into_inner()
+                .unwrap_or_else(PoisonError::into_inner),
+            built: built.into(),
+            restored: restored.into(),
+        })
+    }
+
+    fn start(&mut self, clone: u64) {
+        let Some(waiting) = self.prepared.remove(&clone) else {
+            tracing::error!(clone, "a clone that was not prepared is to start");
+            return;
+        };
+        // Before it runs: its end takes it out.
+        self.running.lock().insert(clone, waiting.member().clone());
+        if let Err(error) = waiting.start() {
+            // Its thread is gone, which only a lack of the most basic things explains.
+            tracing::error!(
+                error = with_causes(&error),
+                "a prepared clone cannot start, so this worker ends"
+            );
+            process::exit(1);
+        }
+    }
+}
+
+/// Keeps the phases of one clone's making.
+#[derive(Default)]
+struct Phases(Mutex<Vec<(Phase, u64)>>);
+
+impl Observer for Phases {
+    fn enter(&self, _phase: Phase, _paused: Option<&PausedVm<'_>>) -> Result<(), Vetoed> {
+        Ok(())
+    }
+
+    fn leave(&self, phase: Phase, took: Duration) {
+        let mut phases = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        phases.push((phase, took.as_nanos() as u64));
+    }
+
+    fn parent_paused(&self, _took: Duration) {}
+
+    fn forked(&self, _point: &Arc<ForkPoint>, _clones: &[Arc<Member>]) {}
+}
+
+/// The spawner of a worker's family: its members cannot be forked.
+struct OfWorker;
+
+impl Spawner for OfWorker {
+    fn name(&self) -> &'static str {
+        "none"
+    }
+
+    fn check(&self, _mode: MemoryMode) -> Result<(), SpawnError> {
+        Err(SpawnError::OfWorker)
+    }
+
+    fn fill(
+        &self,
+        _family: &Family,
+        _state: &Arc<MachineState>,
+        _count: u32,
+    ) -> Result<u32, SpawnError> {
+        Err(SpawnError::OfWorker)
+    }
+
+    fn prepare(
+        &self,
+        _family: &Arc<Family>,
+        _point: &Arc<ForkPoint>,
+        _identities: Vec<Identity>,
+        _observer: &dyn Observer,
+    ) -> Result<Vec<Box<dyn Prepared>>, SpawnError> {
+        Err(SpawnError::OfWorker)
+    }
+}
+
+fn ignore_signals_of_the_group() {
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        // SAFETY: the disposition is that no code runs.
+        if unsafe { libc::signal(signal, libc::SIG_IGN) } == libc::SIG_ERR {
+            let error = std::io::Error::last_os_error();
+            tracing::warn!(%error, signal, "a signal could not be ignored");
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! Where clones live: in the engine's process or in workers. What every spawner has to do, and what
+//! only processes can suffer.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod crashes;
+mod engine_killed;
+mod kit;
+mod refusals;
+mod spread;
