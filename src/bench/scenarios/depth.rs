@@ -29,7 +29,7 @@ const NOTED: [&str; 2] = ["first_action", "first_answer"];
 fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
     vec![Box::new(Depth {
         generations: scale.pick(20, 20, 3),
-        measured: scale.pick(20, 4, 1),
+        measured: scale.pick(12, 4, 1),
         subject: None,
     })]
 }

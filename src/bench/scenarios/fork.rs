@@ -63,9 +63,9 @@ fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
     for &pool in POOLS {
         for way in WAYS {
             let measured = match way.freeze {
-                FreezeKind::Remap => scale.pick(20, 2, 1),
-                FreezeKind::Delta => scale.pick(60, 8, 2),
-                _ => scale.pick(30, 3, 1),
+                FreezeKind::Remap => scale.pick(10, 2, 1),
+                FreezeKind::Delta => scale.pick(40, 8, 2),
+                _ => scale.pick(12, 3, 1),
             };
             all.push(Box::new(Fork {
                 pool,
@@ -189,14 +189,14 @@ fn charts(rows: &[Row]) -> Vec<Chart> {
     if drawn.is_empty() {
         return Vec::new();
     }
-    let left_out: Vec<String> = left_out
-        .iter()
-        .map(|bar| format!("; {}: {} ms, not drawn", bar.0, short(sum(bar))))
-        .collect();
+    let left_out = match left_out.len() {
+        0 => String::new(),
+        count => format!("; {count} of more than {} ms are not drawn", short(longest)),
+    };
     vec![Chart {
         name: "fork-phases".into(),
         title: "Where the time of a fork into one clone goes".into(),
-        x: format!("median time of each phase, ms{}", left_out.concat()),
+        x: format!("median time of each phase, ms{left_out}"),
         y: String::new(),
         log: (false, false),
         marks: Marks::Stacked {

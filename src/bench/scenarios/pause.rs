@@ -72,9 +72,9 @@ fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
             freeze,
             parent: *parent,
             measured: match freeze {
-                FreezeKind::Remap => scale.pick(8, 2, 1),
-                FreezeKind::Copy => scale.pick(12, 3, 1),
-                _ => scale.pick(30, 5, 1),
+                FreezeKind::Remap => scale.pick(6, 2, 1),
+                FreezeKind::Copy => scale.pick(8, 3, 1),
+                _ => scale.pick(20, 5, 1),
             },
             subject: None,
         }));
