@@ -110,6 +110,7 @@ impl ForkPoint {
         self: &Arc<Self>,
         count: u32,
     ) -> Result<Vec<Arc<Member>>, ForkError> {
+        self.family.check_open()?;
         let observer = self.family.config().observer.clone();
         let first = self.ids.fetch_add(count, Ordering::Relaxed) + 1;
         let identify = |clone_id| {

@@ -484,7 +484,9 @@ fn errno_of(error: &ForkError) -> i64 {
         ForkError::Limits(LimitError::TooMany { limit, .. }) if limit.is_memory() => errno::ENOMEM,
         ForkError::Limits(LimitError::TooMany { .. })
         | ForkError::Disks(DisksError::TooDeep { .. }) => errno::ENOSPC,
-        ForkError::Pause(_) | ForkError::Ending(_) => errno::EBUSY,
+        ForkError::Pause(_) | ForkError::Ending(_) | ForkError::Spawn(SpawnError::Ending(_)) => {
+            errno::EBUSY
+        }
         ForkError::Spawn(SpawnError::OfWorker) => errno::ENOSYS,
         _ => errno::EIO,
     }

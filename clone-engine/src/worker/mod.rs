@@ -1,7 +1,7 @@
 //! A worker: a process in which clones run whose parents live in another one, the engine.
 //!
 //! The engine starts it by exec ahead of time ([`crate::spawn::process`]) and hands it fork points:
-//! state, memory images, disks, all by open descriptor. Here each clone is a [`Member`](crate::Member) like any
+//! state, memory images, disks, all by open descriptor. Here each clone is a [`Member`] like any
 //! other, built by the same code and served by a thread of its own; what it prints, reports and ends
 //! as goes to the engine, and what holders of its handle ask comes from there. Whoever embeds the
 //! engine calls [`serve`] in the program that it names as its worker, which may be its own.
