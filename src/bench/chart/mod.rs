@@ -1,4 +1,4 @@
-//! What figures look like: charts as data, and their drawing as SVG ([`draw`]).
+//! What figures look like: charts as data, and their drawing as SVG (`draw`).
 
 mod draw;
 
