@@ -5,7 +5,7 @@
 //! is complete.
 
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use forkvm_vmm::PausedVm;
 
@@ -21,6 +21,10 @@ use crate::rewind::{Break, RewindError, RewindWay};
 use crate::spawn::in_process::{self, Furnished, Told};
 use crate::timeline::Timeline;
 use crate::vm_memory::VmMemory;
+
+/// How long the VM of the old life stays, unless the new one has acted before: taking it apart holds up
+/// the page faults of the whole process.
+const FIRST_STEPS: Duration = Duration::from_millis(5);
 
 impl Serving {
     /// Rewinds it and says by which way. The second result is its end, if that failed half-way.
@@ -127,7 +131,9 @@ impl Serving {
         let old_vm = std::mem::replace(&mut self.vm, vm.start());
         let old_memory = std::mem::replace(&mut self.memory, memory);
         let old_disks = std::mem::replace(&mut self.disks, disks);
+        let (watch, life) = (self.member.watch.clone(), self.life.number());
         let undertaker = thread.begin("undertaker", move || {
+            drop(watch.wait_until(Some(FIRST_STEPS), |seen| seen.has_acted_in(life)));
             take_apart(old_vm, old_memory);
             drop(old_disks);
         });

@@ -36,6 +36,11 @@ pub(super) struct Seen {
 }
 
 impl Seen {
+    /// Whether the guest was seen to act in the life `number`, or that is over.
+    pub(super) fn has_acted_in(&self, number: u32) -> bool {
+        self.life != number || self.timeline.first_action.is_some() || self.finished.is_some()
+    }
+
     /// How often `value` was reported.
     pub(super) fn count(&self, value: u32) -> usize {
         self.counts.get(&value).copied().unwrap_or(0)
