@@ -5,7 +5,7 @@ use std::fs;
 use tempfile::tempdir;
 
 use super::common::need_kvm;
-use super::harness::{Running, disk, forkvm, names_in};
+use super::harness::{FORKED, Running, disk, forkvm, names_in};
 
 const WRITE: [&str; 7] = [
     "run",
@@ -27,7 +27,7 @@ fn a_forked_disk_is_merged_once_no_vm_needs_it_also_after_a_kill() {
     forkvm(dir, &COMMIT).expect(1, "d.img is not the base of a fork");
 
     let mut running = Running::start(dir, &WRITE);
-    running.wait_for_vms(3);
+    running.wait_until_said(FORKED);
     forkvm(dir, &COMMIT).expect(1, "d.img is in use");
     running.signal("KILL");
     running.child().wait().unwrap();
@@ -91,7 +91,7 @@ fn what_the_parent_wrote_and_did_not_flush_is_merged_after_ctrl_c() {
         "d.img",
     ];
     let mut running = Running::start(dir, &args);
-    running.wait_for_vms(2);
+    running.wait_until_said(FORKED);
     running.signal("INT");
     assert_eq!(running.wait().code(), 130);
     let merged = forkvm(dir, &[&COMMIT[..], &["--json", "-"]].concat());

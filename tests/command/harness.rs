@@ -1,12 +1,16 @@
 //! Programs under test: to be run to their end, or to be met while they run.
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::common::LONG;
+
+/// What the parent of the guest's job `blk-verify` says once its fork is over.
+pub(crate) const FORKED: &str = "blk-verify forked clone=0";
 
 /// The command, run to its end.
 pub(crate) fn forkvm(dir: &Path, args: &[&str]) -> Ended {
@@ -42,7 +46,11 @@ impl Ended {
 }
 
 /// A program that runs; killed when the test fails.
-pub(crate) struct Running(Option<Child>);
+pub(crate) struct Running {
+    child: Option<Child>,
+    /// A file, so that it can be read while the program writes it.
+    stdout: fs::File,
+}
 
 impl Running {
     pub(crate) fn start(dir: &Path, args: &[&str]) -> Running {
@@ -50,20 +58,34 @@ impl Running {
     }
 
     pub(crate) fn start_with(dir: &Path, args: &[&str], stdin: Stdio) -> Running {
+        let stdout = tempfile::tempfile().unwrap();
         let child = Command::new(env!("CARGO_BIN_EXE_forkvm"))
             .args(args)
             .current_dir(dir)
             .env_remove("FORKVM_LOG")
             .stdin(stdin)
-            .stdout(Stdio::piped())
+            .stdout(stdout.try_clone().unwrap())
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        Running(Some(child))
+        Running {
+            child: Some(child),
+            stdout,
+        }
     }
 
     pub(crate) fn child(&mut self) -> &mut Child {
-        self.0.as_mut().unwrap()
+        self.child.as_mut().unwrap()
+    }
+
+    /// Waits until it has written these words to standard output. What a guest's parent says after a
+    /// fork shows that the fork is over.
+    pub(crate) fn wait_until_said(&mut self, words: &str) -> &mut Running {
+        let stdout = self.stdout.try_clone().unwrap();
+        self.wait_until(words, || {
+            String::from_utf8_lossy(&so_far(&stdout)).contains(words)
+        });
+        self
     }
 
     /// Waits until it runs `count` VMs, and a moment more: before the first one is served, a signal
@@ -86,7 +108,7 @@ impl Running {
         let start = Instant::now();
         while !is_so() {
             if let Some(status) = self.child().try_wait().unwrap() {
-                let ended = self.0.take().unwrap().wait_with_output().unwrap();
+                let ended = self.child.take().unwrap().wait_with_output().unwrap();
                 let stderr = String::from_utf8_lossy(&ended.stderr);
                 panic!("ended with {status} before: {what}\n{stderr}");
             }
@@ -106,17 +128,26 @@ impl Running {
     }
 
     pub(crate) fn wait(mut self) -> Ended {
-        Ended(self.0.take().unwrap().wait_with_output().unwrap())
+        let mut output = self.child.take().unwrap().wait_with_output().unwrap();
+        output.stdout = so_far(&self.stdout);
+        Ended(output)
     }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        if let Some(mut child) = self.0.take() {
+        if let Some(mut child) = self.child.take() {
             child.kill().unwrap();
             child.wait().unwrap();
         }
     }
+}
+
+/// What a file holds. Read by offset: whoever writes it may do so at the position that both share.
+fn so_far(file: &fs::File) -> Vec<u8> {
+    let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
 }
 
 /// A raw disk of `mib` MiB of zeros.

@@ -5,13 +5,13 @@ use std::fs;
 use tempfile::tempdir;
 
 use super::common::need_kvm;
-use super::harness::{Running, disk, names_in};
+use super::harness::{FORKED, Running, disk, names_in};
 
 /// A family of a parent and two clones that are busy for long.
 const BUSY_FAMILY: [&str; 7] = [
     "run",
     "--guest",
-    "blk-verify n=2 mib=16",
+    "blk-verify n=2 mib=32",
     "--memory",
     "64",
     "--disk",
@@ -23,9 +23,9 @@ fn ctrl_c_and_sigterm_end_a_family_and_leave_no_file() {
     need_kvm!();
     for (signal, code) in [("INT", 130), ("TERM", 143)] {
         let dir = tempdir().unwrap();
-        disk(dir.path(), "d.img", 16);
+        disk(dir.path(), "d.img", 32);
         let mut running = Running::start(dir.path(), &BUSY_FAMILY);
-        running.wait_for_vms(3).signal(signal);
+        running.wait_until_said(FORKED).signal(signal);
         let ended = running.wait();
         ended.expect(code, "forkvm: vm was killed");
         ended.expect(code, "forkvm: vm.1 was killed");
@@ -38,10 +38,10 @@ fn ctrl_c_and_sigterm_end_a_family_and_leave_no_file() {
 fn ctrl_c_saves_the_vm_and_ends_its_clones() {
     need_kvm!();
     let dir = tempdir().unwrap();
-    disk(dir.path(), "d.img", 16);
+    disk(dir.path(), "d.img", 32);
     let args = [&BUSY_FAMILY[..], &["--save", "saved"]].concat();
     let mut running = Running::start(dir.path(), &args);
-    running.wait_for_vms(3).signal("INT");
+    running.wait_until_said(FORKED).signal("INT");
     let ended = running.wait();
     ended.expect(0, "forkvm: vm was saved");
     ended.expect(0, "forkvm: vm.1 was killed");

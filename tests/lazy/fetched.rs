@@ -97,7 +97,7 @@ fn a_clone_that_touches_its_memory_in_order_waits_for_few_of_its_chunks() {
 #[test]
 fn a_clone_that_touches_what_its_parent_never_did_brings_nothing() {
     need_kvm!();
-    let pages = u64::from(scaled(512, 128));
+    let pages = 512;
     let vm = Setup::new(format!("job=obey pages={pages}"))
         .no_copier()
         .boot();

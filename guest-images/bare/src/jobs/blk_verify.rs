@@ -48,6 +48,7 @@ fn verify(machine: &Machine, args: Args<'_>, disk: &Disk) -> Result<u32, DiskErr
     let Some(forked) = forked else {
         return Ok(WRONG);
     };
+    println!("blk-verify forked clone={}", forked.id);
 
     let inherited = sectors.check()?;
     // From here on every VM of the family writes something else.
