@@ -64,11 +64,11 @@ fn a_busy_machine_is_saved_by_ctrl_c_restored_and_saved_again() {
     let args = ["run", "--guest", job, "--memory", "64", "--vcpus", "2"];
     let run = [&args[..], &["--disk", "d.img,overlay", "--save", "one"]].concat();
     let mut running = Running::start(dir, &run);
-    running.wait_for_vms(1).signal("INT");
+    running.wait_for_vm().signal("INT");
     running.wait().expect(0, "vm was saved");
 
     let mut running = Running::start(dir, &["restore", "one", "--save", "two"]);
-    running.wait_for_vms(1).signal("TERM");
+    running.wait_for_vm().signal("TERM");
     running.wait().expect(0, "vm was saved");
 
     for saved in ["one", "two"] {
@@ -104,7 +104,7 @@ fn a_save_that_is_killed_leaves_nothing_in_the_way_of_the_next() {
     let mut killed = 0;
     for _ in 0..3 {
         let mut running = Running::start(dir, &args);
-        running.wait_for_vms(1);
+        running.wait_for_vm();
         // Without memory to write there would be no time to kill it in.
         std::thread::sleep(std::time::Duration::from_millis(700));
         running.signal("INT");

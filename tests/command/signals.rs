@@ -56,7 +56,7 @@ fn what_cannot_be_saved_runs_on_until_a_second_signal_ends_it_at_once() {
         "run", "--guest", "spin", "--memory", "64", "--save", "saved",
     ];
     let mut running = Running::start(dir.path(), &args);
-    running.wait_for_vms(1);
+    running.wait_for_vm();
     fs::create_dir(dir.path().join("saved")).unwrap();
     let asked = std::time::Instant::now();
     running.signal("INT");
