@@ -31,7 +31,7 @@ use crate::fork::MemoryMode;
 use crate::fork_point::{ForkPoint, HandedOut};
 use crate::freeze::FreezeKind;
 use crate::identity::Identity;
-use crate::image::{Outline, OutlineError};
+use crate::image::{Arriving, MemoryImage, Outline, OutlineError};
 
 /// Section of the image.
 const IMAGE: &str = "fork/image";
@@ -46,6 +46,8 @@ pub(crate) struct Description {
     pub(crate) bytes: Vec<u8>,
     /// The files that it names.
     pub(crate) files: Vec<File>,
+    /// The images among them that still fill: whoever gets the description will ask for their pages.
+    pub(crate) filling: Vec<Arc<MemoryImage>>,
 }
 
 /// Section [`IMAGE`]. Its files: one memfd for each image of the outline, in the order of the numbers.
@@ -116,6 +118,9 @@ impl ForkPoint {
             let state = describe_disk(content, read_only, &config.name, &mut files)?;
             disks.push(state);
         }
+        let filling = outline.filling();
+        let filling = filling.map(|number| images[usize::from(number)].clone());
+        let filling = filling.collect();
         let image = ImageState {
             images: images.len() as u16,
             outline,
@@ -133,14 +138,19 @@ impl ForkPoint {
         sections.push(Section::encode(DISKS, &DisksState(disks))?)?;
         sections.push(Section::encode(FORK, &fork)?)?;
         let bytes = state_file::encode(&sections, None)?;
-        Ok(Description { bytes, files })
+        Ok(Description {
+            bytes,
+            files,
+            filling,
+        })
     }
 
-    /// The fork point that was described, as one of `family`.
+    /// The fork point that was described, as one of `family`. `arrive` makes the images that still fill.
     pub(crate) fn from_description(
         family: &Arc<Family>,
         bytes: &[u8],
         files: Vec<OwnedFd>,
+        arrive: &mut dyn FnMut(Arriving) -> Result<Arc<MemoryImage>, OutlineError>,
     ) -> Result<ForkPoint, DescriptorError> {
         let described = state_file::decode(bytes)?.sections;
         let mut reader = described.reader();
@@ -151,7 +161,8 @@ impl ForkPoint {
         reader.finish()?;
         let mut files = Files(files.into());
         let memfds = (0..image.images).map(|_| files.next());
-        let image = image.outline.whole(memfds.collect::<Result<_, _>>()?)?;
+        let memfds = memfds.collect::<Result<_, _>>()?;
+        let image = image.outline.image(memfds, arrive)?;
         let restore = |disk: DiskState| Ok((restore_disk(&disk, &mut files)?, disk.read_only));
         let disks = disks.0.into_iter().map(restore);
         let disks = disks.collect::<Result<DisksAtFork, DescriptorError>>()?;

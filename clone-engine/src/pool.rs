@@ -23,6 +23,9 @@ use crate::parked::Parked;
 /// for what will run in them.
 const REFILL_AFTER: Duration = Duration::from_millis(20);
 
+/// How long a shelf may lack a shell because others are taken all the time.
+const REFILL_AT_LAST: Duration = Duration::from_millis(100);
+
 /// How a family's pool is kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PoolConfig {
@@ -196,6 +199,7 @@ impl Shared {
     /// Keeps every shelf full, until the end.
     fn refill(&self) {
         let mut shelves = self.lock();
+        let mut lacking_since = None;
         while !shelves.ending {
             let lacks =
                 |shelf: &&Shelf| !shelf.stuck && shelf.shells.len() < self.config.shells as usize;
@@ -205,12 +209,14 @@ impl Shared {
                 .find(lacks)
                 .map(|shelf| shelf.model.clone())
             else {
+                lacking_since = None;
                 let woken = self.taken.wait(shelves);
                 shelves = woken.unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
             let taken = shelves.last_taken.map_or(REFILL_AFTER, |at| at.elapsed());
-            if taken < REFILL_AFTER {
+            let lacking_since = *lacking_since.get_or_insert_with(Instant::now);
+            if taken < REFILL_AFTER && lacking_since.elapsed() < REFILL_AT_LAST {
                 let woken = self.taken.wait_timeout(shelves, REFILL_AFTER - taken);
                 shelves = woken.unwrap_or_else(PoisonError::into_inner).0;
                 continue;
@@ -218,7 +224,12 @@ impl Shared {
             drop(shelves);
             let built = self.build_one(&model);
             shelves = self.lock();
-            let shelf = shelves.of(&model);
+            // One of its shape is there: shelves stay.
+            let (layout, vcpus) = (model.layout(), model.config().vcpus);
+            let fits = |shelf: &&mut Shelf| shelf.fits(layout, vcpus);
+            let Some(shelf) = shelves.list.iter_mut().find(fits) else {
+                continue;
+            };
             match built {
                 Ok(one) => shelf.shells.push(one),
                 Err(error) => {

@@ -3,11 +3,11 @@
 //! A [`Userfault`] watches address ranges of this process. [`Userfault::copy`] and
 //! [`Userfault::zero`] are the only places where the engine installs a page; both decide by
 //! [`verdict`] what an error means. Opened for kernel mode, since KVM touches guest memory there.
-#![allow(unsafe_code)] // UFFDIO_COPY and UFFDIO_ZEROPAGE take addresses; fcntl is a C function.
+#![allow(unsafe_code)] // UFFDIO_COPY and UFFDIO_ZEROPAGE take addresses; fcntl is a C function; raw descriptors.
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use forkvm_vmm::memory::PAGE;
 use thiserror::Error;
@@ -17,6 +17,10 @@ use userfaultfd::{
 
 /// UFFD_FEATURE_WP_HUGETLBFS_SHMEM (5.19): write protection of memory that is a file.
 const WP_SHMEM: u64 = 1 << 12;
+
+/// What a process may map, from the lowest address that the kernel lets be watched (vm.mmap_min_addr is
+/// 64 KiB at most) to the end of what it hands out by itself.
+const ALL_ADDRESSES: Range<u64> = 1 << 16..(1 << 47) - PAGE;
 
 /// See the module's text.
 #[derive(Debug)]
@@ -42,6 +46,13 @@ pub(crate) struct Fault {
     pub(crate) address: u64,
     /// A write to a protected page, rather than an access to a missing one.
     pub(crate) written: bool,
+}
+
+impl Fault {
+    /// The page, as a range of addresses.
+    pub(crate) fn page(&self) -> Range<u64> {
+        self.address..self.address + PAGE
+    }
 }
 
 /// What the kernel says of an attempt to install a page.
@@ -93,6 +104,25 @@ impl Userfault {
         }
     }
 
+    /// One of another process, whose memory it watches.
+    pub(crate) fn of_other(fd: OwnedFd) -> Userfault {
+        // SAFETY: the descriptor is owned and given away here. What it is, only calls on it can tell: on
+        // anything but a userfaultfd they are errors.
+        let uffd = unsafe { Uffd::from_raw_fd(fd.into_raw_fd()) };
+        Userfault { uffd }
+    }
+
+    /// A copy of its descriptor, to be given to another process.
+    pub(crate) fn duplicate(&self) -> Result<OwnedFd, UserfaultError> {
+        // SAFETY: the descriptor is open for as long as `self` is borrowed.
+        let fd = unsafe { BorrowedFd::borrow_raw(self.uffd.as_raw_fd()) };
+        fd.try_clone_to_owned()
+            .map_err(|source| UserfaultError::Call {
+                call: "duplicating a userfaultfd",
+                source,
+            })
+    }
+
     /// Watches `range` of host addresses from now on; what was watched for before stays.
     pub(crate) fn register(&self, range: &Range<u64>, watch: Watch) -> Result<(), UserfaultError> {
         let mode = match watch {
@@ -130,6 +160,11 @@ impl Userfault {
                 done => return done.map_err(failed("UFFDIO_WRITEPROTECT")),
             }
         }
+    }
+
+    /// Has whoever waits anywhere in that process try again.
+    pub(crate) fn wake_all(&self) -> Result<(), UserfaultError> {
+        self.wake(&ALL_ADDRESSES)
     }
 
     /// Lets writes to `range` through, those that wait included. Done when the range is gone.

@@ -10,13 +10,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use forkvm_vmm::memory::PAGE;
 use roaring::RoaringBitmap;
+use serde::{Deserialize, Serialize};
 
 /// Most ranges of one set: 128 MiB of memory in chunks of 64 KiB. What is touched after them is not
 /// recorded.
 const MOST: usize = 2048;
 
 /// Whether first touches are recorded, and what becomes of the record.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum WorkingSetPolicy {
     /// Nothing is recorded.
     Off,

@@ -329,6 +329,10 @@ impl PageSink for Heard<'_> {
     fn zero(&mut self, range: Range<u64>) -> Result<(), SourceError> {
         self.hear(|sink| sink.zero(range))
     }
+
+    fn there(&mut self, range: Range<u64>) -> Result<(), SourceError> {
+        self.hear(|sink| sink.there(range))
+    }
 }
 
 /// A thread that waits itself.

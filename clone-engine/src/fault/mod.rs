@@ -16,6 +16,7 @@ pub(crate) mod readahead;
 pub(crate) mod shard;
 
 use std::num::NonZeroUsize;
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -24,8 +25,10 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use forkvm_vmm::kick::{self, Kick};
+use forkvm_vmm::memory::PAGE;
+use serde::{Deserialize, Serialize};
 
-use crate::image::{EmptyImage, MemoryImage, OwnerTable, StoreError};
+use crate::image::{Arriving, EmptyImage, MemoryImage, OwnerTable, StoreError};
 use crate::source::{PageSource, PlainSources, Sources};
 use crate::userfault::UserfaultError;
 use crate::vm_memory::VmMemory;
@@ -38,7 +41,7 @@ use readahead::Readahead;
 use shard::Shard;
 
 /// How lazy memory is served.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FaultConfig {
     /// Bytes that are brought together when a page is missing: 4 KiB to 2 MiB, a power of two.
     pub chunk: u64,
@@ -67,6 +70,18 @@ impl Default for FaultConfig {
             background: Some(256),
             page_deadline: Duration::from_secs(5),
         }
+    }
+}
+
+impl FaultConfig {
+    /// Whether pages can be served like this.
+    pub(crate) fn is_sound(&self) -> bool {
+        self.chunk.is_power_of_two() && (PAGE..=2 << 20).contains(&self.chunk)
+    }
+
+    /// What one VM will touch next.
+    pub(crate) fn readahead(&self) -> Readahead {
+        Readahead::new(self.chunk, self.readahead)
     }
 }
 
@@ -124,7 +139,7 @@ impl FaultHandler {
 
     /// What one VM will touch next.
     pub(crate) fn readahead(&self) -> Readahead {
-        Readahead::new(self.config.chunk, self.config.readahead)
+        self.config.readahead()
     }
 
     pub(crate) fn notices(&self) -> Sender<Notice> {
@@ -174,6 +189,36 @@ impl FaultHandler {
         self.shard()?;
         let (counters, notices) = (self.counters.clone(), self.notices.clone());
         EmptyImage::new(len, self.config, counters, notices)
+    }
+
+    /// Copies of the descriptors of all userfaultfds that watch VMs of this family.
+    pub(crate) fn duplicates(&self) -> Result<Vec<OwnedFd>, UserfaultError> {
+        self.shard()?;
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let Running::Yes { shards, .. } = &*running else {
+            unreachable!("started above");
+        };
+        let duplicates = shards.iter().map(|shard| shard.userfault.duplicate());
+        duplicates.collect()
+    }
+
+    /// An image that another process fills; `source` is the way there. Not yet published.
+    pub(crate) fn image_elsewhere(
+        &self,
+        arriving: Arriving,
+        source: Arc<dyn PageSource>,
+    ) -> Result<Arc<MemoryImage>, UserfaultError> {
+        // The supervisor looks after it.
+        self.shard()?;
+        let Arriving {
+            file,
+            table,
+            config,
+            ..
+        } = arriving;
+        let (counters, notices) = (self.counters.clone(), self.notices.clone());
+        let empty = EmptyImage::elsewhere(file, table.len(), config, counters, notices);
+        Ok(self.image_of(empty, table, source))
     }
 
     /// What an image of this family takes its pages from, where they come from `source`.

@@ -50,6 +50,17 @@ impl PageSink for ImageSink<'_> {
         }
         Ok(())
     }
+
+    fn there(&mut self, range: Range<u64>) -> Result<(), SourceError> {
+        if self.image.came_elsewhere(&range) {
+            return Ok(());
+        }
+        Err(SourceError::Rubbish {
+            name: self.source.to_owned(),
+            offset: range.start,
+            len: range.end.saturating_sub(range.start),
+        })
+    }
 }
 
 /// Takes what an earlier image of the line holds.
@@ -71,6 +82,11 @@ impl PageSink for LineSink<'_> {
 
     /// An image holds no zero page that somebody would look for.
     fn zero(&mut self, _range: Range<u64>) -> Result<(), SourceError> {
+        Ok(())
+    }
+
+    /// Nobody else fills the image of a line's later instant.
+    fn there(&mut self, _range: Range<u64>) -> Result<(), SourceError> {
         Ok(())
     }
 }

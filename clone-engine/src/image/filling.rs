@@ -8,6 +8,7 @@ use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
+use std::time::Instant;
 
 use forkvm_vmm::memory::PAGE;
 
@@ -64,8 +65,7 @@ impl MemoryImage {
         let chunk = filling.chunk_of(offset, &run);
         let here = match owner {
             Owner::Zero => return Ok(Provided::Zero(offset..run.end)),
-            Owner::Own => self.bring_own(filling, &chunk, Cause::Fault, waiter)?,
-            Owner::Base(base) => self.bring_from(filling, base, &chunk, Cause::Fault, waiter)?,
+            owner => self.bring_run(filling, &owner, &chunk, Cause::Fault, waiter)?,
         };
         Ok(if here {
             Provided::Here(chunk)
@@ -87,16 +87,70 @@ impl MemoryImage {
         filling.check_sound()?;
         let nobody: Arc<dyn Waiter> = Arc::new(Nobody);
         for (owner, run) in self.known_table().within(range.clone()) {
-            match owner {
-                Owner::Zero => continue,
-                Owner::Own => self.bring_own(filling, &run, Cause::Prefetch, &nobody)?,
-                Owner::Base(base) => {
-                    self.bring_from(filling, base, &run, Cause::Prefetch, &nobody)?
-                }
-            };
-            brought(&run);
+            if !matches!(owner, Owner::Zero) {
+                self.bring_run(filling, &owner, &run, Cause::Prefetch, &nobody)?;
+                brought(&run);
+            }
         }
         Ok(())
+    }
+
+    /// Brings the pages of `range` that are missing, for a VM that is not of this process. Never waits:
+    /// `waiter` is asked for somebody to be told of each run, at once or later. A run that has arrived
+    /// may still be [lacking](Self::lacks): then it can be asked for again.
+    pub(crate) fn provide_all(
+        self: &Arc<Self>,
+        range: &Range<u64>,
+        mut waiter: impl FnMut() -> Arc<dyn Waiter>,
+    ) {
+        let Some(filling) = &self.filling else { return };
+        let since = Instant::now();
+        for (owner, run) in self.known_table().within(range.clone()) {
+            if matches!(owner, Owner::Zero) {
+                continue;
+            }
+            let waiter = waiter();
+            let sound = filling.check_sound();
+            let bring = |()| self.bring_run(filling, &owner, &run, Cause::Fault, &waiter);
+            match sound.and_then(bring) {
+                Ok(true) => {
+                    filling.counters.took(since.elapsed());
+                    waiter.arrived(&run);
+                }
+                Ok(false) => {}
+                Err(why) => waiter.lost(&why),
+            }
+        }
+    }
+
+    /// Whether a page of `range` that is not zero is missing.
+    pub(crate) fn lacks(&self, range: &Range<u64>) -> bool {
+        let Some(filling) = &self.filling else {
+            return false;
+        };
+        let mut runs = self.known_table().within(range.clone());
+        runs.any(|(owner, run)| {
+            !matches!(owner, Owner::Zero) && filling.present.missing(run).next().is_some()
+        })
+    }
+
+    /// Brings pages of one run, from wherever they come. `false` when they are far and `waiter` will be
+    /// told.
+    fn bring_run(
+        self: &Arc<Self>,
+        filling: &Filling,
+        owner: &Owner<'_>,
+        range: &Range<u64>,
+        cause: Cause,
+        waiter: &Arc<dyn Waiter>,
+    ) -> Result<bool, SourceError> {
+        match owner {
+            Owner::Zero => Ok(true),
+            Owner::Base(base) if !filling.elsewhere => {
+                self.bring_from(filling, base, range, cause, waiter)
+            }
+            Owner::Own | Owner::Base(_) => self.bring_own(filling, range, cause, waiter),
+        }
     }
 
     /// Brings what is missing of `set`, wherever the clones of this image look for it, without waiting
@@ -275,6 +329,7 @@ impl MemoryImage {
             let found = match owner {
                 Owner::Zero => None,
                 Owner::Own => missing.next(),
+                Owner::Base(_) if filling.elsewhere => missing.next(),
                 Owner::Base(_) if which == Which::Own => None,
                 Owner::Base(_) => missing.find_map(|run| self.plan.get()?.own_within(run)),
             };
@@ -309,12 +364,8 @@ impl MemoryImage {
         loop {
             let arrival = Arc::new(Arrival::default());
             let waiter: Arc<dyn Waiter> = arrival.clone();
-            let here = match self.known_table().at(range.start).0 {
-                Owner::Zero => true,
-                Owner::Own => self.bring_own(filling, range, cause, &waiter)?,
-                Owner::Base(base) => self.bring_from(filling, base, range, cause, &waiter)?,
-            };
-            if here {
+            let owner = self.known_table().at(range.start).0;
+            if self.bring_run(filling, &owner, range, cause, &waiter)? {
                 return Ok(());
             }
             arrival.wait()?;

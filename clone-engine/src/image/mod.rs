@@ -14,6 +14,7 @@
 //! Freed with its last user: fork points, clones that map it, later images of its line.
 
 mod content;
+mod elsewhere;
 mod filling;
 #[cfg(feature = "micro-benchmarks")]
 pub mod micro;
@@ -38,25 +39,38 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 
 use forkvm_vmm::MemoryError;
 use forkvm_vmm::memory::{self, PAGE};
+use serde::{Deserialize, Serialize};
 
 use crate::fault::counters::FaultCounters;
 use crate::fault::fetcher::Fetcher;
 use crate::fault::{FaultConfig, Notice};
 use crate::source::{PageSource, SourceError};
-use crate::vm_memory::VmMemory;
 
 use page_bitmap::PageBitmap;
 use store::Store;
 
 pub(crate) use content::{Content, ImageSink};
 pub(crate) use filling::{Provided, Which, complete, distinct};
-pub(crate) use outline::{Outline, OutlineError};
+pub(crate) use outcome::Mapper;
+pub(crate) use outline::{Arriving, Outline, OutlineError};
 pub(crate) use owner_table::{Owner, OwnerTable};
 pub(crate) use plan::Plan;
 pub use store::StoreError;
 
+/// Tells an image from every other one of its process, also to others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub(crate) struct ImageNumber(u64);
+
+impl ImageNumber {
+    fn next() -> ImageNumber {
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        ImageNumber(LAST.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
 /// See the module's text. Offsets are file offsets of RAM in bytes.
 pub struct MemoryImage {
+    number: ImageNumber,
     len: u64,
     store: Store,
     /// Known from the freeze on, or for a file that was taken over whole from its publication on.
@@ -65,13 +79,15 @@ pub struct MemoryImage {
     plan: OnceLock<Plan>,
     /// `None` for an image that was whole from the start.
     filling: Option<Filling>,
-    /// VMs that map it, to be told when it is whole.
-    mapped_by: Mutex<Vec<Weak<VmMemory>>>,
+    /// Who maps it, to be told when it is whole.
+    mapped_by: Mutex<Vec<Weak<dyn Mapper>>>,
 }
 
 /// What an image needs while pages are missing.
 struct Filling {
     present: PageBitmap,
+    /// Whether another process puts the pages in, whoever holds them; the source only says when.
+    elsewhere: bool,
     /// Own pages that are missing: as long as there are any, the source must live.
     own_left: AtomicU64,
     /// Pages of earlier images that clones look for here and that are missing.
@@ -104,6 +120,7 @@ impl MemoryImage {
     /// that was filled before anybody mapped it.
     pub fn whole(file: Arc<File>, len: u64) -> Arc<MemoryImage> {
         Arc::new(MemoryImage {
+            number: ImageNumber::next(),
             len,
             store: Store::whole(file),
             table: OnceLock::new(),
@@ -116,6 +133,7 @@ impl MemoryImage {
     /// A whole image of a line, with what its `file` does not say by itself.
     fn of_line(file: Arc<File>, table: OwnerTable, plan: Plan) -> Arc<MemoryImage> {
         Arc::new(MemoryImage {
+            number: ImageNumber::next(),
             len: table.len(),
             store: Store::whole(file),
             table: OnceLock::from(table),
@@ -131,24 +149,31 @@ impl MemoryImage {
         table: OwnerTable,
         source: Arc<dyn PageSource>,
     ) -> Arc<MemoryImage> {
-        let own = table
-            .within(0..store.len)
-            .filter(|(owner, _)| matches!(owner, Owner::Own));
-        let own_left = own.map(|(_, run)| pages(&run)).sum();
+        let comes_from_source = |owner: &Owner<'_>| match owner {
+            Owner::Zero => false,
+            Owner::Own => true,
+            Owner::Base(_) => store.elsewhere,
+        };
+        let runs = table.within(0..store.len);
+        let from_source = runs.filter(|(owner, _)| comes_from_source(owner));
+        let own_left = from_source.map(|(_, run)| pages(&run)).sum();
         let EmptyImage {
             len,
             store,
+            elsewhere,
             config,
             counters,
             notices,
         } = store;
         Arc::new(MemoryImage {
+            number: ImageNumber::next(),
             len,
             store,
             table: OnceLock::from(table),
             plan: OnceLock::new(),
             filling: Some(Filling {
                 present: PageBitmap::new(len),
+                elsewhere,
                 own_left: AtomicU64::new(own_left),
                 base_left: AtomicU64::new(0),
                 source: RwLock::new(Some(source)),
@@ -167,7 +192,7 @@ impl MemoryImage {
     /// Says which image the clones of this one map where, and so which pages have to come here.
     pub(crate) fn publish(&self, plan: Plan) -> Result<(), MemoryError> {
         let table = self.table()?;
-        if let Some(filling) = &self.filling {
+        if let Some(filling) = self.filling.as_ref().filter(|filling| !filling.elsewhere) {
             let looked_for = plan.own_parts().flat_map(|part| table.within(part.clone()));
             let of_others = looked_for.filter(|(owner, _)| matches!(owner, Owner::Base(_)));
             let base_left = of_others.map(|(_, run)| pages(&run)).sum();
@@ -249,14 +274,15 @@ impl MemoryImage {
         self.filling.as_ref().map_or(0, present)
     }
 
-    /// `vm` maps it, and is to be told when it is whole.
-    pub(crate) fn map_by(&self, vm: &Arc<VmMemory>) {
+    /// `mapper` maps it, and is to be told when it is whole. Whoever finds it whole after this call may
+    /// have been told or not.
+    pub(crate) fn map_by(&self, mapper: Weak<dyn Mapper>) {
         let mut mapped_by = self
             .mapped_by
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        mapped_by.retain(|vm| vm.strong_count() > 0);
-        mapped_by.push(Arc::downgrade(vm));
+        mapped_by.retain(|mapper| mapper.strong_count() > 0);
+        mapped_by.push(mapper);
     }
 
     /// Reads pages that are there.
@@ -286,6 +312,21 @@ impl MemoryImage {
         self.store.file()
     }
 
+    /// Its number, which others name it by.
+    pub(crate) fn number(&self) -> ImageNumber {
+        self.number
+    }
+
+    /// Why what it holds cannot be relied on.
+    pub(crate) fn spoiled(&self) -> Option<&SourceError> {
+        self.filling.as_ref()?.spoiled.get()
+    }
+
+    /// How its faults are served, if it may have any.
+    pub(crate) fn served(&self) -> Option<&FaultConfig> {
+        Some(&self.filling.as_ref()?.config)
+    }
+
     /// Bytes that are brought together.
     pub(crate) fn chunk(&self) -> u64 {
         let chunk = |filling: &Filling| filling.config.chunk;
@@ -303,10 +344,11 @@ impl MemoryImage {
     }
 }
 
-/// An image before it is known what belongs into it: made ahead of a pause.
+/// An image before it is known what belongs into it: made ahead of a pause, or taken over.
 pub(crate) struct EmptyImage {
     len: u64,
     store: Store,
+    elsewhere: bool,
     config: FaultConfig,
     counters: Arc<FaultCounters>,
     notices: Sender<Notice>,
@@ -322,6 +364,7 @@ impl EmptyImage {
         Ok(EmptyImage {
             len,
             store: Store::empty(len)?,
+            elsewhere: false,
             config,
             counters,
             notices,

@@ -6,7 +6,16 @@ use std::sync::{Arc, PoisonError, Weak};
 use super::MemoryImage;
 use crate::fault::fetcher::Fetcher;
 use crate::source::SourceError;
-use crate::vm_memory::VmMemory;
+
+/// Maps an image that fills, in this process or in another, and is told what becomes of it. What is told
+/// must not wait for a page.
+pub(crate) trait Mapper: Send + Sync {
+    /// Nothing is missing any more.
+    fn whole(&self);
+
+    /// It cannot be relied on any more: whoever maps it is to end.
+    fn lost(&self, why: &SourceError);
+}
 
 impl MemoryImage {
     /// What follows from the pages that have come: without own pages missing the source goes, whole
@@ -32,11 +41,13 @@ impl MemoryImage {
         if !self.is_whole() || filling.closed.swap(true, Ordering::AcqRel) {
             return;
         }
-        if let Err(error) = self.store.close() {
+        if !filling.elsewhere
+            && let Err(error) = self.store.close()
+        {
             tracing::error!(%error, "a whole image could not be sealed");
         }
-        for vm in self.mapped_by() {
-            vm.relax();
+        for mapper in self.mapped_by() {
+            mapper.whole();
         }
     }
 
@@ -68,12 +79,12 @@ impl MemoryImage {
         }
     }
 
-    /// Ends every VM that maps an image that is marked as spoiled.
+    /// Ends all who map an image that is marked as spoiled.
     pub(crate) fn spoil(&self, why: &SourceError) {
         self.mark_spoiled(why);
         self.give_up(why.clone());
-        for vm in self.mapped_by() {
-            vm.lost(why);
+        for mapper in self.mapped_by() {
+            mapper.lost(why);
         }
     }
 
@@ -84,8 +95,8 @@ impl MemoryImage {
             .is_some_and(|filling| filling.lost.get().is_some())
     }
 
-    /// The VMs that map it and would have been told when it is whole.
-    fn mapped_by(&self) -> Vec<Arc<VmMemory>> {
+    /// Those who map it and would have been told when it is whole.
+    fn mapped_by(&self) -> Vec<Arc<dyn Mapper>> {
         let mut mapped_by = self
             .mapped_by
             .lock()

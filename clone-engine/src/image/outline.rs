@@ -1,7 +1,11 @@
 //! An image on its way to another process: which images of its line there are, who of them holds a
-//! page, and which one a clone maps where. The memfds themselves go beside it.
+//! page, which one a clone maps where, and which of them still fill. The memfds themselves go beside it.
+//!
+//! An image that still fills arrives as one that is filled elsewhere ([`super::elsewhere`]): pages enter
+//! it where it comes from, and nowhere else.
 
 use std::fs::File;
+use std::ops::Range;
 use std::sync::Arc;
 
 use forkvm_vmm::MemoryError;
@@ -9,7 +13,9 @@ use forkvm_vmm::memory::PAGE;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::{MemoryImage, Owner, OwnerTable, Plan};
+use super::{ImageNumber, MemoryImage, Owner, OwnerTable, Plan};
+use crate::fault::FaultConfig;
+use crate::userfault::UserfaultError;
 
 /// See the module's text. Images go by number: 0 is the outlined one, the others are those of its line
 /// that it names. Starts are file offsets of RAM in bytes, begin at 0 and rise.
@@ -21,6 +27,29 @@ pub(crate) struct Outline {
     holders: Vec<(u64, Option<u16>)>,
     /// Which image a clone maps from each start on.
     mapped: Vec<(u64, u16)>,
+    /// Those that still fill, by rising number.
+    filling: Vec<Unfinished>,
+}
+
+/// An image of an outline that still fills.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Unfinished {
+    /// In the outline.
+    image: u16,
+    /// Where it is filled.
+    there: ImageNumber,
+    /// What is not zero, rising and apart; of image 0 the holders say it.
+    populated: Vec<Range<u64>>,
+    config: FaultConfig,
+}
+
+/// An image that still fills, as it arrives.
+pub(crate) struct Arriving {
+    /// Where it is filled.
+    pub(crate) there: ImageNumber,
+    pub(crate) file: Arc<File>,
+    pub(crate) table: OwnerTable,
+    pub(crate) config: FaultConfig,
 }
 
 impl Outline {
@@ -45,16 +74,39 @@ impl Outline {
         let holders = holders.collect();
         let mapped = image.mapped().into_iter();
         let mapped = mapped.map(|(range, of)| (range.start, number(&of)));
+        let mapped = mapped.collect();
+        let filling = (0..).zip(&images).filter(|(_, image)| !image.is_whole());
+        let filling = filling.filter_map(|(number, image)| {
+            Some(Unfinished {
+                image: number,
+                there: image.number,
+                populated: match number {
+                    0 => Vec::new(),
+                    _ => image.known_table().populated(),
+                },
+                config: *image.served()?,
+            })
+        });
         let outline = Outline {
             len: image.len,
             holders,
-            mapped: mapped.collect(),
+            mapped,
+            filling: filling.collect(),
         };
         Ok((outline, images))
     }
 
-    /// The image with this outline, whose images are whole and lie in `files`.
-    pub(crate) fn whole(&self, files: Vec<File>) -> Result<Arc<MemoryImage>, OutlineError> {
+    /// Numbers of the images that still fill.
+    pub(crate) fn filling(&self) -> impl Iterator<Item = u16> {
+        self.filling.iter().map(|filling| filling.image)
+    }
+
+    /// The image with this outline, whose images lie in `files`. `arrive` makes those that still fill.
+    pub(crate) fn image(
+        &self,
+        files: Vec<File>,
+        arrive: &mut dyn FnMut(Arriving) -> Result<Arc<MemoryImage>, OutlineError>,
+    ) -> Result<Arc<MemoryImage>, OutlineError> {
         self.check(files.len())?;
         for file in &files {
             let found = file.metadata().map_err(MemoryError::Stat)?.len();
@@ -65,9 +117,22 @@ impl Outline {
         }
         let mut files = files.into_iter().map(Arc::new);
         let own = files.next().ok_or(OutlineError::Broken)?;
-        let bases: Vec<_> = files
-            .map(|file| MemoryImage::whole(file, self.len))
-            .collect();
+        let unfinished = |number| self.filling.iter().find(|filling| filling.image == number);
+        let base = |(number, file)| match unfinished(number) {
+            None => Ok(MemoryImage::whole(file, self.len)),
+            Some(filling) => {
+                let image = arrive(Arriving {
+                    there: filling.there,
+                    file,
+                    table: OwnerTable::own(self.len, &filling.populated),
+                    config: filling.config,
+                })?;
+                image.publish(Plan::whole(self.len))?;
+                Ok(image)
+            }
+        };
+        let bases = (1..).zip(files).map(base);
+        let bases = bases.collect::<Result<Vec<_>, OutlineError>>()?;
         let part = |&(start, number): &(u64, u16)| {
             let base = usize::from(number).checked_sub(1);
             (start, base.map(|base| bases[base].clone()))
@@ -76,7 +141,17 @@ impl Outline {
         let runs = self.holders.iter();
         let runs = runs.map(|(start, holder)| (*start, holder.map(usize::from)));
         let table = OwnerTable::of_runs(self.len, runs, bases.clone());
-        Ok(MemoryImage::of_line(own, table, plan))
+        let Some(filling) = unfinished(0) else {
+            return Ok(MemoryImage::of_line(own, table, plan));
+        };
+        let image = arrive(Arriving {
+            there: filling.there,
+            file: own,
+            table,
+            config: filling.config,
+        })?;
+        image.publish(plan)?;
+        Ok(image)
     }
 
     /// Nothing of an outline is believed: it may come from elsewhere.
@@ -93,13 +168,28 @@ impl Outline {
         let sound = rises(&mut self.holders.iter().map(|run| run.0))
             && rises(&mut self.mapped.iter().map(|part| part.0))
             && self.holders.iter().all(|run| run.1.is_none_or(known))
-            && self.mapped.iter().all(|part| known(part.1));
+            && self.mapped.iter().all(|part| known(part.1))
+            && self.filling.iter().all(|filling| known(filling.image))
+            && self.filling.iter().all(|filling| filling.config.is_sound())
+            && self
+                .filling
+                .iter()
+                .all(|filling| is_sound(&filling.populated, self.len));
         if sound {
             Ok(())
         } else {
             Err(OutlineError::Broken)
         }
     }
+}
+
+/// Whether ranges of pages rise, are apart, and lie in `len` bytes.
+fn is_sound(ranges: &[Range<u64>], len: u64) -> bool {
+    ranges.is_sorted_by(|before, after| before.end < after.start)
+        && ranges.iter().all(|range| {
+            let whole = range.start.is_multiple_of(PAGE) && range.end.is_multiple_of(PAGE);
+            whole && range.start < range.end && range.end <= len
+        })
 }
 
 /// Why an outline does not become an image.
@@ -111,12 +201,13 @@ pub enum OutlineError {
     /// A file is not its memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// An image that still fills came to somebody who cannot watch memory, or has nobody to fill it.
+    #[error("the memory image of the fork point still fills, and cannot be watched here")]
+    Unwatched(#[source] UserfaultError),
 }
 
 #[cfg(test)]
 mod tests {
-    use std::ops::Range;
-
     use super::*;
 
     const LEN: u64 = 64 * PAGE;
@@ -127,6 +218,10 @@ mod tests {
 
     fn memfd() -> File {
         forkvm_vmm::memory::memfd(c"test", LEN).unwrap()
+    }
+
+    fn none_fills(_: Arriving) -> Result<Arc<MemoryImage>, OutlineError> {
+        panic!("every image is whole")
     }
 
     /// An image with a page of its own, over one that holds eight, of which one is zero since.
@@ -142,7 +237,7 @@ mod tests {
     fn an_image_that_was_outlined_is_held_and_mapped_as_before() {
         let (outline, images) = Outline::of(&image()).unwrap();
         let copies = images.iter().map(|image| image.file().try_clone().unwrap());
-        let again = outline.whole(copies.collect()).unwrap();
+        let again = outline.image(copies.collect(), &mut none_fills).unwrap();
         let (same, _) = Outline::of(&again).unwrap();
         assert_eq!(outline, same);
         assert_eq!(
@@ -165,7 +260,9 @@ mod tests {
         let broken = |change: &dyn Fn(&mut Outline)| {
             let mut outline = sound.clone();
             change(&mut outline);
-            outline.whole(vec![memfd(), memfd()]).is_err()
+            outline
+                .image(vec![memfd(), memfd()], &mut none_fills)
+                .is_err()
         };
         assert!(!broken(&|_| ()), "two images are named");
         assert!(broken(&|outline| outline.holders.clear()));
@@ -175,6 +272,6 @@ mod tests {
         assert!(broken(&|outline| outline.mapped[1].0 = 2 * PAGE + 1));
         assert!(broken(&|outline| outline.mapped[2].0 = LEN));
         assert!(broken(&|outline| outline.len = LEN / 2));
-        assert!(sound.whole(vec![memfd()]).is_err());
+        assert!(sound.image(vec![memfd()], &mut none_fills).is_err());
     }
 }

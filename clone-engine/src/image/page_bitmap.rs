@@ -26,16 +26,19 @@ impl PageBitmap {
         self.words[(page / 64) as usize].load(Ordering::Acquire) >> (page % 64) & 1 == 1
     }
 
-    /// Sets the pages of `range`.
-    pub(super) fn set(&self, range: &Range<u64>) {
+    /// Sets the pages of `range`. Returns how many were not set before.
+    pub(super) fn set(&self, range: &Range<u64>) -> u64 {
         let (mut page, end) = (range.start / PAGE, range.end / PAGE);
+        let mut new = 0;
         while page < end {
             let (word, bit) = (page / 64, page % 64);
             let count = (end - page).min(64 - bit);
             let mask = (u64::MAX >> (64 - count)) << bit;
-            self.words[word as usize].fetch_or(mask, Ordering::AcqRel);
+            let before = self.words[word as usize].fetch_or(mask, Ordering::AcqRel);
+            new += u64::from((mask & !before).count_ones());
             page += count;
         }
+        new
     }
 
     /// The pages of `range` that are not set, as ranges.
@@ -61,8 +64,9 @@ mod tests {
     #[test]
     fn missing_pages_are_those_that_nobody_set() {
         let bitmap = PageBitmap::new(200 * PAGE);
-        bitmap.set(&(3 * PAGE..70 * PAGE));
-        bitmap.set(&(128 * PAGE..129 * PAGE));
+        assert_eq!(bitmap.set(&(3 * PAGE..70 * PAGE)), 67);
+        assert_eq!(bitmap.set(&(60 * PAGE..70 * PAGE)), 0);
+        assert_eq!(bitmap.set(&(128 * PAGE..129 * PAGE)), 1);
         let missing: Vec<_> = bitmap.missing(0..200 * PAGE).collect();
         assert_eq!(
             missing,

@@ -208,12 +208,11 @@ impl<'a> Need<'a> {
 
     /// The VM and its vCPUs; the data of each disk that it may write to.
     fn descriptors(&self) -> Each {
-        if self.apart {
-            return Each::NOTHING;
-        }
         let writable = self.config.disks.iter().filter(|disk| !disk.read_only);
+        let shell = 1 + u64::from(self.config.vcpus);
         Each {
-            shell: 1 + u64::from(self.config.vcpus),
+            shell: if self.apart { 0 } else { shell },
+            // Of a clone that lives in another process, once it has ended.
             clone: writable.count() as u64,
         }
     }

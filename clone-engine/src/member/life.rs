@@ -17,6 +17,8 @@ use crate::vm_memory::Lose;
 pub(crate) struct Life {
     /// Shared with the VM's threads.
     number: Arc<AtomicU32>,
+    /// The last one that any life of this member was given, also one that never began.
+    last: Arc<AtomicU32>,
     sender: Sender<Message>,
     watch: Arc<Watch>,
 }
@@ -29,6 +31,7 @@ impl Life {
     pub(super) fn first(sender: Sender<Message>, watch: Arc<Watch>) -> Life {
         Life {
             number: Arc::default(),
+            last: Arc::default(),
             sender,
             watch,
         }
@@ -37,7 +40,8 @@ impl Life {
     /// The next one, in another VM: what comes of the present one is of the past once that is lived.
     pub(super) fn next(&self) -> Life {
         Life {
-            number: Arc::new(AtomicU32::new(self.number() + 1)),
+            number: Arc::new(AtomicU32::new(self.new_number())),
+            last: self.last.clone(),
             sender: self.sender.clone(),
             watch: self.watch.clone(),
         }
@@ -45,7 +49,11 @@ impl Life {
 
     /// The next one in the same VM, whose threads stand still and have told all that they had to.
     pub(super) fn go_on(&self) {
-        self.number.fetch_add(1, Ordering::Release);
+        self.number.store(self.new_number(), Ordering::Release);
+    }
+
+    fn new_number(&self) -> u32 {
+        self.last.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     /// Its number.

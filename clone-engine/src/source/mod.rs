@@ -1,7 +1,8 @@
 //! Where the pages of an image come from while it fills: a [`PageSource`].
 //!
 //! A source may be the memory of a VM of this process (`live_parent`), an earlier image
-//! (`local_image`), a file (`saved_memory`), later another host. Nothing may assume that it is near, fast or alive: what
+//! (`local_image`), a file (`saved_memory`), the process that fills
+//! the image ([`crate::worker`]), later another host. Nothing may assume that it is near, fast or alive: what
 //! is not at hand ([`PageSource::local`]) is fetched by a thread of its own, with a deadline, and a
 //! source that fails costs the clones that needed the page, and nobody else.
 
@@ -14,6 +15,7 @@ mod tests;
 use std::ops::Range;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vm_memory::VolatileSlice;
 
@@ -51,6 +53,9 @@ pub trait PageSink {
 
     /// Pages that are zero.
     fn zero(&mut self, range: Range<u64>) -> Result<(), SourceError>;
+
+    /// Pages that have been put into the image's file: it is another process that fills the image.
+    fn there(&mut self, range: Range<u64>) -> Result<(), SourceError>;
 }
 
 /// Stands between a family's images and their sources: to watch, to slow down, to replace.
@@ -70,7 +75,7 @@ impl Sources for PlainSources {
 }
 
 /// Why pages did not come.
-#[derive(Clone, Debug, Error)]
+#[derive(Clone, Debug, Error, Serialize, Deserialize)]
 pub enum SourceError {
     /// These pages cannot be had, or are not what they were; others can be.
     #[error("{name} cannot deliver the memory at {offset:#x}: {why}")]

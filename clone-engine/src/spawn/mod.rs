@@ -121,9 +121,6 @@ pub enum SpawnError {
          families that fork their clones"
     )]
     OfWorker,
-    /// Clones of an image that is not whole live in the engine's process.
-    #[error("spawner process gives memory mode cow only yet: use spawner in-process with lazy")]
-    Lazy,
     /// Its family is being ended.
     #[error(transparent)]
     Ending(#[from] Ending),

@@ -91,7 +91,7 @@ impl VmMemory {
         }
     }
 
-    fn readahead(&self) -> MutexGuard<'_, Readahead> {
+    pub(super) fn readahead(&self) -> MutexGuard<'_, Readahead> {
         self.readahead
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -188,6 +188,16 @@ impl VmMemory {
         if let Some(shard) = self.shard.get() {
             self.wake_all(shard);
         }
+    }
+}
+
+impl Mapper for VmMemory {
+    fn whole(&self) {
+        self.relax();
+    }
+
+    fn lost(&self, why: &SourceError) {
+        VmMemory::lost(self, why);
     }
 }
 

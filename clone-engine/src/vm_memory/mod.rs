@@ -36,7 +36,7 @@ use crate::fault::readahead::Readahead;
 use crate::fault::shard::Shard;
 use crate::fault::{FaultHandler, Notice};
 use crate::image::{
-    Content, EmptyImage, MemoryImage, OwnerTable, Provided, Which, complete, distinct,
+    Content, EmptyImage, Mapper, MemoryImage, OwnerTable, Provided, Which, complete, distinct,
 };
 use crate::rewind::Break;
 use crate::source::SourceError;
@@ -139,10 +139,14 @@ impl VmMemory {
         lose: Lose,
     ) -> Result<Arc<VmMemory>, UserfaultError> {
         let memory = VmMemory::new(name, ram, faults, lose);
+        if let Some(served) = image.served() {
+            *memory.readahead() = served.readahead();
+        }
         memory.now_maps(image);
         // Before the look at what is missing: who completes meanwhile finds it in the list.
         let mapped = memory.mapped();
-        distinct(&mapped).for_each(|image| image.map_by(&memory));
+        let mapper: Weak<VmMemory> = Arc::downgrade(&memory);
+        distinct(&mapped).for_each(|image| image.map_by(mapper.clone()));
         if !memory.is_whole() {
             memory.watch(faults, Watch::Missing)?;
         }

@@ -2,7 +2,7 @@
 //!
 //! A worker is a process of the same host in which clones run ([`crate::worker`]); the engine's end
 //! is [`crate::spawn::process`]. They talk over one Unix socket: messages of CBOR, each whole or not
-//! there at all, with descriptors beside them ([`socket`]). Times cross as the host's monotonic clock
+//! there at all, with descriptors beside them ([`socket`]); a second socket is for pages ([`pages`]). Times cross as the host's monotonic clock
 //! ([`clock`]). A number that the engine gives names a clone, a fork point or a request for as long as
 //! both know it.
 //!
@@ -10,6 +10,7 @@
 //! no other worker in.
 
 pub(crate) mod clock;
+pub(crate) mod pages;
 pub(crate) mod socket;
 
 use std::path::PathBuf;
@@ -25,7 +26,7 @@ use crate::phase::Phase;
 use clock::HostTime;
 
 /// Raised with every change of what is said.
-pub(crate) const PROTOCOL: u32 = 1;
+pub(crate) const PROTOCOL: u32 = 2;
 
 /// Version of this build; both ends have the same.
 pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -36,6 +37,8 @@ pub(crate) const MOST_INPUT: usize = 4096;
 /// What the engine asks of a worker.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Order {
+    /// First of all: where pages are asked for. With the worker's end of the socket for [`pages`].
+    Pages,
     /// Clones of a fork point will be asked for. With the memfd of its descriptor
     /// ([`crate::descriptor`]) and the files that this names.
     ForkPoint {
@@ -122,6 +125,9 @@ pub(crate) enum Told {
         /// Why it cannot work, if it cannot.
         broken: Option<String>,
     },
+    /// Clones that are prepared from now on may wait for pages. With copies of the userfaultfds by which
+    /// the worker answers them: should it die, the engine must.
+    Watches,
     /// Answer to [`Order::Fill`].
     Filled {
         /// The request.

@@ -48,8 +48,8 @@ impl fmt::Debug for Socket {
     }
 }
 
-/// What arrived, and the descriptors with it.
-pub(crate) type Received<T> = (T, Vec<OwnedFd>);
+/// What arrived, and the descriptors with it; [`SocketError::Cut`] if this process had no room for all.
+pub(crate) type Received<T> = (T, Result<Vec<OwnedFd>, SocketError>);
 
 impl Socket {
     /// Both ends of a new one. Neither is inherited by a program that is executed.
@@ -71,7 +71,8 @@ impl Socket {
         }
     }
 
-    /// Sends `message` with `files`. Waits while the other end has much to read.
+    /// Sends `message` with `files`. Waits while the other end has much to read. What cannot be sent
+    /// leaves the socket closed: the other end would wait for it, or take its descriptors for others'.
     pub(crate) fn send<T: Serialize>(
         &self,
         message: &T,
@@ -87,10 +88,12 @@ impl Socket {
         let mut files = files;
         while files.len() > MOST_FILES {
             let (ahead, rest) = files.split_at(MOST_FILES);
-            self.send_raw(&[AHEAD], ahead)?;
+            self.send_raw(&[AHEAD], ahead)
+                .inspect_err(|_half_sent| self.close())?;
             files = rest;
         }
         self.send_raw(&bytes, files)
+            .inspect_err(|_not_sent| self.close())
     }
 
     fn send_raw(&self, bytes: &[u8], files: &[BorrowedFd<'_>]) -> Result<(), SocketError> {
@@ -105,6 +108,7 @@ impl Socket {
                 Ok(_) => return Ok(()),
                 Err(Errno::INTR) => {}
                 Err(Errno::PIPE | Errno::CONNRESET) => return Err(SocketError::Closed),
+                Err(Errno::AGAIN) => return Err(SocketError::Silent),
                 Err(error) => return Err(SocketError::Io(error.into())),
             }
         }
@@ -113,7 +117,7 @@ impl Socket {
     /// The next message. [`SocketError::Closed`] when the other end has gone.
     pub(crate) fn receive<T: DeserializeOwned>(&self) -> Result<Received<T>, SocketError> {
         let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut files = Vec::new();
+        let mut files = Ok(Vec::new());
         loop {
             let len = self.receive_raw(&mut buffer, &mut files)?;
             match buffer[..len].split_first() {
@@ -132,7 +136,7 @@ impl Socket {
     fn receive_raw(
         &self,
         buffer: &mut [u8],
-        files: &mut Vec<OwnedFd>,
+        files: &mut Result<Vec<OwnedFd>, SocketError>,
     ) -> Result<usize, SocketError> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FILES))];
         loop {
@@ -141,22 +145,23 @@ impl Socket {
             let flags = RecvFlags::CMSG_CLOEXEC;
             let received = match rustix::net::recvmsg(&self.fd, &mut body, &mut ancillary, flags) {
                 Ok(received) => received,
-                Err(Errno::INTR) => continue,
-                Err(Errno::CONNRESET) => return Err(SocketError::Closed),
+                // The other end went without having read all: what it had sent before comes all the same.
+                Err(Errno::INTR | Errno::CONNRESET) => continue,
                 Err(Errno::AGAIN) => return Err(SocketError::Silent),
                 Err(error) => return Err(SocketError::Io(error.into())),
             };
             for message in ancillary.drain() {
-                if let RecvAncillaryMessage::ScmRights(fds) = message {
+                if let (RecvAncillaryMessage::ScmRights(fds), Ok(files)) = (message, &mut *files) {
                     files.extend(fds);
                 }
             }
-            // Descriptors are cut off where this process has no room for more of them.
-            if received
-                .flags
-                .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
-            {
-                return Err(SocketError::Cut);
+            // Descriptors are cut off where this process has no room for more of them. That is for whoever
+            // needs them to suffer.
+            if received.flags.contains(ReturnFlags::CTRUNC) {
+                *files = Err(SocketError::Cut);
+            }
+            if received.flags.contains(ReturnFlags::TRUNC) {
+                return Err(SocketError::Decode("it is longer than any may be".into()));
             }
             return Ok(received.bytes);
         }
@@ -167,6 +172,15 @@ impl Socket {
         Ok(sockopt::set_socket_timeout(
             &self.fd,
             sockopt::Timeout::Recv,
+            limit,
+        )?)
+    }
+
+    /// Has [`send`](Socket::send) give up when the other end makes no room for `limit`; `None` for never.
+    pub(crate) fn send_within(&self, limit: Option<Duration>) -> io::Result<()> {
+        Ok(sockopt::set_socket_timeout(
+            &self.fd,
+            sockopt::Timeout::Send,
             limit,
         )?)
     }
@@ -201,7 +215,7 @@ pub enum SocketError {
     /// The other end has gone.
     #[error("the other end of the socket has gone")]
     Closed,
-    /// Nothing came in time.
+    /// Nothing came in time, or nothing was taken.
     #[error("the other end of the socket is silent")]
     Silent,
     /// Not such a socket.
@@ -216,7 +230,7 @@ pub enum SocketError {
         /// Its length.
         len: usize,
     },
-    /// A message came without all its descriptors, or cut off.
+    /// A message came without all its descriptors.
     #[error("a message came without all its file descriptors: raise `ulimit -n`")]
     Cut,
     /// It could not be encoded.
@@ -258,6 +272,7 @@ mod tests {
         near.send(&"many", &borrowed).unwrap();
         near.send(&"none", &[]).unwrap();
         let (text, arrived): Received<String> = far.receive().unwrap();
+        let arrived = arrived.unwrap();
         assert_eq!((text.as_str(), arrived.len()), ("many", MANY as usize));
         for (number, fd) in (0..MANY).zip(arrived) {
             let mut file = File::from(fd);
@@ -267,7 +282,7 @@ mod tests {
             assert_eq!(u32::from_le_bytes(bytes), number);
         }
         let (text, arrived): Received<String> = far.receive().unwrap();
-        assert_eq!((text.as_str(), arrived.len()), ("none", 0));
+        assert_eq!((text.as_str(), arrived.unwrap().len()), ("none", 0));
     }
 
     #[test]
@@ -279,6 +294,20 @@ mod tests {
         assert_eq!(number, 1, "what was sent before arrives");
         assert!(matches!(far.receive::<u32>(), Err(SocketError::Closed)));
         assert!(matches!(far.send(&2u32, &[]), Err(SocketError::Closed)));
+    }
+
+    #[test]
+    fn what_an_end_has_said_arrives_although_it_went_without_reading_what_it_was_told() {
+        let (near, far) = pair();
+        far.send(&"unread", &[]).unwrap();
+        near.send(&1u32, &[]).unwrap();
+        near.send(&2u32, &[]).unwrap();
+        drop(near);
+        for due in 1..=2u32 {
+            let (number, _): Received<u32> = far.receive().unwrap();
+            assert_eq!(number, due);
+        }
+        assert!(matches!(far.receive::<u32>(), Err(SocketError::Closed)));
     }
 
     #[test]

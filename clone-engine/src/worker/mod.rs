@@ -7,7 +7,9 @@
 //! engine calls [`serve`] in the program that it names as its worker, which may be its own.
 //!
 //! **A worker ends with its engine.** It keeps no clone alive that nobody can reach: when the socket is
-//! closed, the process exits at once. So it does when it cannot be heard any more. It does not heed
+//! closed, or cannot be used any more, it ends its clones and exits. In that order: a clone that missed a page
+//! when the process just went would have the kernel put a zero page into the image, which other workers
+//! still map (`VmMemory::abandon`). It does not heed
 //! signals that a terminal or a service manager sends to a whole group of processes: the engine ends
 //! a family in its order, and its workers after it.
 //!
@@ -15,37 +17,46 @@
 #![allow(unsafe_code)] // signal(2).
 
 mod console;
+mod pages;
 mod save_dirs;
 mod teller;
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::convert::Infallible;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::process;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use forkvm_vmm::{Kvm, MachineState, PausedVm};
 use thiserror::Error;
 
 use crate::accounting::VmCount;
 use crate::descriptor;
+use crate::end::End;
 use crate::family::{Family, FamilyConfig};
 use crate::fork::MemoryMode;
 use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
+use crate::image::OutlineError;
 use crate::limits;
 use crate::member::{Ask, Member, Reply, Waiting, with_causes};
 use crate::phase::{Observer, Phase, Vetoed};
 use crate::spawn::in_process::Unbuilt;
 use crate::spawn::{Prepared, SpawnError, Spawner};
+use crate::userfault::UserfaultError;
 use crate::wire::socket::{Received, Socket, SocketError};
 use crate::wire::{Order, PROTOCOL, Readiness, Told, VERSION};
 
 use console::{Console, Consoles};
+use pages::Pages;
 use save_dirs::SaveDirs;
 use teller::Teller;
+
+/// How long the clones of a worker may take to end when its engine has gone.
+const ENDING: Duration = Duration::from_secs(10);
 
 /// Runs clones for the engine at the other end of `socket`, which this process was started with. The
 /// process ends in here when the engine has gone; it comes back only with a reason not to begin.
@@ -77,6 +88,8 @@ pub fn serve(socket: OwnedFd) -> Result<Infallible, ServeError> {
         consoles,
         saves,
         points: HashMap::new(),
+        pages: None,
+        watches: Cell::new(false),
         prepared: HashMap::new(),
         running: Arc::default(),
     };
@@ -101,18 +114,17 @@ pub enum ServeError {
 struct Engine(Socket);
 
 impl Engine {
-    /// Tells the engine something. A worker that cannot be heard is of no use to anybody: it ends, and
-    /// the engine takes its clones for dead.
+    /// Tells the engine something. A worker that cannot be heard is of no use to anybody: it ends.
     fn tell(&self, told: &Told, files: &[BorrowedFd<'_>]) {
         match self.0.send(told, files) {
-            Ok(()) => {}
-            Err(SocketError::Closed) => process::exit(0),
+            Ok(()) | Err(SocketError::Closed) => {}
             Err(error) => {
                 tracing::error!(
                     error = with_causes(&error),
                     "the engine cannot be told, so this worker ends"
                 );
-                process::exit(1);
+                // Whoever receives finds it closed, and ends it in its order.
+                self.0.close();
             }
         }
     }
@@ -128,6 +140,9 @@ impl Clones {
     }
 }
 
+/// What came with an order.
+type Files = Result<Vec<OwnedFd>, SocketError>;
+
 struct Worker {
     engine: Arc<Engine>,
     family: Arc<Family>,
@@ -135,6 +150,10 @@ struct Worker {
     saves: Arc<SaveDirs>,
     /// Fork points, or why one cannot be had.
     points: HashMap<u64, Result<Arc<ForkPoint>, String>>,
+    /// From the first order on.
+    pages: Option<Arc<Pages>>,
+    /// Whether the engine has copies of the userfaultfds.
+    watches: Cell<bool>,
     prepared: HashMap<u64, Waiting>,
     running: Arc<Clones>,
 }
@@ -145,20 +164,46 @@ impl Worker {
         loop {
             match self.engine.0.receive() {
                 Ok(order) => self.carry_out(order),
-                Err(SocketError::Closed) => process::exit(0),
+                Err(SocketError::Closed) => break,
                 Err(error) => {
                     tracing::error!(
                         error = with_causes(&error),
                         "the engine cannot be heard, so this worker ends"
                     );
-                    process::exit(1);
+                    self.engine.0.close();
+                    break;
                 }
             }
         }
+        self.end()
+    }
+
+    /// Ends all clones, and the process.
+    fn end(mut self) -> ! {
+        self.prepared.clear();
+        let running: Vec<Arc<Member>> = self.running.lock().values().cloned().collect();
+        running.iter().for_each(|clone| clone.kill());
+        let until = Instant::now() + ENDING;
+        for clone in &running {
+            let left = until.saturating_duration_since(Instant::now());
+            if clone.wait_for(left).is_none() {
+                tracing::error!(clone = clone.name(), "a clone does not end");
+                process::exit(1);
+            }
+        }
+        process::exit(0)
     }
 
     fn carry_out(&mut self, (order, files): Received<Order>) {
         match order {
+            Order::Pages => match self.pages_by(files) {
+                Ok(pages) => self.pages = Some(pages),
+                Err(error) => {
+                    let error = with_causes(&*error);
+                    tracing::error!(error, "no page could be asked for, so this worker ends");
+                    self.engine.0.close();
+                }
+            },
             Order::ForkPoint { point } => {
                 let taken = self.take_over(files).map_err(|error| with_causes(&*error));
                 self.points.insert(point, taken.map(Arc::new));
@@ -181,11 +226,7 @@ impl Worker {
             }
             Order::Start { clone } => self.start(clone),
             Order::Drop { clone } => drop(self.prepared.remove(&clone)),
-            Order::Kill { clone } => {
-                if let Some(member) = self.running(clone) {
-                    member.kill();
-                }
-            }
+            Order::Kill { clone } => self.kill(clone),
             Order::Input {
                 clone,
                 request,
@@ -231,21 +272,44 @@ impl Worker {
         }
     }
 
-    fn fill(&self, files: Vec<OwnedFd>, shells: u32) -> Result<u32, Box<dyn std::error::Error>> {
-        let file = files.into_iter().next().ok_or("it came without a state")?;
+    fn fill(&self, files: Files, shells: u32) -> Result<u32, Box<dyn std::error::Error>> {
+        let file = files?.into_iter().next().ok_or("it came without a state")?;
         let state = descriptor::state_of(&file.into())?;
         Ok(self.family.pool().fill(&Arc::new(state), shells)?)
     }
 
-    fn take_over(&self, files: Vec<OwnedFd>) -> Result<ForkPoint, Box<dyn std::error::Error>> {
-        let mut files = files.into_iter();
+    fn take_over(&self, files: Files) -> Result<ForkPoint, Box<dyn std::error::Error>> {
+        let mut files = files?.into_iter();
         let descriptor = files.next().ok_or("it came without its descriptor")?;
         let bytes = descriptor::read(&descriptor.into())?;
+        let pages = self.pages.clone().ok_or("it came before all pages")?;
+        let faults = self.family.faults();
+        let mut arrive = |arriving| {
+            self.watch().map_err(OutlineError::Unwatched)?;
+            pages.take_over(faults, arriving)
+        };
         Ok(ForkPoint::from_description(
             &self.family,
             &bytes,
             files.collect(),
+            &mut arrive,
         )?)
+    }
+
+    fn pages_by(&self, files: Files) -> Result<Arc<Pages>, Box<dyn std::error::Error>> {
+        let socket = files?.into_iter().next().ok_or("no socket came for them")?;
+        Ok(Pages::start(socket)?)
+    }
+
+    /// From here on clones may wait for pages, and the engine can answer them if this process dies.
+    fn watch(&self) -> Result<(), UserfaultError> {
+        if !self.watches.get() {
+            let copies = self.family.faults().duplicates()?;
+            let copies: Vec<BorrowedFd<'_>> = copies.iter().map(AsFd::as_fd).collect();
+            self.engine.tell(&Told::Watches, &copies);
+            self.watches.set(true);
+        }
+        Ok(())
     }
 
     fn point(&self, number: u64) -> Result<Arc<ForkPoint>, String> {
@@ -302,9 +366,24 @@ impl Worker {
         })
     }
 
+    fn kill(&mut self, clone: u64) {
+        if let Some(member) = self.running(clone) {
+            member.kill();
+        } else if self.prepared.remove(&clone).is_some() {
+            // The family ended between the clone's entry and its start, which will be of no effect.
+            let told = Told::Ended {
+                clone,
+                end: End::Killed,
+                counters: Vec::new(),
+                disks: Vec::new(),
+            };
+            self.engine.tell(&told, &[]);
+        }
+    }
+
     fn start(&mut self, clone: u64) {
         let Some(waiting) = self.prepared.remove(&clone) else {
-            tracing::error!(clone, "a clone that was not prepared is to start");
+            tracing::debug!(clone, "it was killed before its start");
             return;
         };
         // Before it runs: its end takes it out.
@@ -315,7 +394,7 @@ impl Worker {
                 error = with_causes(&error),
                 "a prepared clone cannot start, so this worker ends"
             );
-            process::exit(1);
+            self.engine.0.close();
         }
     }
 }

@@ -89,6 +89,8 @@ pub mod report {
     pub const READY: u32 = 3;
     /// First value free for a guest program.
     pub const USER: u32 = 0x100;
+    /// How many values from there on a guest program may use and have the host count them all.
+    pub const DISTINCT: u32 = 1024;
 }
 
 /// Number of [`Call`] slots of a page.

@@ -6,13 +6,13 @@
 //! here, from a part of the address space that the kernel leaves to those who ask for it by name: far
 //! below where it maps files and stacks, far above where programs lie. That nobody else has taken a
 //! range meanwhile shows when it is mapped (MAP_FIXED_NOREPLACE).
-#![allow(unsafe_code)] // munmap of ranges by address.
+#![allow(unsafe_code)] // munmap by address.
 
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::MemoryError;
 
@@ -31,11 +31,19 @@ struct Taken {
     next: u64,
 }
 
-/// A range of addresses. Whatever is mapped there goes when it is dropped.
+/// A range of addresses. What its holder has mapped there goes when it is dropped.
 #[derive(Debug)]
 pub(super) struct Addresses {
     start: u64,
     len: u64,
+    whose: OnceLock<Whose>,
+}
+
+/// Whose mapping lies in a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Whose {
+    Holders,
+    Strangers,
 }
 
 impl Addresses {
@@ -47,19 +55,52 @@ impl Addresses {
         let start = taken.find(size).ok_or(MemoryError::Addresses { len })?;
         taken.ranges.insert(start, start + size);
         taken.next = start + size;
-        Ok(Addresses { start, len })
+        Ok(Addresses {
+            start,
+            len,
+            whose: OnceLock::new(),
+        })
     }
 
     pub(super) fn start(&self) -> *mut u8 {
         self.start as *mut u8
     }
+
+    /// The holder has mapped all of it.
+    pub(super) fn note_mapped(&self) {
+        self.whose.get_or_init(|| Whose::Holders);
+    }
+
+    /// Somebody else was there first: it is left alone, and never dealt out again.
+    pub(super) fn note_taken(&self) {
+        self.whose.get_or_init(|| Whose::Strangers);
+    }
+
+    /// Whether the holder has mapped it.
+    pub(super) fn is_mapped(&self) -> bool {
+        self.whose.get() == Some(&Whose::Holders)
+    }
+
+    /// Takes back what the holder has mapped in the first `len` bytes, of a range that it could not map
+    /// as a whole.
+    pub(super) fn unmap_first(&self, len: u64) -> io::Result<()> {
+        // SAFETY: the caller has just mapped these bytes where nothing was, and nobody has used them.
+        match unsafe { libc::munmap(self.start().cast(), len as usize) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
 }
 
 impl Drop for Addresses {
     fn drop(&mut self) {
-        // SAFETY: the range was dealt out to this value only, and whoever mapped something there holds
-        // it: nobody has a reference into it any more.
-        if unsafe { libc::munmap(self.start().cast(), self.len as usize) } != 0 {
+        if self.whose.get() == Some(&Whose::Strangers) {
+            return;
+        }
+        // SAFETY: all of the range is mapped by whoever held this value, and nobody else holds it: nobody
+        // has a reference into it any more.
+        if self.is_mapped() && unsafe { libc::munmap(self.start().cast(), self.len as usize) } != 0
+        {
             let error = io::Error::last_os_error();
             // Never dealt out again, then.
             tracing::error!(%error, "guest RAM could not be unmapped");

@@ -198,7 +198,6 @@ pub struct Ram {
 
 /// Addresses of a [`Ram`], held. What is mapped there goes with the last holder.
 #[derive(Clone, Debug)]
-#[expect(dead_code, reason = "held, never looked at")]
 pub struct Held(Arc<Vec<Addresses>>);
 
 type WhenClosed = Box<dyn FnOnce() + Send + Sync>;
@@ -275,15 +274,37 @@ impl Ram {
 
     /// Maps `pieces` to the ranges.
     fn map_pieces(&self, pieces: &[Piece], flags: i32) -> Result<(), MemoryError> {
-        for (region, address) in self.host_ranges() {
+        for ((region, address), held) in self.host_ranges().zip(self.addresses.0.iter()) {
+            let onto = match held.is_mapped() {
+                true => libc::MAP_FIXED,
+                // Whatever is mapped there is somebody else's.
+                false => libc::MAP_FIXED_NOREPLACE,
+            };
             let end = region.offset + region.len;
             for piece in pieces {
                 let part = piece.range.start.max(region.offset)..piece.range.end.min(end);
-                if !part.is_empty() {
-                    let at = address.wrapping_add((part.start - region.offset) as usize);
-                    map_over(at, &part, flags, &piece.file)?;
+                if part.is_empty() {
+                    continue;
+                }
+                let done = part.start - region.offset;
+                let at = address.wrapping_add(done as usize);
+                let mapped = map_over(at, &part, onto | flags, &piece.file);
+                if mapped.is_err() && !held.is_mapped() && done > 0 {
+                    held.unmap_first(done).map_err(MemoryError::Unmap)?;
+                }
+                match mapped {
+                    Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
+                        held.note_taken();
+                        return Err(MemoryError::Taken {
+                            start: address as u64,
+                            len: region.len,
+                        });
+                    }
+                    Err(error) => return Err(map_error(part.end - part.start, &error)),
+                    Ok(()) => {}
                 }
             }
+            held.note_mapped();
         }
         Ok(())
     }
@@ -320,12 +341,7 @@ impl Ram {
                 });
             }
         }
-        let onto = match self.backing {
-            // Whatever is mapped there is somebody else's.
-            Backing::Reserved => libc::MAP_FIXED_NOREPLACE,
-            Backing::Shared(_) | Backing::Private(_) => libc::MAP_FIXED,
-        };
-        self.map_pieces(&pieces, onto | backing.mmap_flags())?;
+        self.map_pieces(&pieces, backing.mmap_flags())?;
         if let Backing::Private(_) = backing {
             for (region, address) in self.host_ranges() {
                 no_huge_pages(address, region.len);
@@ -357,9 +373,12 @@ impl Ram {
     }
 
     fn make_inaccessible(&self) -> Result<(), MemoryError> {
-        for (region, address) in self.host_ranges() {
-            // SAFETY: the range is exactly a mapping that `self.guest` owns, so nothing else is
-            // replaced. No thread of the machine is left that could touch it.
+        for ((region, address), held) in self.host_ranges().zip(self.addresses.0.iter()) {
+            if !held.is_mapped() {
+                continue;
+            }
+            // SAFETY: the range is exactly what `self` has mapped there, so nothing else is replaced. No
+            // thread of the machine is left that could touch it.
             let got = unsafe {
                 libc::mmap(
                     address.cast(),
@@ -371,7 +390,7 @@ impl Ram {
                 )
             };
             if got == libc::MAP_FAILED {
-                return Err(map_error(region.len));
+                return Err(map_error(region.len, &io::Error::last_os_error()));
             }
         }
         Ok(())
@@ -421,15 +440,10 @@ fn host_address(region: &GuestRegionMmap<()>) -> *mut u8 {
 }
 
 /// Maps a part of `file` at `address`; `flags` say whether over what is there.
-fn map_over(
-    address: *mut u8,
-    part: &Range<u64>,
-    flags: i32,
-    file: &File,
-) -> Result<(), MemoryError> {
+fn map_over(address: *mut u8, part: &Range<u64>, flags: i32, file: &File) -> io::Result<()> {
     let len = part.end - part.start;
-    // SAFETY: the caller's `Ram` owns the range, so nothing else is replaced; all users reach it by
-    // volatile access and expect its content to change.
+    // SAFETY: what is replaced, if `flags` say so, is what the caller's `Ram` has mapped there; all users
+    // reach it by volatile access and expect its content to change.
     let got = unsafe {
         libc::mmap(
             address.cast(),
@@ -441,13 +455,13 @@ fn map_over(
         )
     };
     if got == libc::MAP_FAILED {
-        return Err(map_error(len));
+        return Err(io::Error::last_os_error());
     }
     Ok(())
 }
 
-fn map_error(len: u64) -> MemoryError {
-    let what = io::Error::last_os_error().to_string();
+fn map_error(len: u64, error: &io::Error) -> MemoryError {
+    let what = error.to_string();
     MemoryError::Map { len, what }
 }
 
@@ -492,7 +506,7 @@ impl Window {
             )
         };
         if address == libc::MAP_FAILED {
-            return Err(map_error(len));
+            return Err(map_error(len, &io::Error::last_os_error()));
         }
         no_huge_pages(address.cast(), len);
         Ok(Window {
@@ -593,6 +607,20 @@ pub enum MemoryError {
         /// What mmap said.
         what: String,
     },
+    /// Somebody else has mapped something where the RAM was to lie. Another range will be taken next.
+    #[error(
+        "another part of this process has mapped memory between {start:#x} and {len} bytes behind it, where \
+         guest RAM was to lie; it was left alone: try again"
+    )]
+    Taken {
+        /// First address.
+        start: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// munmap failed.
+    #[error("unmapping a part of guest RAM failed")]
+    Unmap(#[source] io::Error),
     /// No addresses of this process are left.
     #[error("this process has no {len} bytes of addresses left for guest RAM: end other VMs first")]
     Addresses {
@@ -627,3 +655,6 @@ pub enum MemoryError {
     #[error("copying guest RAM failed")]
     Copy(#[source] io::Error),
 }
+
+#[cfg(test)]
+mod tests;

@@ -13,7 +13,7 @@ use thiserror::Error;
 
 use super::MsrCatalogue;
 use super::kick::Kickable;
-use super::state::{Abilities, Clock, StateError, VcpuState, flush_tlb, writing};
+use super::state::{Abilities, Clock, StateError, VcpuState, disarm, flush_tlb, writing};
 use crate::kvm::Kvm;
 use crate::machine::Buses;
 
@@ -135,6 +135,7 @@ impl Vcpu {
         now: Clock,
     ) -> Result<(), StateError> {
         flush_tlb(&self.fd, state.sregs())?;
+        disarm(&self.fd)?;
         state.restore(&self.fd, self.abilities, None, saved, now)
     }
 

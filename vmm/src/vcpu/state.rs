@@ -356,6 +356,12 @@ pub(crate) fn flush_tlb(vcpu: &VcpuFd, sregs: &kvm_sregs) -> Result<(), StateErr
     vcpu.set_sregs(sregs).map_err(writing("SREGS"))
 }
 
+/// Takes back the deadline of the timer: given the LAPIC of another life, KVM would arm it with the
+/// deadline of this one.
+pub(crate) fn disarm(vcpu: &VcpuFd) -> Result<(), StateError> {
+    Ok(msrs::restore(vcpu, &[(msrs::TSC_DEADLINE, 0)])?)
+}
+
 fn with_pdptrs(sregs: &kvm_sregs, pdptrs: [u64; 4]) -> kvm_sregs2 {
     kvm_sregs2 {
         cs: sregs.cs,

@@ -52,6 +52,10 @@ impl PageSink for Kept {
         let zeros = vec![0; (range.end - range.start) as usize];
         self.pages(range.start, &zeros)
     }
+
+    fn there(&mut self, range: Range<u64>) -> Result<(), SourceError> {
+        panic!("{range:?} is nowhere but in the source")
+    }
 }
 
 fn bytes(pages: &Range<u64>) -> Range<u64> {

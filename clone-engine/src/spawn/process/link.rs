@@ -5,17 +5,21 @@
 
 use std::cell::OnceCell;
 use std::collections::{HashMap, HashSet};
+use std::error::Error;
 use std::fs::File;
-use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
+use std::{io, mem};
 
+use super::last_faults::LastFaults;
+use super::pages::Pages;
 use super::resident::{Request, Resident};
 use super::{SocketError, SpawnError, WorkerError, WorkerProgram};
 use crate::accounting::{AccountingError, VmCount};
@@ -27,6 +31,13 @@ use crate::wire::{Order, PROTOCOL, Readiness, Told, VERSION};
 
 /// How long a program may take to say that it is a worker; emulated hosts are slow.
 const GREETING: Duration = Duration::from_secs(60);
+
+/// How long a worker may owe what it was asked: one that stands still must not hold up those that wait for
+/// it. Long enough for a thousand shells on an emulated host.
+const ANSWER: Duration = Duration::from_secs(120);
+
+/// How often that is looked at.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// How long a worker whose socket is closed may take to be gone.
 const GOING: Duration = Duration::from_secs(5);
@@ -58,6 +69,7 @@ pub(super) struct Berth {
 pub(super) struct Link {
     pid: u32,
     socket: Socket,
+    pages: Arc<Pages>,
     /// Places that are taken.
     berths: AtomicUsize,
     /// The last number that was given to a clone or a request.
@@ -75,11 +87,50 @@ pub(super) struct State {
     /// Clones that are prepared or run, by their numbers.
     pub(super) residents: HashMap<u64, Resident>,
     /// Who waits for one that is being prepared.
-    pub(super) preparing: HashMap<u64, Sender<Result<Readiness, String>>>,
+    pub(super) preparing: HashMap<u64, Asked<Readiness>>,
     /// Who waits for shells, by the number of the request.
-    pub(super) filling: HashMap<u64, Sender<Result<u32, String>>>,
+    pub(super) filling: HashMap<u64, Asked<u32>>,
+    /// Clones that are to end.
+    pub(super) killed: HashMap<u64, Instant>,
     /// What running ones were asked, with the number of the clone.
     pub(super) requests: HashMap<u64, (u64, Request)>,
+    /// Copies of its userfaultfds.
+    userfaults: Vec<OwnedFd>,
+}
+
+/// Who waits for an answer, and since when.
+pub(super) struct Asked<T> {
+    waits: Sender<Result<T, String>>,
+    since: Instant,
+}
+
+impl<T> Asked<T> {
+    pub(super) fn now(waits: Sender<Result<T, String>>) -> Asked<T> {
+        let since = Instant::now();
+        Asked { waits, since }
+    }
+
+    fn answer(self, answer: Result<T, String>) {
+        if self.waits.send(answer).is_err() {
+            tracing::trace!("nobody waits for what a worker answers");
+        }
+    }
+}
+
+impl State {
+    /// What the worker was asked and has owed for too long.
+    fn overdue(&self) -> Option<&'static str> {
+        let long = |since: &Instant| since.elapsed() > ANSWER;
+        if self.preparing.values().any(|asked| long(&asked.since)) {
+            Some("it prepares no clone")
+        } else if self.filling.values().any(|asked| long(&asked.since)) {
+            Some("it builds no shells")
+        } else if self.killed.values().any(long) {
+            Some("it does not end a clone that was killed")
+        } else {
+            None
+        }
+    }
 }
 
 /// A fork point that a worker has. Dropped with it, it is forgotten there.
@@ -189,49 +240,59 @@ impl Started {
             Ok((other, _)) => Some(format!("it began with {other:?}")),
             Err(error) => Some(with_causes(&error)),
         };
-        let unlimited = socket.receive_within(None);
-        let why = why.or_else(|| Some(unlimited.err()?.to_string()));
+        let limited = socket.receive_within(Some(LOOK));
+        let why = why.or_else(|| Some(limited.err()?.to_string()));
         if let Some(why) = why {
-            return Err(program.refused(match child.end() {
+            return Err(program.refused(match child.end(|| ()) {
                 Some(how) => format!("{why}; it ended: {how}"),
                 None => why,
             }));
         }
+        let failed = |error: &dyn Error| program.start_error(&io::Error::other(with_causes(error)));
+        let (pages, far) = Pages::new(child.pid).map_err(|error| failed(&error))?;
         let link = Arc::new(Link {
             pid: child.pid,
             socket,
+            pages,
             berths: AtomicUsize::new(0),
             numbers: AtomicU64::new(0),
             points: Mutex::default(),
             state: Mutex::default(),
             died: Condvar::new(),
         });
-        let hear = {
-            let link = link.clone();
-            move || link.hear(child)
-        };
-        let thread = thread::Builder::new().name(format!("worker-{}", link.pid));
-        match thread.spawn(hear) {
-            // It ends with the worker.
-            Ok(_detached) => Ok(Worker { link }),
-            Err(error) => {
-                link.socket.close();
-                Err(program.start_error(&error))
+        let worker = Worker { link };
+        let link = worker.link.clone();
+        link.send_with(&Order::Pages, &[far.as_fd()])
+            .map_err(|error| failed(&error))?;
+        let lost = {
+            let link = Arc::downgrade(&link);
+            move || {
+                if let Some(link) = link.upgrade() {
+                    link.socket.close();
+                }
             }
-        }
+        };
+        link.pages.serve(lost).map_err(|error| failed(&error))?;
+        let thread = thread::Builder::new().name(format!("worker-{}", link.pid));
+        // It ends with the worker.
+        let _detached = thread
+            .spawn(move || link.hear(child))
+            .map_err(|error| failed(&error))?;
+        Ok(worker)
     }
 }
 
 impl OwnChild {
-    /// Ends it and says how it ended; `None` if it does not go away.
-    fn end(&mut self) -> Option<String> {
-        end(&mut self.child.take()?)
+    /// Ends it and says how it ended; `None` if it does not go away. What a dying process waits for may
+    /// be done by `meanwhile`.
+    fn end(&mut self, meanwhile: impl FnMut()) -> Option<String> {
+        end(&mut self.child.take()?, meanwhile)
     }
 }
 
 impl Drop for OwnChild {
     fn drop(&mut self) {
-        self.end();
+        self.end(|| ());
     }
 }
 
@@ -295,13 +356,20 @@ impl Link {
         if points.contains(&number) {
             return Ok(());
         }
-        let Description { bytes, files } = match description.get() {
+        let Description {
+            bytes,
+            files,
+            filling,
+        } = match description.get() {
             Some(description) => description,
             None => {
                 let described = point.describe()?;
                 description.get_or_init(|| described)
             }
         };
+        for image in filling {
+            self.pages.offer(image, point.touches.clone());
+        }
         let descriptor = descriptor::in_memory(bytes)?;
         let files = std::iter::once(&descriptor).chain(files);
         let files: Vec<BorrowedFd<'_>> = files.map(AsFd::as_fd).collect();
@@ -328,22 +396,51 @@ impl Link {
             if let Some(death) = &state.death {
                 return Err(death.clone());
             }
-            state.filling.insert(request, filled);
+            state.filling.insert(request, Asked::now(filled));
         }
-        self.send_with(&Order::Fill { request, shells }, &[file.as_fd()])
+        let sent = self.send_with(&Order::Fill { request, shells }, &[file.as_fd()]);
+        sent.inspect_err(|_| drop(self.state().filling.remove(&request)))
+    }
+
+    /// Has the worker end a clone; `false` when it has ended.
+    pub(super) fn kill(&self, clone: u64) -> bool {
+        {
+            let mut state = self.state();
+            if !state.residents.contains_key(&clone) {
+                return false;
+            }
+            state.killed.entry(clone).or_insert_with(Instant::now);
+        }
+        // Should it not be reached, it ends with all its clones.
+        self.send(&Order::Kill { clone }).is_ok()
     }
 
     /// Hears the worker until it has ended. Then its clones have ended too.
     fn hear(self: Arc<Self>, mut child: OwnChild) {
         let why = loop {
             match self.socket.receive() {
-                Ok((told, files)) => self.told(told, files),
+                Ok((told, files)) => {
+                    // Much of it comes to code of the embedder's, and nobody else hears this worker.
+                    let told = AssertUnwindSafe(|| self.told(told, files));
+                    if catch_unwind(told).is_err() {
+                        break Some("what it told made the engine panic".to_owned());
+                    }
+                }
+                Err(SocketError::Silent) => {}
                 Err(SocketError::Closed) => break None,
                 Err(error) => break Some(with_causes(&error)),
             }
+            if let Some(overdue) = self.state().overdue() {
+                break Some(format!("{overdue} for {ANSWER:?}"));
+            }
         };
         self.socket.close();
-        let ended = child.end().unwrap_or_else(|| "it does not go away".into());
+        self.pages.close();
+        let userfaults = mem::take(&mut self.state().userfaults);
+        let mut faults = LastFaults::of(userfaults);
+        let ended = child
+            .end(|| faults.answer())
+            .unwrap_or_else(|| "it does not go away".into());
         let how = why.map_or(ended.clone(), |why| format!("{why}; {ended}"));
         let death = WorkerError::Died { pid: self.pid, how };
         let mut state = self.state();
@@ -357,6 +454,8 @@ impl Link {
             filling,
             requests,
             death: _,
+            killed: _,
+            userfaults: _,
         } = mem::replace(&mut *state, dead);
         drop(state);
         self.died.notify_all();
@@ -369,23 +468,39 @@ impl Link {
         // Whoever waits for them hears that nothing comes any more.
         drop((preparing, filling, requests));
         for resident in residents.into_values() {
-            resident.died(&death);
+            let died = AssertUnwindSafe(|| resident.died(&death));
+            if catch_unwind(died).is_err() {
+                tracing::error!("whoever heard of the end of a clone panicked");
+            }
         }
     }
 
-    fn told(&self, told: Told, files: Vec<OwnedFd>) {
+    fn told(self: &Arc<Self>, told: Told, files: Result<Vec<OwnedFd>, SocketError>) {
         match told {
+            Told::Watches => match files {
+                Ok(files) => self.state().userfaults = files,
+                Err(error) => {
+                    // Its death could cost other workers' clones their memory.
+                    let (pid, error) = (self.pid, with_causes(&error));
+                    tracing::error!(
+                        pid,
+                        error,
+                        "a worker whose faults could not be answered ends"
+                    );
+                    self.socket.close();
+                }
+            },
             Told::Hello { .. } => tracing::error!(pid = self.pid, "a worker greets twice"),
             Told::Prepared { clone, outcome } => {
-                let waiting = self.state().preparing.remove(&clone);
-                if let Some(Err(_gone)) = waiting.map(|waiting| waiting.send(outcome)) {
-                    tracing::trace!(clone, "nobody waits for a clone any more");
+                let asked = self.state().preparing.remove(&clone);
+                if let Some(asked) = asked {
+                    asked.answer(outcome);
                 }
             }
             Told::Filled { request, outcome } => {
-                let waiting = self.state().filling.remove(&request);
-                if let Some(Err(_gone)) = waiting.map(|waiting| waiting.send(outcome)) {
-                    tracing::trace!(request, "nobody waits for shells any more");
+                let asked = self.state().filling.remove(&request);
+                if let Some(asked) = asked {
+                    asked.answer(outcome);
                 }
             }
             Told::Ran { clone, at } => self.with(clone, |watch| watch.ran(Life::FIRST, at.into())),
@@ -400,12 +515,7 @@ impl Link {
                 let console = resident.residents.get(&clone).map(Resident::console);
                 drop(resident);
                 if let Some(console) = console {
-                    console.print(&bytes, || {
-                        // A console that panicked fails its VM; there is nobody else to tell.
-                        if let Err(error) = self.send(&Order::Kill { clone }) {
-                            tracing::debug!(%error, "a clone whose console panicked");
-                        }
-                    });
+                    console.print(&bytes, || self.kill_later(clone));
                 }
             }
             Told::Taken { request, bytes } => match self.request(request) {
@@ -441,6 +551,7 @@ impl Link {
                 let resident = {
                     let mut state = self.state();
                     state.requests.retain(|_, (of, _)| *of != clone);
+                    state.killed.remove(&clone);
                     state.residents.remove(&clone)
                 };
                 match resident {
@@ -448,6 +559,18 @@ impl Link {
                     None => tracing::error!(clone, "a worker tells the end of an unknown clone"),
                 }
             }
+        }
+    }
+
+    /// Kills a clone from the thread that hears the worker, which never sends: it could wait for itself.
+    fn kill_later(self: &Arc<Self>, clone: u64) {
+        let link = self.clone();
+        let kill = move || {
+            link.kill(clone);
+        };
+        if let Err(error) = thread::Builder::new().name("kill".into()).spawn(kill) {
+            tracing::error!(%error, "no thread to kill a clone, so its worker ends");
+            self.socket.close();
         }
     }
 
@@ -481,13 +604,14 @@ impl Drop for HandedOver {
 
 /// Ends a process whose socket is closed, if it has not ended by itself, and says how it did. `None`
 /// if it does not go away: that can only be the kernel's doing.
-fn end(child: &mut Child) -> Option<String> {
+fn end(child: &mut Child, mut meanwhile: impl FnMut()) -> Option<String> {
     let until = Instant::now() + GOING;
     // One that is ending by itself does so as it had begun.
     if let Err(error) = child.kill() {
         tracing::debug!(%error, "a worker that has ended");
     }
     loop {
+        meanwhile();
         match child.try_wait() {
             Ok(Some(status)) => return Some(status.to_string()),
             Ok(None) if Instant::now() < until => thread::sleep(Duration::from_millis(1)),

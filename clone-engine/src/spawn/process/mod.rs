@@ -10,7 +10,9 @@
 //! Who holds what is in `docs/processes.md`.
 
 mod crew;
+mod last_faults;
 mod link;
+mod pages;
 mod resident;
 
 use std::cell::OnceCell;
@@ -94,10 +96,7 @@ impl Spawner for Process {
         "process"
     }
 
-    fn check(&self, mode: MemoryMode) -> Result<(), SpawnError> {
-        if mode == MemoryMode::Lazy {
-            return Err(SpawnError::Lazy);
-        }
+    fn check(&self, _mode: MemoryMode) -> Result<(), SpawnError> {
         // Those that died are replaced now, so that a fork does not fail for want of them later.
         self.crew.assign(0)?;
         Ok(())

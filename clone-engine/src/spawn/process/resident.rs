@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use forkvm_devices::block::{BlockLayer, HeldSectors, Overlay, Storage};
 use forkvm_devices::virtio::blk::BlkCounters;
 
-use super::link::{Berth, Link};
+use super::link::{Asked, Berth, Link};
 use super::{FIRST_PHASE, WorkerError};
 use crate::accounting::{AccountingError, VmCount};
 use crate::descriptor::Description;
@@ -23,6 +23,7 @@ use crate::family::Family;
 use crate::fork::ForkError;
 use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
+use crate::image::MemoryImage;
 use crate::member::{Ask, Elsewhere, Finished, Member, Reply, Watch};
 use crate::phase::Observer;
 use crate::rewind::RewindError;
@@ -30,6 +31,7 @@ use crate::saved::SaveError;
 use crate::spawn::in_process::no_console;
 use crate::spawn::{Prepared, SpawnError};
 use crate::timeline::Timeline;
+use crate::wire::socket::SocketError;
 use crate::wire::{HeldDisk, MOST_INPUT, Order, Readiness};
 
 /// A clone that a worker was asked to prepare.
@@ -59,6 +61,8 @@ pub(super) struct Resident {
     console: Arc<Console>,
     /// What its disks stand on.
     disks: Vec<DiskSource>,
+    /// What its memory stands on: as long as it runs, pages may be missing.
+    _image: Arc<MemoryImage>,
 }
 
 /// What a running clone was asked and has not answered yet.
@@ -121,6 +125,7 @@ impl Preparing {
             member: None,
             console: Arc::new(Console::new(console)),
             disks: point.disks.for_clone(),
+            _image: point.image.clone(),
         };
         let (waiting, answer) = channel();
         {
@@ -129,7 +134,7 @@ impl Preparing {
                 return Err(death.clone().into());
             }
             state.residents.insert(number, resident);
-            state.preparing.insert(number, waiting);
+            state.preparing.insert(number, Asked::now(waiting));
         }
         // From here on it is taken back when something fails.
         let clone = Waiting {
@@ -193,23 +198,18 @@ impl Preparing {
 
 impl Prepared for Waiting {
     fn start(mut self: Box<Self>) -> Result<Arc<Member>, SpawnError> {
+        // From here on its end is told, also that of a worker that dies.
+        match self.link.state().residents.get_mut(&self.number) {
+            Some(resident) => resident.member = Some(self.member.clone()),
+            None => return Err(self.link.death().into()),
+        }
         // Before it runs: what a family that ends has not heard of it could not end.
         self.family.enter(&self.member)?;
-        let death = {
-            let mut state = self.link.state();
-            match state.residents.get_mut(&self.number) {
-                Some(resident) => {
-                    resident.member = Some(self.member.clone());
-                    None
-                }
-                None => Some(state.death.clone()),
-            }
-        };
-        if let Some(death) = death {
-            self.family.leave(&self.member);
-            return Err(death.unwrap_or_else(|| self.link.death()).into());
-        }
         self.started = true;
+        if !self.link.state().residents.contains_key(&self.number) {
+            // It ended before it was a member.
+            self.family.leave(&self.member);
+        }
         // If the worker has died by now, whoever hears that ends the clone.
         let number = self.number;
         self.link.send(&Order::Start { clone: number })?;
@@ -268,7 +268,7 @@ impl Elsewhere for Way {
                 return self.request(&link, Request::Input(reply), order);
             }
             Ask::Rewind(_, _, reply) => reply.give(Err(RewindError::OfWorker)),
-            Ask::Kill => return self.is_there(&link) && link.send(&Order::Kill { clone }).is_ok(),
+            Ask::Kill => return link.kill(clone),
         }
         true
     }
@@ -279,10 +279,6 @@ fn not_there() -> ForkError {
 }
 
 impl Way {
-    fn is_there(&self, link: &Link) -> bool {
-        link.state().residents.contains_key(&self.number)
-    }
-
     /// Sends what has an answer; `false` when the clone has ended.
     fn request(&self, link: &Link, request: Request, order: impl FnOnce(u64) -> Order) -> bool {
         let number = link.number();
@@ -319,9 +315,12 @@ impl Resident {
         end: End,
         counters: Vec<BlkCounters>,
         held: &[Option<HeldDisk>],
-        files: Vec<OwnedFd>,
+        files: Result<Vec<OwnedFd>, SocketError>,
     ) {
-        let (end, disks) = match take_disks(&self.disks, held, files) {
+        let taken = files
+            .map_err(io::Error::other)
+            .and_then(|files| take_disks(&self.disks, held, files));
+        let (end, disks) = match taken {
             Ok(disks) => (end, disks),
             Err(error) => {
                 let why = format!("it {end}, and taking over its disks failed: {error}");
@@ -344,16 +343,18 @@ impl Resident {
             member,
             console,
             disks: below,
+            _image: image,
         } = self;
+        let panicked = console.close();
         let Some(member) = member else {
             return;
         };
-        let end = match console.close() {
+        let end = match panicked {
             true => End::Failed("its console panicked".into()),
             false => end,
         };
         // Whoever waited for its end finds nothing left of it.
-        drop((below, berth));
+        drop((below, image, berth));
         family.leave(&member);
         watch.finish(Finished {
             end,
@@ -374,6 +375,10 @@ fn take_disks(
         true => Some(files.next().ok_or_else(missing)?),
         false => None,
     };
+    let maps_len = match &maps {
+        Some(maps) => maps.metadata()?.len(),
+        None => 0,
+    };
     let mut at = 0;
     let mut take = |disk: &DiskSource, held: &Option<HeldDisk>| -> io::Result<_> {
         let layer = disk.layer();
@@ -383,6 +388,9 @@ fn take_disks(
         let Storage::Overlay { base, .. } = layer.storage() else {
             return Err(missing());
         };
+        if held.map_len > maps_len - at {
+            return Err(missing());
+        }
         let mut map = vec![0; held.map_len as usize];
         maps.read_exact_at(&mut map, at)?;
         at += held.map_len;

@@ -7,7 +7,7 @@
 //! fork count changes, all vCPUs stop at their next step and verify everything. With `irq=1` the
 //! interrupt that the host raised on [`TEST_GSI`] between pause and save must have arrived in this
 //! VM, once per fork. A clone then exits 0, or with `go-on=1` works on as the parent does: what
-//! works on reports USER + fork count, and ends when `q` arrives on the console. Exit status 1:
+//! works on reports USER + fork count modulo DISTINCT, and ends when `q` arrives on the console. Exit status 1:
 //! the console says what differs.
 
 use alloc::format;
@@ -223,7 +223,7 @@ impl<'a> Oracle<'a> {
             }
             self.pages.set_salt(salt);
             self.seen.store(fork, Ordering::Release);
-            self.doorbell.report(report::USER + fork);
+            self.doorbell.report(report::USER + fork % report::DISTINCT);
         }
         if let Some(disk) = &mut worker.disk {
             disk.set_salt(salt);
