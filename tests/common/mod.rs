@@ -5,6 +5,7 @@
 mod obey;
 mod oracle;
 mod setup;
+pub mod switch;
 
 use std::io::{self, Write};
 use std::ops::Deref;

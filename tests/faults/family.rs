@@ -9,8 +9,8 @@ use forkvm::vmm::PausedVm;
 use forkvm::{CloneSpec, End, FaultConfig, FreezeKind, MemoryMode};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::common::switch::{Manner, Switch};
 use crate::common::{Guest, LONG, Obedient, Setup, fork_by, scaled};
-use crate::switch::{Manner, Switch};
 
 pub(crate) const PAGE: u64 = 4096;
 

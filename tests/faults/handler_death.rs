@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use crate::common::need_kvm;
+use crate::common::switch::Manner;
 use crate::family::{FIRST, LIVE, Origin, expect_lost, pages};
-use crate::switch::Manner;
 
 const LATE: Duration = Duration::from_secs(10);
 

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use forkvm::End;
 use forkvm::vmm::memory::data_extents;
 
+use crate::common::switch::Manner;
 use crate::common::{LONG, need_kvm};
 use crate::family::{FIRST, LIVE, Origin, SOON, members, pages};
-use crate::switch::Manner;
 
 /// Longer than any test waits: nothing here ends by a deadline.
 const NEVER: Duration = Duration::from_secs(300);

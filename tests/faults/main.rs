@@ -12,4 +12,3 @@ mod mid_request;
 mod model;
 mod replay;
 mod sources;
-mod switch;

@@ -12,9 +12,9 @@ use forkvm::vmm::PausedVm;
 use forkvm::{CloneSpec, DiskSource, End, FaultConfig, ForkPoint, FreezeKind, MemoryMode};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::common::switch::{Manner, Switch};
 use crate::common::{Guest, LONG, Setup, expect_end, fork_by, need_kvm};
 use crate::family::{PAGE, SOON, expect_lost, impatient};
-use crate::switch::{Manner, Switch};
 
 /// Of the pause that fails.
 const PAUSE: Duration = Duration::from_millis(200);

@@ -11,9 +11,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use forkvm::engine::{Member, WorkingSetPolicy};
 use forkvm::{End, FaultConfig, ForkPoint, FreezeKind, MemoryMode};
 
+use crate::common::switch::{Manner, Switch};
 use crate::common::{Guest, LONG, Obedient, Setup, expect_end, fork_by, need_kvm, scaled};
 use crate::family::PAGE;
-use crate::switch::{Manner, Switch};
 
 use FreezeKind::{Auto, Copy, Delta, Remap, Stop, WriteProtect};
 use MemoryMode::{Cow, Lazy};

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use forkvm::{FreezeKind, MemoryMode};
 
+use crate::common::switch::Manner;
 use crate::common::{LONG, Obedient, fork_by, need_kvm};
 use crate::family::{FIRST, LIVE, Origin, SOON, expect_lost, pages};
-use crate::switch::Manner;
 
 const DEADLINE: Duration = Duration::from_secs(2);
 

@@ -13,6 +13,8 @@ use forkvm::engine::{Family, MemberError, Phase};
 use forkvm::vmm::Kvm;
 use forkvm::{CloneSpec, DiskSource, End, FamilyConfig, Finished, FreezeKind, MemoryMode};
 
+use crate::common::switch::{Manner, Switch};
+
 use crate::common::{
     Guest, LONG, Obedient, Setup, expect_end, expect_oracle_ok, finish_oracle, fork_by, need_kvm,
 };
@@ -36,6 +38,11 @@ macro_rules! kit {
         kit!(@ clones_of_a_copy_verify_all_they_know);
         kit!(@ clones_of_a_stop_verify_all_they_know);
         kit!(@ clones_of_a_delta_verify_all_they_know);
+        kit!(@ lazy_clones_of_a_write_protect_verify_all_they_know);
+        kit!(@ lazy_clones_of_a_delta_verify_all_they_know);
+        kit!(@ a_lazy_clone_sees_its_fork_while_its_parent_writes);
+        kit!(@ lazy_clones_outlive_their_parent_and_their_fork_point);
+        kit!(@ a_lazy_clone_ends_with_the_reason_when_its_source_is_gone);
         kit!(@ clones_of_a_fork_point_start_later_and_without_their_parent);
         kit!(@ shells_that_were_filled_serve_clones);
         kit!(@ what_a_clone_writes_is_its_own);
@@ -111,6 +118,10 @@ fn a_guest_forks_itself_and_joins_its_clones(new: New) {
 
 /// Forks an oracle that is at work, in the middle of it.
 fn verify(new: New, before: Option<FreezeKind>, freeze: FreezeKind) {
+    verify_with(new, before, freeze, MemoryMode::Cow);
+}
+
+fn verify_with(new: New, before: Option<FreezeKind>, freeze: FreezeKind, mode: MemoryMode) {
     let folder = tempfile::tempdir().unwrap();
     let vm = new("job=oracle mib=2 writers=1 disk=1")
         .vcpus(2)
@@ -124,7 +135,7 @@ fn verify(new: New, before: Option<FreezeKind>, freeze: FreezeKind) {
         expect_oracle_ok(&vm, vm.member(), forks);
     }
     thread::sleep(Duration::from_millis(3));
-    let clones = vm.fork(fork_by(freeze, MemoryMode::Cow, 3)).unwrap();
+    let clones = vm.fork(fork_by(freeze, mode, 3)).unwrap();
     for clone in &clones {
         expect_end(&vm, clone.member(), End::Exited(0));
     }
@@ -150,6 +161,82 @@ fn clones_of_a_stop_verify_all_they_know(new: New) {
 
 fn clones_of_a_delta_verify_all_they_know(new: New) {
     verify(new, Some(FreezeKind::Remap), FreezeKind::Delta);
+}
+
+fn lazy_clones_of_a_write_protect_verify_all_they_know(new: New) {
+    verify_with(new, None, FreezeKind::WriteProtect, MemoryMode::Lazy);
+}
+
+fn lazy_clones_of_a_delta_verify_all_they_know(new: New) {
+    let before = Some(FreezeKind::Remap);
+    verify_with(new, before, FreezeKind::Delta, MemoryMode::Lazy);
+}
+
+/// A parent whose pages hold 1000 and on, and nobody who copies them ahead of a touch.
+fn parent_of_cold_clones(new: New) -> Guest {
+    let vm = new("job=obey pages=256").no_copier().boot();
+    vm.wait_ready(LONG).unwrap();
+    Obedient::new(&vm, vm.member()).write(0, 1000, 256);
+    vm
+}
+
+fn a_lazy_clone_sees_its_fork_while_its_parent_writes(new: New) {
+    let vm = parent_of_cold_clones(new);
+    let mut parent = Obedient::new(&vm, vm.member());
+    let cold = fork_by(FreezeKind::WriteProtect, MemoryMode::Lazy, 2);
+    let clones = vm.fork(cold).unwrap();
+    let mut first = Obedient::new(&vm, clones[0].member());
+    let mut second = Obedient::new(&vm, clones[1].member());
+    first.expect(0, 1000, 16);
+    parent.write(8, 5000, 64);
+    first.write(32, 6000, 4);
+    second.expect(0, 1000, 256);
+    first.expect(0, 1000, 32);
+    first.expect(32, 6000, 4);
+    first.expect(36, 1036, 220);
+    parent.expect(8, 5000, 64);
+    assert!(vm.family().faults().figures().pages_by_fault > 0);
+    for vm in [first, second, parent] {
+        vm.exit();
+    }
+}
+
+fn lazy_clones_outlive_their_parent_and_their_fork_point(new: New) {
+    let vm = parent_of_cold_clones(new);
+    let cold = fork_by(FreezeKind::WriteProtect, MemoryMode::Lazy, 2);
+    let point = vm.fork_point(cold).unwrap();
+    let clones = point.spawn(2).unwrap();
+    drop(point);
+    vm.kill();
+    assert_eq!(vm.member().wait().end, End::Killed);
+    for clone in &clones {
+        let mut clone = Obedient::new(&vm, clone);
+        clone.expect(0, 1000, 256);
+        clone.exit();
+    }
+}
+
+fn a_lazy_clone_ends_with_the_reason_when_its_source_is_gone(new: New) {
+    let switch = Switch::new();
+    let vm = new("job=obey pages=256")
+        .no_copier()
+        .sources(switch.clone())
+        .boot();
+    vm.wait_ready(LONG).unwrap();
+    let mut parent = Obedient::new(&vm, vm.member());
+    parent.write(0, 1000, 256);
+    let cold = fork_by(FreezeKind::WriteProtect, MemoryMode::Lazy, 1);
+    let clone = vm.fork(cold).unwrap().remove(0);
+    Obedient::new(&vm, clone.member()).expect(0, 1000, 16);
+    switch.set_all(Manner::Gone);
+    clone.member().console_input(b"r 0 256\n").unwrap();
+    let end = clone.member().wait_for(LONG).expect("it ends").end;
+    let End::Failed(why) = end else {
+        panic!("{end}");
+    };
+    assert!(why.contains("delivers no memory any more"), "{why}");
+    parent.expect(0, 1000, 256);
+    parent.exit();
 }
 
 fn clones_of_a_fork_point_start_later_and_without_their_parent(new: New) {

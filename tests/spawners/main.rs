@@ -7,5 +7,6 @@ mod common;
 mod crashes;
 mod engine_killed;
 mod kit;
+mod mid_fault;
 mod refusals;
 mod spread;

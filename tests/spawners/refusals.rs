@@ -4,12 +4,10 @@ use std::env;
 use std::process::Command;
 
 use forkvm::engine::{ForkError, MemberError};
-use forkvm::{
-    CloneSpec, End, Error, FreezeKind, MemoryMode, Process, ProcessConfig, WorkerProgram,
-};
+use forkvm::{CloneSpec, End, Error, Process, ProcessConfig, WorkerProgram};
 
 use crate::common::{
-    LONG, Obedient, Setup, expect_end, fork_by, need_kvm, worker_program, workers, workers_of,
+    LONG, Obedient, Setup, expect_end, need_kvm, worker_program, workers, workers_of,
 };
 
 /// Exit status of a guest whose fork was refused (guest-images/bare/README.md).
@@ -47,17 +45,6 @@ fn a_guest_in_a_worker_that_forks_is_told_that_the_call_is_not_known() {
     assert_eq!(end, End::Exited(REFUSED + 1));
     let text = vm.consoles.text();
     assert!(text.contains("vm.1: fork failed with error -38"), "{text}");
-}
-
-#[test]
-fn lazy_clones_are_refused_before_the_parent_is_touched() {
-    need_kvm!();
-    let vm = Setup::new("job=spin").spawner(workers()).boot();
-    vm.wait_ready(LONG).unwrap();
-    let lazy = fork_by(FreezeKind::Auto, MemoryMode::Lazy, 1);
-    let error = format!("{:?}", vm.fork(lazy).err().unwrap());
-    assert!(error.contains("Lazy"), "{error}");
-    assert!(vm.log.pauses().is_empty(), "it was not even paused");
 }
 
 fn refused(program: WorkerProgram) -> String {

@@ -7,7 +7,7 @@ use std::thread;
 use forkvm::engine::source::{PageSink, PageSource, SourceError, Sources};
 use vm_memory::VolatileSlice;
 
-use crate::common::LONG;
+use super::LONG;
 
 /// How a source answers for some pages.
 #[derive(Clone, Copy, Debug, PartialEq)]
