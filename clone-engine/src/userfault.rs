@@ -167,6 +167,20 @@ impl Userfault {
         self.wake(&ALL_ADDRESSES)
     }
 
+    /// Whether the memory that it watches is gone with its process, and whoever acted on it.
+    pub(crate) fn is_orphan(&self) -> Result<bool, UserfaultError> {
+        let start = ALL_ADDRESSES.start as *mut _;
+        // SAFETY: nothing is ever watched at the lowest address of all, so no page is mapped there.
+        match unsafe { self.uffd.zeropage(start, PAGE as usize, false) } {
+            Err(error) => match errno(&error) {
+                Some(libc::ESRCH) => Ok(true),
+                Some(libc::ENOENT | libc::EINVAL | libc::EAGAIN) => Ok(false),
+                _ => Err(failed("UFFDIO_ZEROPAGE")(error)),
+            },
+            Ok(_) => Ok(false),
+        }
+    }
+
     /// Lets writes to `range` through, those that wait included. Done when the range is gone.
     pub(crate) fn unprotect(&self, range: &Range<u64>) -> Result<(), UserfaultError> {
         let start = range.start as *mut _;

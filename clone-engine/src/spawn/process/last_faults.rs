@@ -6,48 +6,53 @@
 //! zero pages in the dead worker's own mapping, until its memory is gone.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use crate::userfault::{Userfault, UserfaultError};
 
-/// See the module's text.
-#[derive(Default)]
-pub(super) struct LastFaults {
-    userfaults: Vec<Userfault>,
-}
+/// How often is looked whether somebody waits. Who is woken asks again a moment later.
+const LOOK: Duration = Duration::from_millis(1);
 
-impl LastFaults {
-    /// Through the worker's userfaultfds. They do not wait any more: nobody else reads them.
-    pub(super) fn of(fds: Vec<OwnedFd>) -> LastFaults {
-        let open = |fd| {
-            let userfault = Userfault::of_other(fd);
-            match userfault.set_blocking(false) {
-                Ok(()) => Some(userfault),
-                Err(error) => {
-                    tracing::error!(%error, "the faults of a dead worker cannot be read");
-                    None
-                }
-            }
-        };
-        LastFaults {
-            userfaults: fds.into_iter().filter_map(open).collect(),
+/// Answers what comes through a dead worker's userfaultfds, in a thread that ends with the worker's memory:
+/// the process may be gone before that.
+pub(super) fn answer(pid: u32, userfaults: Vec<OwnedFd>) {
+    if userfaults.is_empty() {
+        return;
+    }
+    let userfaults: Arc<[Userfault]> = userfaults.into_iter().map(Userfault::of_other).collect();
+    let answering = userfaults.clone();
+    let answer = move || {
+        // Each is looked at each time.
+        while answering
+            .iter()
+            .filter(|userfault| !has_ended(pid, userfault))
+            .count()
+            > 0
+        {
+            thread::sleep(LOOK);
         }
-    }
-
-    /// Answers what waits now.
-    pub(super) fn answer(&mut self) {
-        self.userfaults.retain(|userfault| match answer(userfault) {
-            Ok(()) => true,
-            Err(error) => {
-                tracing::debug!(%error, "no fault of a dead worker is answered any more");
-                false
-            }
-        });
+        tracing::debug!(pid, "the memory of a dead worker is gone");
+    };
+    let thread = thread::Builder::new().name(format!("faults-{pid}"));
+    if let Err(error) = thread.spawn(answer) {
+        tracing::error!(%error, pid, "no thread to answer the last faults of a worker");
+        // Never closed: what still waits had better wait for ever.
+        std::mem::forget(userfaults);
     }
 }
 
-fn answer(userfault: &Userfault) -> Result<(), UserfaultError> {
-    // What the worker had read and not answered is not told twice, but whoever is woken asks again.
-    userfault.wake_all()?;
+fn has_ended(pid: u32, userfault: &Userfault) -> bool {
+    answer_all(userfault).unwrap_or_else(|error| {
+        tracing::error!(%error, pid, "the faults of a dead worker are not answered");
+        false
+    })
+}
+
+/// Answers what waits now. Whether there can be no more.
+fn answer_all(userfault: &Userfault) -> Result<bool, UserfaultError> {
+    userfault.set_blocking(false)?;
     while let Some(fault) = userfault.next_fault()? {
         let page = fault.page();
         match fault.written {
@@ -57,5 +62,7 @@ fn answer(userfault: &Userfault) -> Result<(), UserfaultError> {
             }
         }
     }
-    Ok(())
+    // What the worker had read and not answered is not told twice, but whoever is woken asks again.
+    userfault.wake_all()?;
+    userfault.is_orphan()
 }

@@ -18,7 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 use std::{io, mem};
 
-use super::last_faults::LastFaults;
+use super::last_faults;
 use super::pages::Pages;
 use super::resident::{Request, Resident};
 use super::{SocketError, SpawnError, WorkerError, WorkerProgram};
@@ -243,7 +243,7 @@ impl Started {
         let limited = socket.receive_within(Some(LOOK));
         let why = why.or_else(|| Some(limited.err()?.to_string()));
         if let Some(why) = why {
-            return Err(program.refused(match child.end(|| ()) {
+            return Err(program.refused(match child.end() {
                 Some(how) => format!("{why}; it ended: {how}"),
                 None => why,
             }));
@@ -283,16 +283,15 @@ impl Started {
 }
 
 impl OwnChild {
-    /// Ends it and says how it ended; `None` if it does not go away. What a dying process waits for may
-    /// be done by `meanwhile`.
-    fn end(&mut self, meanwhile: impl FnMut()) -> Option<String> {
-        end(&mut self.child.take()?, meanwhile)
+    /// Ends it and says how it ended; `None` if it does not go away.
+    fn end(&mut self) -> Option<String> {
+        end(&mut self.child.take()?)
     }
 }
 
 impl Drop for OwnChild {
     fn drop(&mut self) {
-        self.end(|| ());
+        self.end();
     }
 }
 
@@ -437,10 +436,8 @@ impl Link {
         self.socket.close();
         self.pages.close();
         let userfaults = mem::take(&mut self.state().userfaults);
-        let mut faults = LastFaults::of(userfaults);
-        let ended = child
-            .end(|| faults.answer())
-            .unwrap_or_else(|| "it does not go away".into());
+        last_faults::answer(self.pid, userfaults);
+        let ended = child.end().unwrap_or_else(|| "it does not go away".into());
         let how = why.map_or(ended.clone(), |why| format!("{why}; {ended}"));
         let death = WorkerError::Died { pid: self.pid, how };
         let mut state = self.state();
@@ -604,14 +601,13 @@ impl Drop for HandedOver {
 
 /// Ends a process whose socket is closed, if it has not ended by itself, and says how it did. `None`
 /// if it does not go away: that can only be the kernel's doing.
-fn end(child: &mut Child, mut meanwhile: impl FnMut()) -> Option<String> {
+fn end(child: &mut Child) -> Option<String> {
     let until = Instant::now() + GOING;
     // One that is ending by itself does so as it had begun.
     if let Err(error) = child.kill() {
         tracing::debug!(%error, "a worker that has ended");
     }
     loop {
-        meanwhile();
         match child.try_wait() {
             Ok(Some(status)) => return Some(status.to_string()),
             Ok(None) if Instant::now() < until => thread::sleep(Duration::from_millis(1)),

@@ -199,9 +199,15 @@ impl Preparing {
 impl Prepared for Waiting {
     fn start(mut self: Box<Self>) -> Result<Arc<Member>, SpawnError> {
         // From here on its end is told, also that of a worker that dies.
-        match self.link.state().residents.get_mut(&self.number) {
-            Some(resident) => resident.member = Some(self.member.clone()),
-            None => return Err(self.link.death().into()),
+        let is_there = {
+            let mut state = self.link.state();
+            let resident = state.residents.get_mut(&self.number);
+            resident
+                .map(|resident| resident.member = Some(self.member.clone()))
+                .is_some()
+        };
+        if !is_there {
+            return Err(self.link.death().into());
         }
         // Before it runs: what a family that ends has not heard of it could not end.
         self.family.enter(&self.member)?;

@@ -1,0 +1,154 @@
+//! A process dies while clones wait for pages: no page comes to be in an image that nobody put there.
+//!
+//! What waits may be a thread of the kernel's, on behalf of KVM, that no signal ends. If it went on when
+//! the userfaultfd of a dying process closes, it would find a hole in the image's file and fill it.
+
+use std::env;
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::os::fd::AsRawFd;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::thread;
+
+use forkvm::engine::{ForkPoint, Member};
+use forkvm::vmm::memory::data_extents;
+use forkvm::{End, FaultConfig, FreezeKind, MemoryMode};
+
+use crate::common::switch::{Manner, Switch};
+use crate::common::{Guest, LONG, Obedient, Setup, fork_by, need_kvm, workers_of};
+use crate::spread::{is_gone, kill, wait_until};
+
+/// Set for the part of a test that is killed.
+const KILLED: &str = "FORKVM_TEST_KILLED_MID_FAULT";
+
+const PAGES: u64 = 256;
+
+/// A parent, and cold clones of it in workers of their own; from now on sources stall.
+struct Stalled {
+    vm: Guest,
+    switch: Switch,
+    point: Arc<ForkPoint>,
+    clones: Vec<Arc<Member>>,
+}
+
+impl Stalled {
+    fn new(clones: u32) -> Stalled {
+        let switch = Switch::new();
+        let vm = Setup::new(format!("job=obey pages={PAGES}"))
+            .spawner(workers_of(clones as usize, 1))
+            .faults(FaultConfig {
+                background: None,
+                page_deadline: LONG,
+                ..FaultConfig::default()
+            })
+            .sources(switch.clone())
+            .boot();
+        vm.wait_ready(LONG).unwrap();
+        Obedient::new(&vm, vm.member()).write(0, 1000, PAGES);
+        let cold = fork_by(FreezeKind::WriteProtect, MemoryMode::Lazy, clones);
+        let point = vm.fork_point(cold).unwrap();
+        let clones = point.spawn(clones).unwrap();
+        for clone in &clones {
+            Obedient::new(&vm, clone).expect(0, 1000, 1);
+        }
+        switch.set_all(Manner::Stall);
+        Stalled {
+            vm,
+            switch,
+            point,
+            clones,
+        }
+    }
+
+    /// Has `clone` touch what is not there.
+    fn touch(&self, clone: &Member) {
+        let all = format!("r 0 {PAGES}\n");
+        assert_eq!(clone.console_input(all.as_bytes()).unwrap(), all.len());
+    }
+}
+
+#[test]
+fn a_worker_that_is_killed_as_its_clone_waits_for_a_page_leaves_none_to_the_others() {
+    need_kvm!();
+    for _ in 0..3 {
+        let stalled = Stalled::new(2);
+        let image = stalled.point.image().file();
+        stalled.touch(&stalled.clones[0]);
+        stalled.switch.wait_stalled();
+        let before = data_extents(image).unwrap();
+        let worker = stalled.clones[0].process().expect("it lives in a worker");
+        kill(worker);
+        let end = stalled.clones[0].wait_for(LONG).expect("it ends").end;
+        assert!(
+            matches!(&end, End::Failed(why) if why.contains("SIGKILL")),
+            "{end}"
+        );
+        wait_until("the worker is gone", || is_gone(worker));
+        assert_eq!(data_extents(image).unwrap(), before);
+
+        stalled.switch.set_all(Manner::Far);
+        let mut other = Obedient::new(&stalled.vm, &stalled.clones[1]);
+        other.expect(0, 1000, PAGES);
+        Obedient::new(&stalled.vm, stalled.vm.member()).expect(0, 1000, PAGES);
+        other.exit();
+    }
+}
+
+#[test]
+fn workers_whose_engine_is_killed_as_their_clones_wait_for_pages_leave_none_in_its_images() {
+    need_kvm!();
+    let mut engine = Command::new(env::current_exe().unwrap())
+        .args(["--exact", "mid_fault::wait_for_pages_and_to_be_killed"])
+        .args(["--ignored", "--nocapture"])
+        .env(KILLED, "1")
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let (mut workers, mut image): (Vec<u32>, Option<File>) = (Vec::new(), None);
+    for line in BufReader::new(engine.stdout.take().unwrap()).lines() {
+        let line = line.unwrap();
+        if let Some(worker) = line.strip_prefix("worker ") {
+            workers.push(worker.parse().unwrap());
+        }
+        if let Some(fd) = line.strip_prefix("image ") {
+            image = Some(File::open(format!("/proc/{}/fd/{fd}", engine.id())).unwrap());
+        }
+        if line == "stalled" {
+            break;
+        }
+    }
+    let image = image.expect("the engine stalled");
+    let before = data_extents(&image).unwrap();
+    assert!(!before.is_empty());
+    engine.kill().unwrap();
+    engine.wait().unwrap();
+    assert_eq!(workers.len(), 2);
+    for worker in workers {
+        wait_until("the worker ends itself", || is_gone(worker));
+    }
+    assert_eq!(data_extents(&image).unwrap(), before);
+}
+
+#[test]
+#[ignore = "workers_whose_engine_is_killed_as_their_clones_wait_for_pages_leave_none_in_its_images runs it"]
+fn wait_for_pages_and_to_be_killed() {
+    if env::var_os(KILLED).is_none() {
+        println!("skipped: only a part of another test");
+        return;
+    }
+    let stalled = Stalled::new(2);
+    // What the harness has begun to print has no end of line.
+    println!();
+    let spawner = &stalled.vm.family().config().spawner;
+    for worker in spawner.processes() {
+        println!("worker {worker}");
+    }
+    println!("image {}", stalled.point.image().file().as_raw_fd());
+    for clone in &stalled.clones {
+        stalled.touch(clone);
+    }
+    stalled.switch.wait_stalled();
+    println!("stalled");
+    thread::sleep(LONG);
+}
