@@ -89,7 +89,8 @@ impl SubjectSpec {
         chunk: None,
     };
 
-    fn cmdline(&self) -> String {
+    /// What its guest is told.
+    pub fn cmdline(&self) -> String {
         let Work {
             read_pages,
             scattered,
