@@ -169,7 +169,9 @@ fn a_peer_is_measured_beside_clones_and_one_that_is_missing_is_named_with_what_i
             "naive/read",
             "naive/map-private",
         ] {
-            if missing(peer).is_some() {
+            if let Some(missing) = missing(peer) {
+                let why = missing["why"].as_str().unwrap();
+                assert!(why.contains("apt-get install"), "{peer}: {why}");
                 continue;
             }
             let n = |case: &str| row(&report, case)["n"].as_u64().unwrap();

@@ -12,6 +12,10 @@ use serde_json::{Value, json};
 
 use super::process::path_of;
 
+/// Far more than it takes: QEMU does not say what it has taken, and nobody's clock runs.
+const PASSES: u32 = 16;
+const BETWEEN_PASSES: Duration = Duration::from_millis(10);
+
 /// A connection to a running QEMU.
 pub(super) struct Monitor {
     socket: UnixStream,
@@ -34,11 +38,12 @@ impl Monitor {
         self.call("stop", json!({})).map(drop)
     }
 
-    /// Comes back when QEMU has done whatever was waiting for it: each command passes its main loop,
-    /// which serves all that is ready.
+    /// Comes back when QEMU has taken a byte that waits for it on a console: each command passes its main
+    /// loop, which serves what is ready.
     pub(super) fn pass_main_loop(&mut self) -> io::Result<()> {
-        for _ in 0..3 {
+        for _ in 0..PASSES {
             self.call("query-status", json!({}))?;
+            thread::sleep(BETWEEN_PASSES);
         }
         Ok(())
     }
