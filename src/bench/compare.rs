@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use thiserror::Error;
 
+use super::measure::Unit;
 use crate::percentiles::Percentiles;
 
 /// A change of the median below this share of the old one is none.
@@ -73,9 +74,9 @@ pub struct NoReport(#[source] serde_json::Error);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verdict {
-    /// Less than before, beyond noise.
+    /// Less than before, beyond noise; of a ratio more.
     Better,
-    /// More than before, beyond noise.
+    /// More than before, beyond noise; of a ratio less.
     Worse,
     /// Within noise.
     Same,
@@ -160,6 +161,7 @@ fn judge(old: Option<&PastRow>, new: Option<&PastRow>) -> Compared {
             Verdict::OnlyNew
         },
     };
+    let more_is_better = compared.unit == Unit::Ratio.as_str();
     if let (Some(old), Some(new)) = (old, new) {
         let (old, new) = (&old.percentiles, &new.percentiles);
         let change = new.p50 - old.p50;
@@ -172,7 +174,7 @@ fn judge(old: Option<&PastRow>, new: Option<&PastRow>) -> Compared {
         compared.verdict = match () {
             () if old.n.min(new.n) < FEWEST => Verdict::TooFew,
             () if change.abs() <= noise => Verdict::Same,
-            () if change < 0.0 => Verdict::Better,
+            () if (change < 0.0) != more_is_better => Verdict::Better,
             () => Verdict::Worse,
         };
     }

@@ -39,7 +39,7 @@ pub struct Repetitions {
     pub measured: u32,
 }
 
-/// In what a case is measured. Of all of them less is better.
+/// In what a case is measured. Less is better, but of a ratio.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum Unit {
     /// Microseconds.
@@ -57,6 +57,9 @@ pub enum Unit {
     /// Percent more than what it is compared with; less than 0 is possible.
     #[serde(rename = "percent")]
     Percent,
+    /// How many times as long as forkvm something else takes.
+    #[serde(rename = "ratio")]
+    Ratio,
 }
 
 impl Unit {
@@ -68,6 +71,7 @@ impl Unit {
             Unit::Kib => "KiB",
             Unit::Mib => "MiB",
             Unit::Percent => "percent",
+            Unit::Ratio => "ratio",
         }
     }
 

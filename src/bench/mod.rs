@@ -7,7 +7,8 @@
 //! [`compare`] holds two against each other.
 //!
 //! A scenario is one file in [`scenarios`] and one line in [`SCENARIOS`]. What the engine can be set
-//! up as is in [`setting`], the VM that is measured in [`subject`].
+//! up as is in [`setting`], the VM that is measured in [`subject`], several that are frozen in turn in
+//! [`parents`].
 //!
 //! It prints nothing and hears no signals: that is the command's. Figures come from where things
 //! happen (the engine's trace, reports of guests, the kernel's accounts), never from options.
@@ -18,6 +19,7 @@ pub mod export;
 pub mod measure;
 pub mod outliers;
 pub mod page;
+pub mod parents;
 pub mod report;
 pub mod runner;
 pub mod scenarios;

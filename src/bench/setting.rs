@@ -1,12 +1,14 @@
 //! How the engine is set up while it is measured: the first parts of a case's name.
 
+use std::env;
 use std::sync::Arc;
 
-use forkvm_clone_engine::spawn::Spawner;
 use forkvm_clone_engine::spawn::in_process::InProcess;
-use forkvm_clone_engine::{FamilyConfig, FaultConfig, Observer};
+use forkvm_clone_engine::spawn::process::{Process, ProcessConfig, WorkerProgram};
+use forkvm_clone_engine::spawn::{SpawnError, Spawner};
+use forkvm_clone_engine::{FamilyConfig, FaultConfig, MemoryMode, Observer, WorkingSetPolicy};
 
-use super::measure::BenchError;
+use super::measure::{BenchError, call};
 use crate::Vm;
 
 /// Where the VM of a clone comes from.
@@ -47,23 +49,41 @@ impl Pool {
 pub enum Place {
     /// In the process of its parent.
     InProcess,
+    /// In a worker, a process that was started before.
+    Process,
 }
 
 /// Every place.
-pub const PLACES: &[Place] = &[Place::InProcess];
+pub const PLACES: &[Place] = &[Place::InProcess, Place::Process];
 
 impl Place {
     /// The word in the names of cases.
     pub fn as_str(self) -> &'static str {
         match self {
             Place::InProcess => "in-process",
+            Place::Process => "process",
         }
     }
 
-    fn spawner(self) -> Arc<dyn Spawner> {
+    /// Whether clones of this memory mode are measured there.
+    pub fn serves(self, mode: MemoryMode) -> bool {
         match self {
-            Place::InProcess => Arc::new(InProcess),
+            Place::InProcess => true,
+            Place::Process => mode == MemoryMode::Cow,
         }
+    }
+
+    /// Starts workers where clones live in some: this program, which the command makes one of.
+    fn spawner(self) -> Result<Arc<dyn Spawner>, BenchError> {
+        Ok(match self {
+            Place::InProcess => Arc::new(InProcess),
+            Place::Process => {
+                let path = env::current_exe().map_err(call("finding this program"))?;
+                let args = vec!["worker".into()];
+                let workers = ProcessConfig::new(WorkerProgram { path, args });
+                Arc::new(Process::start(workers).map_err(SpawnError::from)?)
+            }
+        })
     }
 }
 
@@ -83,20 +103,26 @@ impl Setting {
         place: Place::InProcess,
     };
 
-    /// A family that is set up like that. Nothing comes into its images but what is touched, so that
-    /// one repetition does not work while another is measured; `chunk` bytes come together, the
-    /// engine's default with `None`.
-    pub fn family(self, observer: Arc<dyn Observer>, chunk: Option<u64>) -> FamilyConfig {
+    /// A family that is set up like that. Nothing comes into its images but what is touched and, if
+    /// `working_set` says so, what earlier clones touched, so that one repetition does not work while
+    /// another is measured; `chunk` bytes come together, the engine's default with `None`.
+    pub fn family(
+        self,
+        observer: Arc<dyn Observer>,
+        chunk: Option<u64>,
+        working_set: WorkingSetPolicy,
+    ) -> Result<FamilyConfig, BenchError> {
         let usual = FaultConfig::default();
-        FamilyConfig {
+        Ok(FamilyConfig {
             observer,
-            spawner: self.place.spawner(),
+            spawner: self.place.spawner()?,
             faults: FaultConfig {
                 background: None,
                 chunk: chunk.unwrap_or(usual.chunk),
+                working_set,
                 ..usual
             },
             ..FamilyConfig::default()
-        }
+        })
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use forkvm_abi::doorbell::report;
 use forkvm_clone_engine::{
     BootSpec, CloneSpec, FamilyConfig, ForkPoint, FreezeKind, Member, MemoryMode, Observer, Phase,
-    Timeline, Vetoed,
+    Timeline, Vetoed, WorkingSetPolicy,
 };
 use forkvm_vmm::PausedVm;
 
@@ -52,6 +52,8 @@ pub struct SubjectSpec {
     pub setting: Setting,
     /// Bytes that are brought together when a page is missing; `None` for the engine's default.
     pub chunk: Option<u64>,
+    /// Whether a lazy fork point is given at once what clones of the one before touched.
+    pub working_set: WorkingSetPolicy,
 }
 
 /// What a clone does before it answers.
@@ -87,9 +89,11 @@ impl SubjectSpec {
         own_forks: (FreezeKind::Auto, MemoryMode::Cow),
         setting: Setting::PLAIN,
         chunk: None,
+        working_set: WorkingSetPolicy::Off,
     };
 
-    fn cmdline(&self) -> String {
+    /// What its guest is told.
+    pub fn cmdline(&self) -> String {
         let Work {
             read_pages,
             scattered,
@@ -124,7 +128,9 @@ impl Subject {
         let (freeze, mode) = spec.own_forks;
         let config = FamilyConfig {
             guest_forks: fork_by(freeze, mode, 1),
-            ..spec.setting.family(trace.clone(), spec.chunk)
+            ..spec
+                .setting
+                .family(trace.clone(), spec.chunk, spec.working_set)?
         };
         let boot = BootSpec {
             name: "bench".into(),

@@ -3,11 +3,13 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tempfile::tempdir;
 
-use super::common::need_kvm;
+use super::common::{LONG, need_kvm};
 use super::harness::{Running, forkvm, names_in};
 
 /// Columns of every row.
@@ -71,12 +73,18 @@ fn instantiate_reports_each_end_point_by_contract_and_in_its_order() {
     assert_eq!(report["seed"], 7);
     assert_eq!(report["partial"], false);
     let skipped = report["skipped"].as_array().unwrap().len();
-    let memories = ["cow", "lazy", "sibling"];
-    for (pool, memory) in ["pooled", "unpooled"]
+    let ways = [
+        "cow/in-process",
+        "cow/process",
+        "lazy/in-process",
+        "sibling/in-process",
+        "replayed/in-process",
+    ];
+    for (pool, way) in ["pooled", "unpooled"]
         .into_iter()
-        .flat_map(|pool| memories.map(|memory| (pool, memory)))
+        .flat_map(|pool| ways.map(|way| (pool, way)))
     {
-        if memory != "cow" && skipped > 0 {
+        if !way.starts_with("cow") && skipped > 0 {
             continue;
         }
         let points = [
@@ -87,13 +95,13 @@ fn instantiate_reports_each_end_point_by_contract_and_in_its_order() {
             "first_answer",
         ];
         let p50 = |point| {
-            let row = row(&report, &format!("{pool}/{memory}/in-process/{point}"));
+            let row = row(&report, &format!("{pool}/{way}/{point}"));
             assert_eq!(row["unit"], "us");
             row["p50"].as_f64().unwrap()
         };
         assert!(
             points.map(p50).is_sorted(),
-            "{pool}/{memory}: {:?}",
+            "{pool}/{way}: {:?}",
             points.map(p50)
         );
     }
@@ -107,6 +115,7 @@ fn every_scenario_has_rows_and_files_to_show_them() {
         ("depth", "3/first_action"),
         ("fault", "cow/first"),
         ("memory", "idle/private"),
+        ("peers", "forkvm/pooled"),
         ("rewind", "slot-readd/512-pages"),
     ] {
         let dir = tempdir().unwrap();
@@ -129,6 +138,93 @@ fn every_scenario_has_rows_and_files_to_show_them() {
                 !plots.is_empty() && plots.iter().all(|name| name.ends_with(".svg")),
                 "{plots:?}"
             );
+        }
+    }
+}
+
+#[test]
+fn a_peer_is_measured_beside_clones_and_one_that_is_missing_is_named_with_what_installs_it() {
+    need_kvm!();
+    let dir = tempdir().unwrap();
+    for path in [
+        PathBuf::from(std::env::var_os("PATH").unwrap()),
+        dir.path().to_owned(),
+    ] {
+        let ended = Command::new(env!("CARGO_BIN_EXE_forkvm"))
+            .args(["bench", "peers", "--quick", "--seed", "7", "--json", "-"])
+            .current_dir(dir.path())
+            .env("PATH", &path)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&ended.stderr);
+        assert_eq!(ended.status.code(), Some(0), "{said}");
+        let report = parse(&String::from_utf8_lossy(&ended.stdout));
+        expect_contract(&report, "peers");
+        assert_eq!(report["partial"], false);
+        let skipped = report["skipped"].as_array().unwrap();
+        let missing = |peer: &str| skipped.iter().find(|one| one["case"] == peer);
+        if path == dir.path() {
+            let why = missing("qemu/restore").expect("QEMU is not in PATH")["why"].to_string();
+            assert!(why.contains("apt-get install qemu-system-x86"), "{why}");
+            let shown = "peers qemu/restore: not measured: qemu-system-x86_64 is not in PATH";
+            assert!(said.contains(shown), "{said}");
+        }
+        for peer in [
+            "fork+exec",
+            "qemu/restore",
+            "naive/read",
+            "naive/map-private",
+        ] {
+            if let Some(missing) = missing(peer) {
+                let why = missing["why"].as_str().unwrap();
+                assert!(why.contains("apt-get install"), "{peer}: {why}");
+                continue;
+            }
+            let n = |case: &str| row(&report, case)["n"].as_u64().unwrap();
+            for pool in ["pooled", "unpooled"] {
+                let ratio = format!("{peer}/over-{pool}");
+                assert_eq!(row(&report, &ratio)["unit"], "ratio");
+                assert_eq!(n(&ratio), n(peer));
+            }
+        }
+    }
+}
+
+/// Processes of QEMU that the forkvm with this number has started: their command lines name it.
+fn qemus_of(pid: u32) -> Vec<String> {
+    let kernel = format!("/proc/{pid}/fd/");
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    processes
+        .filter_map(|process| fs::read_to_string(process.path().join("cmdline")).ok())
+        .filter(|line| line.contains("qemu-system") && line.contains(&kernel))
+        .collect()
+}
+
+#[test]
+fn no_qemu_outlives_a_run_however_that_ends() {
+    need_kvm!();
+    let dir = tempdir().unwrap();
+    for (signal, option) in [
+        ("KILL", "mode=control"),
+        ("KILL", "-incoming"),
+        ("INT", "-incoming"),
+    ] {
+        let mut running = Running::start(dir.path(), &["bench", "peers", "--quick"]);
+        let pid = running.child().id();
+        let begun = Instant::now();
+        while !qemus_of(pid).iter().any(|line| line.contains(option)) {
+            if running.child().try_wait().unwrap().is_some() || begun.elapsed() > LONG {
+                println!("skipped: no QEMU that can run the guest here");
+                return;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        running.signal(signal);
+        drop(running.wait());
+        let ended = Instant::now();
+        while !qemus_of(pid).is_empty() {
+            assert!(ended.elapsed() < LONG, "{signal}: {:?}", qemus_of(pid));
+            thread::sleep(Duration::from_millis(10));
         }
     }
 }

@@ -6,6 +6,7 @@ use forkvm_abi::EXIT_PORT;
 
 use crate::boot_info::BootInfo;
 use crate::doorbell::{Doorbell, Forked};
+use crate::listener::Listener;
 use crate::pages::Page;
 use crate::{port, println, ring0};
 
@@ -38,6 +39,14 @@ impl Machine {
             println!("this host has no fork doorbell");
             exit(REFUSED)
         })
+    }
+
+    /// Who hears of a job that does not need the doorbell.
+    pub fn listener(&self) -> Listener<'_> {
+        match &self.doorbell {
+            Some(doorbell) => Listener::Doorbell(doorbell),
+            None => Listener::Console,
+        }
     }
 
     /// [`Doorbell::fork`] by vCPU `cpu`. Where the host refuses, the guest ends with [`REFUSED`].

@@ -20,6 +20,7 @@ mod fastq_share;
 mod heap;
 mod interrupts;
 mod jobs;
+mod listener;
 mod machine;
 mod pages;
 mod paging;

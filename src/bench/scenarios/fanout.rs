@@ -11,6 +11,7 @@ use forkvm_clone_engine::{
 use crate::bench::chart::{Chart, Marks, Series};
 use crate::bench::measure::{BenchError, Experiment, Repetitions, Samples, Unit};
 use crate::bench::report::Row;
+use crate::bench::setting::{Place, Setting};
 use crate::bench::subject::{Subject, SubjectSpec, Work, end, passed, wait_answer};
 use crate::bench::{Scale, Scenario};
 
@@ -18,7 +19,8 @@ use crate::bench::{Scale, Scenario};
 pub(super) const SCENARIO: Scenario = Scenario {
     name: "fanout",
     about: "1 to 1000 clones of one fork point, until the last of them runs",
-    reading: "Clock instantiate: from the spawn request on a fork point that exists, with the pool filled before; fill: what that took. all_running: the last clone has entered its first KVM_RUN; \
+    reading: "Clock instantiate: from the spawn request on a fork point that exists, with the pool filled before; fill: what that took. process: the clones live in workers, \
+              started and filled before. all_running: the last clone has entered its first KVM_RUN; \
               all_acted: the last one's first action was seen. 512 MiB of RAM each, 64 MiB populated; every clone must answer, or the \
               row is not there.",
     experiments,
@@ -30,18 +32,27 @@ fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
     let quick = [(1, 10), (10, 3), (32, 2), (100, 2)];
     let small = [(1, 2), (4, 1)];
     let sizes = scale.pick(&full[..], &quick[..], &small[..]);
-    let one = |&(clones, measured): &(u32, u32)| -> Box<dyn Experiment> {
-        Box::new(Fanout {
-            clones,
-            measured,
-            subject: None,
-            point: None,
-        })
-    };
-    sizes.iter().map(one).collect()
+    let full = [(10, 10), (100, 5), (1000, 2)];
+    let quick = [(10, 2), (100, 1)];
+    let small = [(4, 1)];
+    let in_workers = scale.pick(&full[..], &quick[..], &small[..]);
+    let mut all: Vec<Box<dyn Experiment>> = Vec::new();
+    for (place, sizes) in [(Place::InProcess, sizes), (Place::Process, in_workers)] {
+        for &(clones, measured) in sizes {
+            all.push(Box::new(Fanout {
+                place,
+                clones,
+                measured,
+                subject: None,
+                point: None,
+            }));
+        }
+    }
+    all
 }
 
 struct Fanout {
+    place: Place,
     clones: u32,
     measured: u32,
     // Before the subject: its family ends with that.
@@ -51,7 +62,10 @@ struct Fanout {
 
 impl Experiment for Fanout {
     fn name(&self) -> String {
-        self.clones.to_string()
+        match self.place {
+            Place::InProcess => self.clones.to_string(),
+            Place::Process => format!("{}/{}", self.clones, self.place.as_str()),
+        }
     }
 
     fn repetitions(&self) -> Repetitions {
@@ -67,6 +81,10 @@ impl Experiment for Fanout {
             work: Work {
                 read_pages: 1,
                 ..Work::default()
+            },
+            setting: Setting {
+                place: self.place,
+                ..Setting::PLAIN
             },
             ..SubjectSpec::USUAL
         })?;
@@ -128,21 +146,30 @@ fn measure(clones: &[Arc<Member>], asked: Instant) -> Result<[Duration; 2], Benc
 }
 
 fn charts(rows: &[Row]) -> Vec<Chart> {
-    let series = |case: &str| Series {
-        name: case.to_owned(),
+    let series = |name: &str| Series {
+        name: name.to_owned(),
         points: rows
             .iter()
-            .filter(|row| row.case.ends_with(&format!("/{case}")))
+            .filter(|row| {
+                row.case
+                    .split_once('/')
+                    .is_some_and(|(_, case)| case == name)
+            })
             .filter_map(|row| Some((*row.columns.get("clones")?, row.percentiles.p50)))
             .collect(),
         marked: true,
     };
+    let names = ["all_running", "all_acted", "fill"];
+    let in_workers = names.map(|name| format!("{}/{name}", Place::Process.as_str()));
+    let all = names
+        .into_iter()
+        .chain(in_workers.iter().map(String::as_str));
     vec![Chart {
         name: "fanout".into(),
         title: "Clones of one fork point, until the last of them is there".into(),
         x: "clones".into(),
         y: "median time, ms".into(),
         log: (true, true),
-        marks: Marks::Lines(["all_running", "all_acted", "fill"].map(series).to_vec()),
+        marks: Marks::Lines(all.map(series).collect()),
     }]
 }

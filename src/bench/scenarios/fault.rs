@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use forkvm_clone_engine::{ForkPoint, FreezeKind, MemoryMode};
+use forkvm_clone_engine::{ForkPoint, FreezeKind, MemoryMode, WorkingSetPolicy};
 
 use crate::bench::chart::{Chart, Marks, Series};
 use crate::bench::measure::{BenchError, Experiment, Repetitions, Samples, Unit};
@@ -13,9 +13,10 @@ use crate::bench::{Scale, Scenario};
 /// See the module's text.
 pub(super) const SCENARIO: Scenario = Scenario {
     name: "fault",
-    about: "a page that a clone touches for the first time: from the parent, after a sibling, from a whole image",
+    about: "a page that a clone touches for the first time: from the parent, after a sibling, replayed, from a whole image",
     reading: "A clone's time from its first action to its answer, divided by the pages that it read and checked in between. first: of a \
-              cold image; sibling: by the next clone of the same fork point; cow: of a whole image. Pages in order, or scattered so \
+              cold image; sibling: by the next clone of the same fork point; replayed: by the first clone, while the working set of the fork \
+              point before is brought; cow: of a whole image. Pages in order, or scattered so \
               that neighbours in time are never in one chunk. chunk-N-KiB: so much is brought at once (64 by default).",
     experiments,
     charts,
@@ -27,9 +28,9 @@ const CHUNKS: [u64; 4] = [4, 16, 256, 1024];
 fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
     let measured = scale.pick(12, 3, 1);
     let pages = scale.pick(4096, 2048, 128);
-    let touch = |mode, scattered, chunk_kib: Option<u64>| -> Box<dyn Experiment> {
+    let touch = |from, scattered, chunk_kib: Option<u64>| -> Box<dyn Experiment> {
         Box::new(Touch {
-            mode,
+            from,
             work: Work {
                 read_pages: pages,
                 scattered,
@@ -43,17 +44,29 @@ fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
     };
     let mut all = Vec::new();
     for scattered in [false, true] {
-        all.push(touch(MemoryMode::Lazy, scattered, None));
-        all.push(touch(MemoryMode::Cow, scattered, None));
+        for from in [Origin::Parent, Origin::Replay, Origin::Whole] {
+            all.push(touch(from, scattered, None));
+        }
     }
     for chunk in CHUNKS {
-        all.push(touch(MemoryMode::Lazy, false, Some(chunk)));
+        all.push(touch(Origin::Parent, false, Some(chunk)));
     }
     all
 }
 
+/// Where the first clone of a fork point has its pages from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    /// The parent, at its touch. A sibling has them from there.
+    Parent,
+    /// The parent, ahead of its touch if that comes late enough: an earlier clone touched the same.
+    Replay,
+    /// A whole image.
+    Whole,
+}
+
 struct Touch {
-    mode: MemoryMode,
+    from: Origin,
     work: Work,
     chunk_kib: Option<u64>,
     measured: u32,
@@ -74,7 +87,11 @@ impl Touch {
         } else {
             ""
         };
-        format!("{}/{kind}{order}{chunk}", self.mode.as_str())
+        let mode = match self.from {
+            Origin::Parent | Origin::Replay => MemoryMode::Lazy,
+            Origin::Whole => MemoryMode::Cow,
+        };
+        format!("{}/{kind}{order}{chunk}", mode.as_str())
     }
 
     /// Lets one clone read its pages, and notes what one of them took.
@@ -99,7 +116,10 @@ impl Touch {
 
 impl Experiment for Touch {
     fn name(&self) -> String {
-        self.case("first")
+        self.case(match self.from {
+            Origin::Parent | Origin::Whole => "first",
+            Origin::Replay => "replayed",
+        })
     }
 
     fn repetitions(&self) -> Repetitions {
@@ -113,9 +133,13 @@ impl Experiment for Touch {
         let subject = Subject::boot(&SubjectSpec {
             work: self.work,
             chunk: self.chunk_kib.map(|kib| kib << 10),
+            working_set: match self.from {
+                Origin::Parent | Origin::Whole => WorkingSetPolicy::Off,
+                Origin::Replay => WorkingSetPolicy::RecordAndReplay,
+            },
             ..SubjectSpec::USUAL
         })?;
-        if self.mode == MemoryMode::Cow {
+        if self.from == Origin::Whole {
             self.point = Some(subject.point(FreezeKind::Remap, MemoryMode::Cow)?);
         }
         self.subject = Some(subject);
@@ -127,8 +151,14 @@ impl Experiment for Touch {
             (Some(point), _) => self.read(point, "first", samples),
             (None, Some(subject)) => {
                 let cold = subject.point(FreezeKind::WriteProtect, MemoryMode::Lazy)?;
-                self.read(&cold, "first", samples)?;
-                self.read(&cold, "sibling", samples)
+                match self.from {
+                    // The warm-up's clone was the first, of which the others have the working set.
+                    Origin::Replay => self.read(&cold, "replayed", samples),
+                    Origin::Parent | Origin::Whole => {
+                        self.read(&cold, "first", samples)?;
+                        self.read(&cold, "sibling", samples)
+                    }
+                }
             }
             (None, None) => Ok(()),
         }

@@ -8,6 +8,7 @@ use forkvm_clone_engine::{FreezeKind, MemoryMode};
 use crate::bench::chart::{Chart, Marks, short};
 use crate::bench::measure::{BenchError, Experiment, Repetitions, Samples, Unit};
 use crate::bench::outliers::median;
+use crate::bench::parents::Parents;
 use crate::bench::report::{Digest, PHASE, Row};
 use crate::bench::setting::{POOLS, Pool, Setting};
 use crate::bench::subject::{
@@ -52,9 +53,17 @@ impl Way {
         }
     }
 
-    /// Whether each VM can be forked like that only once.
-    fn is_once(self) -> bool {
-        self.freeze == FreezeKind::Remap
+    /// What is forked, with clones from `pool`.
+    fn parents(self, pool: Pool) -> Parents {
+        let spec = SubjectSpec {
+            dirty_pages: self.dirty_mib * PAGES_PER_MIB,
+            setting: Setting {
+                pool,
+                ..Setting::PLAIN
+            },
+            ..SubjectSpec::USUAL
+        };
+        Parents::new(self.freeze, spec)
     }
 }
 
@@ -71,7 +80,7 @@ fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
                 pool,
                 way,
                 measured,
-                subject: None,
+                parents: way.parents(pool),
             }));
         }
     }
@@ -82,20 +91,7 @@ struct Fork {
     pool: Pool,
     way: Way,
     measured: u32,
-    subject: Option<Subject>,
-}
-
-impl Fork {
-    fn boot(&self) -> Result<Subject, BenchError> {
-        Subject::boot(&SubjectSpec {
-            dirty_pages: self.way.dirty_mib * PAGES_PER_MIB,
-            setting: Setting {
-                pool: self.pool,
-                ..Setting::PLAIN
-            },
-            ..SubjectSpec::USUAL
-        })
-    }
+    parents: Parents,
 }
 
 impl Experiment for Fork {
@@ -111,7 +107,7 @@ impl Experiment for Fork {
 
     fn repetitions(&self) -> Repetitions {
         Repetitions {
-            warm_up: if self.way.is_once() {
+            warm_up: if self.parents.are_fresh() {
                 1
             } else {
                 3.min(self.measured)
@@ -121,54 +117,41 @@ impl Experiment for Fork {
     }
 
     fn prepare(&mut self) -> Result<(), BenchError> {
-        if self.way.is_once() {
-            return Ok(());
-        }
-        let subject = self.boot()?;
-        if self.way.freeze == FreezeKind::Delta {
-            // From then on it maps its memory privately.
-            drop(subject.point(FreezeKind::Remap, MemoryMode::Cow)?);
-        }
-        self.subject = Some(subject);
-        Ok(())
+        self.parents.prepare()
     }
 
     fn repeat(&mut self, samples: &mut Samples) -> Result<(), BenchError> {
-        let mut fresh = None;
-        let subject = match &mut self.subject {
-            Some(subject) => subject,
-            None => fresh.insert(self.boot()?),
-        };
-        subject.get_ready(1)?;
-        subject.rewrite()?;
-        // What was traced before the request.
-        subject.trace();
-        let way = self.way;
-        let asked = Instant::now();
-        let ticket = subject.member().fork(fork_by(way.freeze, way.mode, 1))?;
-        wait_answer(&ticket.clones[0], 1)?;
-        let traced = subject.trace();
-        let name = self.name();
-        let populated = ticket.point.populated() as f64 / f64::from(1 << 20);
-        let mut note = |case: &str, took| {
-            samples
-                .time(&format!("{name}/{case}"), Unit::Us, took)
-                .column("populated_mib", populated)
-                .column("dirty_mib", f64::from(way.dirty_mib));
-        };
-        for (end_point, took) in end_points(&ticket.clones[0], asked)? {
-            note(end_point, took);
-        }
-        traced
-            .pauses
-            .iter()
-            .for_each(|&pause| note("parent_pause", pause));
-        for (phase, took) in traced.phases {
-            note(&format!("{}{phase}", &PHASE[1..]), took);
-        }
-        end(&ticket.clones);
-        Ok(())
+        let (name, way) = (self.name(), self.way);
+        self.parents
+            .with_next(|parent| fork(parent, way, &name, samples))
     }
+}
+
+/// Forks `parent` into one clone and notes what that took, as cases of `name`.
+fn fork(parent: &Subject, way: Way, name: &str, samples: &mut Samples) -> Result<(), BenchError> {
+    let asked = Instant::now();
+    let ticket = parent.member().fork(fork_by(way.freeze, way.mode, 1))?;
+    wait_answer(&ticket.clones[0], 1)?;
+    let traced = parent.trace();
+    let populated = ticket.point.populated() as f64 / f64::from(1 << 20);
+    let mut note = |case: &str, took| {
+        samples
+            .time(&format!("{name}/{case}"), Unit::Us, took)
+            .column("populated_mib", populated)
+            .column("dirty_mib", f64::from(way.dirty_mib));
+    };
+    for (end_point, took) in end_points(&ticket.clones[0], asked)? {
+        note(end_point, took);
+    }
+    traced
+        .pauses
+        .iter()
+        .for_each(|&pause| note("parent_pause", pause));
+    for (phase, took) in traced.phases {
+        note(&format!("{}{phase}", &PHASE[1..]), took);
+    }
+    end(&ticket.clones);
+    Ok(())
 }
 
 /// Bars that are more times longer than the one in the middle are not drawn: nothing would be seen of

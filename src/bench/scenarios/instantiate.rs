@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use forkvm_clone_engine::{ForkPoint, FreezeKind, MemoryMode};
+use forkvm_clone_engine::{ForkPoint, FreezeKind, MemoryMode, WorkingSetPolicy};
 
 use crate::bench::chart::{self, Chart};
 use crate::bench::measure::{BenchError, Experiment, Repetitions, Samples, Unit};
@@ -30,17 +30,46 @@ enum Memory {
     Lazy,
     /// An incomplete image that an earlier clone has already brought the same pages into.
     Sibling,
+    /// As `Lazy`, but what a clone of the fork point before touched is brought while this one is made.
+    Replayed,
 }
 
 impl Memory {
-    const ALL: [Memory; 3] = [Memory::Cow, Memory::Lazy, Memory::Sibling];
+    const ALL: [Memory; 4] = [Memory::Cow, Memory::Lazy, Memory::Sibling, Memory::Replayed];
 
     fn as_str(self) -> &'static str {
         match self {
             Memory::Cow => "cow",
             Memory::Lazy => "lazy",
             Memory::Sibling => "sibling",
+            Memory::Replayed => "replayed",
         }
+    }
+
+    fn mode(self) -> MemoryMode {
+        match self {
+            Memory::Cow => MemoryMode::Cow,
+            Memory::Lazy | Memory::Sibling | Memory::Replayed => MemoryMode::Lazy,
+        }
+    }
+
+    fn freeze(self) -> FreezeKind {
+        match self.mode() {
+            MemoryMode::Cow => FreezeKind::Remap,
+            MemoryMode::Lazy => FreezeKind::WriteProtect,
+        }
+    }
+
+    fn working_set(self) -> WorkingSetPolicy {
+        match self {
+            Memory::Replayed => WorkingSetPolicy::RecordAndReplay,
+            Memory::Cow | Memory::Lazy | Memory::Sibling => WorkingSetPolicy::Off,
+        }
+    }
+
+    /// Whether all clones are of one fork point; otherwise each is the first of its own.
+    fn keeps_point(self) -> bool {
+        matches!(self, Memory::Cow | Memory::Sibling)
     }
 }
 
@@ -49,7 +78,7 @@ fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
     let mut all: Vec<Box<dyn Experiment>> = Vec::new();
     for &pool in POOLS {
         for memory in Memory::ALL {
-            for &place in PLACES {
+            for &place in PLACES.iter().filter(|place| place.serves(memory.mode())) {
                 let setting = Setting { pool, place };
                 all.push(Box::new(Instantiate {
                     setting,
@@ -92,20 +121,17 @@ impl Experiment for Instantiate {
     }
 
     fn prepare(&mut self) -> Result<(), BenchError> {
-        let own_forks = match self.memory {
-            Memory::Cow => (FreezeKind::Remap, MemoryMode::Cow),
-            Memory::Lazy | Memory::Sibling => (FreezeKind::WriteProtect, MemoryMode::Lazy),
-        };
+        let memory = self.memory;
         let subject = Subject::boot(&SubjectSpec {
-            own_forks,
+            own_forks: (memory.freeze(), memory.mode()),
             setting: self.setting,
+            working_set: memory.working_set(),
             ..SubjectSpec::USUAL
         })?;
-        if self.memory != Memory::Lazy {
-            let (point, elder) = subject.own_fork()?;
-            end(&[elder]);
-            self.point = Some(point);
-        }
+        // The first clone touches what a sibling finds, and what is replayed.
+        let (point, elder) = subject.own_fork()?;
+        end(&[elder]);
+        self.point = memory.keeps_point().then_some(point);
         self.subject = Some(subject);
         Ok(())
     }
@@ -117,7 +143,7 @@ impl Experiment for Instantiate {
         subject.get_ready(1)?;
         let (point, clone) = match &self.point {
             Some(point) => (point.clone(), spawn_one(point)?.0),
-            // Cold is only the first clone of a fork.
+            // Cold, or replayed into, is only what the first clone of a fork finds.
             None => subject.own_fork()?,
         };
         let asked = passed(&clone, "spawn_requested", |seen| seen.spawn_requested)?;

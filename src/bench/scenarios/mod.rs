@@ -9,6 +9,7 @@ mod instantiate;
 mod memory;
 mod overhead;
 mod pause;
+mod peers;
 mod rewind;
 
 use super::Scenario;
@@ -17,6 +18,7 @@ use super::Scenario;
 pub const SCENARIOS: &[&Scenario] = &[
     &calls::SCENARIO,
     &instantiate::SCENARIO,
+    &peers::SCENARIO,
     &fork::SCENARIO,
     &fanout::SCENARIO,
     &pause::SCENARIO,

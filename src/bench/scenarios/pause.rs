@@ -1,11 +1,12 @@
 //! How long a parent stands still, by how its memory is kept and how much there is.
 
-use forkvm_clone_engine::{FreezeKind, MemoryMode};
+use forkvm_clone_engine::FreezeKind;
 
 use crate::bench::chart::{Chart, Marks, Series};
 use crate::bench::measure::{BenchError, Experiment, Repetitions, Samples, Unit};
+use crate::bench::parents::Parents;
 use crate::bench::report::Row;
-use crate::bench::subject::{PAGES_PER_MIB, Subject, SubjectSpec};
+use crate::bench::subject::{PAGES_PER_MIB, SubjectSpec};
 use crate::bench::{Scale, Scenario};
 
 /// See the module's text.
@@ -61,6 +62,26 @@ impl Parent {
             dirty_mib,
         }
     }
+
+    /// What it writes before each pause: for delta what is to be found; otherwise everything, so that all
+    /// its memory is mapped when it is frozen.
+    fn written_mib(&self, freeze: FreezeKind) -> u32 {
+        match freeze {
+            FreezeKind::Delta => self.dirty_mib,
+            _ => self.populated_mib,
+        }
+    }
+
+    /// VMs like that, to be frozen by `freeze`.
+    fn parents(&self, freeze: FreezeKind) -> Parents {
+        let spec = SubjectSpec {
+            memory_mib: self.memory_mib,
+            populated_mib: self.populated_mib,
+            dirty_pages: self.written_mib(freeze) * PAGES_PER_MIB,
+            ..SubjectSpec::USUAL
+        };
+        Parents::new(freeze, spec)
+    }
 }
 
 fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
@@ -76,7 +97,7 @@ fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
                 FreezeKind::Copy => scale.pick(8, 3, 1),
                 _ => scale.pick(20, 5, 1),
             },
-            subject: None,
+            parents: parent.parents(freeze),
         }));
     };
     for freeze in FREEZES {
@@ -92,28 +113,7 @@ struct Pause {
     freeze: FreezeKind,
     parent: Parent,
     measured: u32,
-    /// None for a freeze that each VM knows only once.
-    subject: Option<Subject>,
-}
-
-impl Pause {
-    /// What the parent writes before each pause: for delta what is to be found; otherwise everything,
-    /// so that all its memory is mapped when it is frozen.
-    fn dirty_mib(&self) -> u32 {
-        match self.freeze {
-            FreezeKind::Delta => self.parent.dirty_mib,
-            _ => self.parent.populated_mib,
-        }
-    }
-
-    fn boot(&self) -> Result<Subject, BenchError> {
-        Subject::boot(&SubjectSpec {
-            memory_mib: self.parent.memory_mib,
-            populated_mib: self.parent.populated_mib,
-            dirty_pages: self.dirty_mib() * PAGES_PER_MIB,
-            ..SubjectSpec::USUAL
-        })
-    }
+    parents: Parents,
 }
 
 impl Experiment for Pause {
@@ -139,30 +139,17 @@ impl Experiment for Pause {
     }
 
     fn prepare(&mut self) -> Result<(), BenchError> {
-        if self.freeze == FreezeKind::Remap {
-            return Ok(());
-        }
-        let subject = self.boot()?;
-        if self.freeze == FreezeKind::Delta {
-            // From then on it maps its memory privately.
-            drop(subject.point(FreezeKind::Remap, MemoryMode::Cow)?);
-        }
-        self.subject = Some(subject);
-        Ok(())
+        self.parents.prepare()
     }
 
     fn repeat(&mut self, samples: &mut Samples) -> Result<(), BenchError> {
-        let mut fresh = None;
-        let subject = match &mut self.subject {
-            Some(subject) => subject,
-            None => fresh.insert(self.boot()?),
-        };
-        subject.rewrite()?;
-        subject.trace();
+        let (freeze, dirty_mib) = (self.freeze, self.parent.written_mib(self.freeze));
         // The mode is no part of the pause; the last one that it serves does not fill the image.
-        let mode = self.freeze.serves().last().copied().unwrap_or_default();
-        let point = subject.point(self.freeze, mode)?;
-        let traced = subject.trace();
+        let mode = freeze.serves().last().copied().unwrap_or_default();
+        let (point, traced) = self.parents.with_next(|parent| {
+            let point = parent.point(freeze, mode)?;
+            Ok((point, parent.trace()))
+        })?;
         let name = self.name();
         for pause in traced.pauses {
             samples
@@ -172,7 +159,7 @@ impl Experiment for Pause {
                     "populated_mib",
                     point.populated() as f64 / f64::from(1 << 20),
                 )
-                .column("dirty_mib", f64::from(self.dirty_mib()));
+                .column("dirty_mib", f64::from(dirty_mib));
         }
         Ok(())
     }

@@ -32,6 +32,7 @@ const EXAMPLES: &str = "\
 Examples:
   forkvm bench instantiate                       one clone of a fork point, to five end points
   forkvm bench fork --json fork.json             the same from a running parent, and every phase
+  forkvm bench peers                             the same beside QEMU, fork+exec, and no engine
   forkvm bench fanout --csv fanout.csv           1 to 1000 clones
   forkvm bench pause --svg plots                 plots/*.svg: for a paper
   forkvm bench all --html bench.html             everything, as one page for a browser

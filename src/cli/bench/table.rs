@@ -107,7 +107,8 @@ fn outliers(text: &mut dyn Write, cases: usize, most: &Row) -> io::Result<()> {
 /// Prints what this host cannot do, and what went wrong.
 pub(super) fn print_left_out(text: &mut dyn Write, report: &Report) -> io::Result<()> {
     for one in &report.skipped {
-        writeln!(text, "skipped: {} {}: {}", one.scenario, one.case, one.why)?;
+        let (scenario, case) = (one.scenario, &one.case);
+        writeln!(text, "{scenario} {case}: not measured: {}", one.why)?;
     }
     for one in &report.failed {
         writeln!(text, "FAILED: {} {}: {}", one.scenario, one.case, one.why)?;

@@ -87,31 +87,45 @@ impl Host {
     }
 }
 
-/// A VM from its first call to its end.
-pub(super) struct Build {
-    measured: u32,
+/// Calls on a VM that is made anew each time.
+pub(super) struct Calls {
+    name: String,
+    times: Repetitions,
+    make: fn(&Host, &mut Samples) -> Result<(), BenchError>,
     host: Option<Host>,
 }
 
-impl Build {
-    pub(super) fn new(measured: u32) -> Build {
-        Build {
-            measured,
+impl Calls {
+    /// A VM from its first call to its end.
+    pub(super) fn whole_life(measured: u32) -> Calls {
+        let warm_up = 3;
+        Calls {
+            name: "create-vm".into(),
+            times: Repetitions { warm_up, measured },
+            make: whole_life,
+            host: None,
+        }
+    }
+
+    /// A memory slot that comes after the irqchip.
+    pub(super) fn late_slot(measured: u32) -> Calls {
+        let warm_up = 1;
+        Calls {
+            name: late_slot_case(),
+            times: Repetitions { warm_up, measured },
+            make: late_slot,
             host: None,
         }
     }
 }
 
-impl Experiment for Build {
+impl Experiment for Calls {
     fn name(&self) -> String {
-        "create-vm".into()
+        self.name.clone()
     }
 
     fn repetitions(&self) -> Repetitions {
-        Repetitions {
-            warm_up: 3,
-            measured: self.measured,
-        }
+        self.times
     }
 
     fn prepare(&mut self) -> Result<(), BenchError> {
@@ -120,59 +134,75 @@ impl Experiment for Build {
     }
 
     fn repeat(&mut self, samples: &mut Samples) -> Result<(), BenchError> {
-        let Some(host) = &self.host else {
-            return Ok(());
-        };
-        let vm = timed(
-            samples,
-            "create-vm",
-            || host.kvm.create_vm(),
-            "KVM_CREATE_VM",
-        )?;
-        let before = |mib: u64| format!("memslot/{mib}-MiB/before-irqchip");
-        let slot = "KVM_SET_USER_MEMORY_REGION";
-        timed(
-            samples,
-            &before(SLOT_MIB),
-            || set_slots(&vm, &host.ram, 0),
-            slot,
-        )?;
-        timed(
-            samples,
-            "create-irqchip",
-            || vm.create_irq_chip(),
-            "KVM_CREATE_IRQCHIP",
-        )?;
-        let vcpu = timed(
-            samples,
-            "create-vcpu",
-            || vm.create_vcpu(0),
-            "KVM_CREATE_VCPU",
-        )?;
-        timed(
-            samples,
-            "set-cpuid2",
-            || vcpu.set_cpuid2(&host.cpuid),
-            "KVM_SET_CPUID2",
-        )?;
-        set_registers(samples, &vcpu, &host.msrs)?;
-        for (case, act) in [
-            ("close-vcpu", Box::new(|| drop(vcpu)) as Box<dyn FnOnce()>),
-            ("close-vm", Box::new(|| drop(vm))),
-        ] {
-            let start = Instant::now();
-            act();
-            samples.time(case, Unit::Us, start.elapsed());
+        match &self.host {
+            Some(host) => (self.make)(host, samples),
+            None => Ok(()),
         }
-        let other = host.kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
-        timed(
-            samples,
-            &before(LARGE_SLOT_MIB),
-            || set_slots(&other, &host.large, 0),
-            slot,
-        )?;
-        Ok(())
     }
+}
+
+fn whole_life(host: &Host, samples: &mut Samples) -> Result<(), BenchError> {
+    let vm = timed(
+        samples,
+        "create-vm",
+        || host.kvm.create_vm(),
+        "KVM_CREATE_VM",
+    )?;
+    let before = |mib: u64| format!("memslot/{mib}-MiB/before-irqchip");
+    let slot = "KVM_SET_USER_MEMORY_REGION";
+    timed(
+        samples,
+        &before(SLOT_MIB),
+        || set_slots(&vm, &host.ram, 0),
+        slot,
+    )?;
+    timed(
+        samples,
+        "create-irqchip",
+        || vm.create_irq_chip(),
+        "KVM_CREATE_IRQCHIP",
+    )?;
+    let vcpu = timed(
+        samples,
+        "create-vcpu",
+        || vm.create_vcpu(0),
+        "KVM_CREATE_VCPU",
+    )?;
+    timed(
+        samples,
+        "set-cpuid2",
+        || vcpu.set_cpuid2(&host.cpuid),
+        "KVM_SET_CPUID2",
+    )?;
+    set_registers(samples, &vcpu, &host.msrs)?;
+    for (case, act) in [
+        ("close-vcpu", Box::new(|| drop(vcpu)) as Box<dyn FnOnce()>),
+        ("close-vm", Box::new(|| drop(vm))),
+    ] {
+        let start = Instant::now();
+        act();
+        samples.time(case, Unit::Us, start.elapsed());
+    }
+    let other = host.kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
+    timed(
+        samples,
+        &before(LARGE_SLOT_MIB),
+        || set_slots(&other, &host.large, 0),
+        slot,
+    )?;
+    Ok(())
+}
+
+fn late_slot_case() -> String {
+    format!("memslot/{SLOT_MIB}-MiB/after-irqchip")
+}
+
+fn late_slot(host: &Host, samples: &mut Samples) -> Result<(), BenchError> {
+    let vm = host.kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
+    vm.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))?;
+    let set = || set_slots(&vm, &host.ram, 0);
+    let case = late_slot_case();
+    timed(samples, &case, set, "KVM_SET_USER_MEMORY_REGION")
 }
 
 /// Reads each class of registers and puts it in again.
@@ -221,47 +251,4 @@ fn set_registers(samples: &mut Samples, vcpu: &VcpuFd, msrs: &Msrs) -> Result<()
     timed(samples, "set-msrs", set, "KVM_SET_MSRS")?;
     let set = || vcpu.set_vcpu_events(&events);
     timed(samples, "set-vcpu-events", set, "KVM_SET_VCPU_EVENTS")
-}
-
-/// A memory slot that comes after the irqchip.
-pub(super) struct LateSlot {
-    measured: u32,
-    host: Option<Host>,
-}
-
-impl LateSlot {
-    pub(super) fn new(measured: u32) -> LateSlot {
-        LateSlot {
-            measured,
-            host: None,
-        }
-    }
-}
-
-impl Experiment for LateSlot {
-    fn name(&self) -> String {
-        format!("memslot/{SLOT_MIB}-MiB/after-irqchip")
-    }
-
-    fn repetitions(&self) -> Repetitions {
-        Repetitions {
-            warm_up: 1,
-            measured: self.measured,
-        }
-    }
-
-    fn prepare(&mut self) -> Result<(), BenchError> {
-        self.host = Some(Host::open()?);
-        Ok(())
-    }
-
-    fn repeat(&mut self, samples: &mut Samples) -> Result<(), BenchError> {
-        let Some(host) = &self.host else {
-            return Ok(());
-        };
-        let vm = host.kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
-        vm.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))?;
-        let set = || set_slots(&vm, &host.ram, 0);
-        timed(samples, &self.name(), set, "KVM_SET_USER_MEMORY_REGION")
-    }
 }

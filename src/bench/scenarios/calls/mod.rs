@@ -20,8 +20,8 @@ pub(super) const SCENARIO: Scenario = Scenario {
 fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
     let measured = scale.pick(200, 30, 3);
     vec![
-        Box::new(machine::Build::new(measured)),
-        Box::new(machine::LateSlot::new(measured.min(50))),
+        Box::new(machine::Calls::whole_life(measured)),
+        Box::new(machine::Calls::late_slot(measured.min(50))),
         Box::new(host::Mappings::new(measured)),
         Box::new(host::Watched::new(measured)),
         Box::new(host::ThreadSpawn::new(measured)),
