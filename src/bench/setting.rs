@@ -6,7 +6,7 @@ use std::sync::Arc;
 use forkvm_clone_engine::spawn::in_process::InProcess;
 use forkvm_clone_engine::spawn::process::{Process, ProcessConfig, WorkerProgram};
 use forkvm_clone_engine::spawn::{SpawnError, Spawner};
-use forkvm_clone_engine::{FamilyConfig, FaultConfig, MemoryMode, Observer, WorkingSetPolicy};
+use forkvm_clone_engine::{FamilyConfig, FaultConfig, Observer, WorkingSetPolicy};
 
 use super::measure::{BenchError, call};
 use crate::Vm;
@@ -62,14 +62,6 @@ impl Place {
         match self {
             Place::InProcess => "in-process",
             Place::Process => "process",
-        }
-    }
-
-    /// Whether clones of this memory mode are measured there.
-    pub fn serves(self, mode: MemoryMode) -> bool {
-        match self {
-            Place::InProcess => true,
-            Place::Process => mode == MemoryMode::Cow,
         }
     }
 

@@ -50,10 +50,6 @@ impl ForkOptions {
         self.freeze
             .check(self.memory_mode)
             .map_err(|error| Usage(error.to_string()))?;
-        if self.spawner == Place::Process && self.memory_mode == MemoryMode::Lazy {
-            let text = "spawner process gives memory mode cow only: lazy goes with in-process";
-            return Err(Usage(text.into()).into());
-        }
         let protects = matches!(self.freeze, FreezeKind::WriteProtect | FreezeKind::Delta);
         if protects || self.memory_mode == MemoryMode::Lazy {
             check_userfaultfd()?;

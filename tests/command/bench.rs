@@ -77,8 +77,11 @@ fn instantiate_reports_each_end_point_by_contract_and_in_its_order() {
         "cow/in-process",
         "cow/process",
         "lazy/in-process",
+        "lazy/process",
         "sibling/in-process",
+        "sibling/process",
         "replayed/in-process",
+        "replayed/process",
     ];
     for (pool, way) in ["pooled", "unpooled"]
         .into_iter()

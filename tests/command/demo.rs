@@ -132,10 +132,22 @@ fn clones_in_workers_map_all_reads_as_the_host_does() {
 }
 
 #[test]
+fn lazy_clones_in_workers_fetch_their_pages_and_map_every_read() {
+    let mode = ["--memory-mode", "lazy"];
+    let options = ["--clones", "4", "--spawner", "process"];
+    let Some((_dir, object)) = demo(&[SMALL, &options, &mode].concat()) else {
+        return;
+    };
+    assert_eq!(object["memory_mode"], "lazy");
+    assert_eq!(object["spawner"], "process");
+    assert_eq!(object["answers_match"], true);
+    assert!(object["pages_fetched"].as_u64().unwrap() > 0);
+    assert!(object["fetch_us"]["p50"].as_f64().unwrap() > 0.0);
+}
+
+#[test]
 fn what_workers_cannot_do_yet_is_a_usage_error() {
     let dir = TempDir::new().unwrap();
-    let args = ["demo", "--spawner", "process", "--memory-mode", "lazy"];
-    forkvm(dir.path(), &args).expect(2, "cow only");
     let args = ["demo", "--spawner", "process", "--freeze", "delta"];
     forkvm(dir.path(), &args).expect(2, "cannot be forked yet");
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);

@@ -78,7 +78,7 @@ fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
     let mut all: Vec<Box<dyn Experiment>> = Vec::new();
     for &pool in POOLS {
         for memory in Memory::ALL {
-            for &place in PLACES.iter().filter(|place| place.serves(memory.mode())) {
+            for &place in PLACES {
                 let setting = Setting { pool, place };
                 all.push(Box::new(Instantiate {
                     setting,
