@@ -32,7 +32,7 @@ fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
     let quick = [(1, 10), (10, 3), (32, 2), (100, 2)];
     let small = [(1, 2), (4, 1)];
     let sizes = scale.pick(&full[..], &quick[..], &small[..]);
-    let full = [(10, 10), (100, 5), (1000, 2)];
+    let full = [(10, 10), (100, 3), (1000, 2)];
     let quick = [(10, 2), (100, 1)];
     let small = [(4, 1)];
     let in_workers = scale.pick(&full[..], &quick[..], &small[..]);

@@ -26,7 +26,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
 const CHUNKS: [u64; 4] = [4, 16, 256, 1024];
 
 fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
-    let measured = scale.pick(12, 3, 1);
+    let measured = scale.pick(8, 3, 1);
     let pages = scale.pick(4096, 2048, 128);
     let touch = |from, scattered, chunk_kib: Option<u64>| -> Box<dyn Experiment> {
         Box::new(Touch {

@@ -72,9 +72,9 @@ fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
     for &pool in POOLS {
         for way in WAYS {
             let measured = match way.freeze {
-                FreezeKind::Remap => scale.pick(10, 2, 1),
-                FreezeKind::Delta => scale.pick(40, 8, 2),
-                _ => scale.pick(12, 3, 1),
+                FreezeKind::Remap => scale.pick(8, 2, 1),
+                FreezeKind::Delta => scale.pick(30, 8, 2),
+                _ => scale.pick(10, 3, 1),
             };
             all.push(Box::new(Fork {
                 pool,

@@ -74,7 +74,7 @@ impl Memory {
 }
 
 fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
-    let measured = scale.pick(220, 40, 3);
+    let measured = scale.pick(200, 40, 3);
     let mut all: Vec<Box<dyn Experiment>> = Vec::new();
     for &pool in POOLS {
         for memory in Memory::ALL {

@@ -27,7 +27,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
 const TOUCHED: [u32; 4] = [16, 256, 1024, 4096];
 
 fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
-    let measured = scale.pick(4, 2, 1);
+    let measured = scale.pick(3, 2, 1);
     let clones = scale.pick(32, 8, 2);
     let grown = |what, spec| -> Box<dyn Experiment> {
         Box::new(Growth {

@@ -33,7 +33,7 @@ fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
     let one = |mode| -> Box<dyn Experiment> {
         Box::new(Overhead {
             mode,
-            measured: scale.pick(8, 1, 1),
+            measured: scale.pick(6, 1, 1),
             job: Duration::from_millis(scale.pick(1000, 1000, 200)),
             work: Work {
                 read_pages: scale.pick(16, 16, 1) * PAGES_PER_MIB,

@@ -93,9 +93,9 @@ fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
             freeze,
             parent: *parent,
             measured: match freeze {
-                FreezeKind::Remap => scale.pick(6, 2, 1),
-                FreezeKind::Copy => scale.pick(8, 3, 1),
-                _ => scale.pick(20, 5, 1),
+                FreezeKind::Remap => scale.pick(5, 2, 1),
+                FreezeKind::Copy => scale.pick(6, 3, 1),
+                _ => scale.pick(16, 5, 1),
             },
             parents: parent.parents(freeze),
         }));

@@ -68,7 +68,7 @@ fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
             done: 0,
         }));
     };
-    let [many, some, few] = scale.pick([100, 60, 40], [10, 5, 3], [2, 1, 1]);
+    let [many, some, few] = scale.pick([100, 40, 30], [10, 5, 3], [2, 1, 1]);
     beside(Box::new(Program), many);
     beside(Box::<Restore>::default(), few);
     for way in [Way::Read, Way::MapPrivate] {
