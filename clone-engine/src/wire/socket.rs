@@ -118,11 +118,16 @@ impl Socket {
     pub(crate) fn receive<T: DeserializeOwned>(&self) -> Result<Received<T>, SocketError> {
         let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
         let mut files = Ok(Vec::new());
+        let mut half_received = false;
         loop {
-            let len = self.receive_raw(&mut buffer, &mut files)?;
+            let len = match self.receive_raw(&mut buffer, &mut files) {
+                // Its descriptors are here already.
+                Err(SocketError::Silent) if half_received => continue,
+                received => received?,
+            };
             match buffer[..len].split_first() {
                 None => return Err(SocketError::Closed),
-                Some((&AHEAD, [])) => {}
+                Some((&AHEAD, [])) => half_received = true,
                 Some((&WHOLE, body)) => {
                     let message = ciborium::from_reader(body)
                         .map_err(|error| SocketError::Decode(error.to_string()))?;

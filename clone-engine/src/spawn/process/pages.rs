@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 use std::{io, thread};
@@ -55,6 +55,7 @@ struct Wanted {
     /// Runs that are not there yet, and one more while they are being asked for.
     left: AtomicUsize,
     failed: OnceLock<SourceError>,
+    asked_again: AtomicBool,
 }
 
 /// One run of a request.
@@ -202,6 +203,7 @@ impl Pages {
                     ranges,
                     left: AtomicUsize::new(0),
                     failed: OnceLock::new(),
+                    asked_again: AtomicBool::new(false),
                 };
                 return Arc::new(wanted).ask();
             }
@@ -240,11 +242,20 @@ impl Wanted {
         if self.left.fetch_sub(1, Ordering::AcqRel) > 1 {
             return;
         }
-        let failed = self.failed.get().cloned();
-        if failed.is_none() && self.ranges.iter().any(|range| self.image.lacks(range)) {
-            // Pages of an earlier image have come there and are taken over from it now.
-            return self.ask();
-        }
+        let lacking = self.ranges.iter().find(|range| self.image.lacks(range));
+        let failed = match (self.failed.get(), lacking) {
+            (Some(why), _) => Some(why.clone()),
+            (None, None) => None,
+            (None, Some(_)) if !self.asked_again.swap(true, Ordering::AcqRel) => {
+                // Pages of an earlier image have come there and are taken over from it now.
+                return self.ask();
+            }
+            (None, Some(range)) => Some(SourceError::Damaged {
+                name: "the image".into(),
+                offset: range.start,
+                why: "a page was brought and is not there".into(),
+            }),
+        };
         let (request, outcome) = (self.request, failed.map_or(Ok(()), Err));
         self.pages.tell(&PageNews::Came { request, outcome });
     }
