@@ -18,6 +18,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use forkvm_abi::{HIGH_RAM_START, LOW_RAM_END};
 use forkvm_devices::GuestMemory;
@@ -547,8 +548,15 @@ pub fn memfd(name: &CStr, len: u64) -> Result<File, MemoryError> {
     Ok(file)
 }
 
-/// Attempts at a seal that something is in the way of.
+/// Attempts at a seal that is refused at once, because the file is mapped.
 const SEAL_ATTEMPTS: u32 = 8;
+
+/// A refusal that comes later than this is one for pages that somebody holds on to.
+const AT_ONCE: Duration = Duration::from_millis(10);
+
+/// How long pages may be held on to. The kernel's compaction of memory has some of them at any time while it
+/// runs.
+const SEAL_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Adds seals (`F_SEAL_*`, fcntl(2)) to a memfd.
 ///
@@ -556,15 +564,20 @@ const SEAL_ATTEMPTS: u32 = 8;
 /// somebody holds on to one of its pages for a moment, which the kernel itself does; it waits some
 /// 0.1 s for such pages and is then asked again.
 pub fn seal(file: &File, seals: libc::c_int) -> Result<(), MemoryError> {
-    let mut attempts = 0;
+    let (began, mut attempts) = (Instant::now(), 0);
     loop {
+        let asked = Instant::now();
         // SAFETY: the descriptor is open; the call touches no memory.
         if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } == 0 {
             return Ok(());
         }
         let error = io::Error::last_os_error();
         attempts += 1;
-        if error.kind() != io::ErrorKind::ResourceBusy || attempts == SEAL_ATTEMPTS {
+        let given_up = match asked.elapsed() < AT_ONCE {
+            true => attempts >= SEAL_ATTEMPTS,
+            false => began.elapsed() >= SEAL_PATIENCE,
+        };
+        if error.kind() != io::ErrorKind::ResourceBusy || given_up {
             return Err(MemoryError::Seal(error));
         }
         tracing::debug!(attempts, "a seal is refused for now");
