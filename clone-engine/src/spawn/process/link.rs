@@ -283,9 +283,17 @@ impl Started {
 }
 
 impl OwnChild {
+    /// Kills it, if it has not ended by itself: one that is ending does so as it had begun.
+    fn kill(&mut self) {
+        if let Some(Err(error)) = self.child.as_mut().map(Child::kill) {
+            tracing::debug!(%error, "a worker that has ended");
+        }
+    }
+
     /// Ends it and says how it ended; `None` if it does not go away.
     fn end(&mut self) -> Option<String> {
-        end(&mut self.child.take()?)
+        self.kill();
+        wait_for_end(&mut self.child.take()?)
     }
 }
 
@@ -436,6 +444,8 @@ impl Link {
         self.socket.close();
         self.pages.close();
         let userfaults = mem::take(&mut self.state().userfaults);
+        // Not before it is killed: a guest that still runs must not see the zero pages.
+        child.kill();
         last_faults::answer(self.pid, userfaults);
         let ended = child.end().unwrap_or_else(|| "it does not go away".into());
         let how = why.map_or(ended.clone(), |why| format!("{why}; {ended}"));
@@ -599,14 +609,10 @@ impl Drop for HandedOver {
     }
 }
 
-/// Ends a process whose socket is closed, if it has not ended by itself, and says how it did. `None`
-/// if it does not go away: that can only be the kernel's doing.
-fn end(child: &mut Child) -> Option<String> {
+/// Waits for the end of a process that was killed, and says how it ended. `None` if it does not go
+/// away: that can only be the kernel's doing.
+fn wait_for_end(child: &mut Child) -> Option<String> {
     let until = Instant::now() + GOING;
-    // One that is ending by itself does so as it had begun.
-    if let Err(error) = child.kill() {
-        tracing::debug!(%error, "a worker that has ended");
-    }
     loop {
         match child.try_wait() {
             Ok(Some(status)) => return Some(status.to_string()),
