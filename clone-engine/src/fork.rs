@@ -164,7 +164,7 @@ impl Parent<'_> {
         let (freeze, why) = request.spec.freeze.choose(backing, mode, lazy)?;
         tracing::debug!(asked = %request.spec.freeze, chosen = %freeze.kind(), why, "freeze");
         let spawner = self.family.config().spawner.as_ref();
-        spawner.check(mode)?;
+        spawner.check()?;
         let granted = grant(self.family, self.vm, request.spec, freeze)?;
         self.disks.iter().try_for_each(DiskSource::flush)?;
         let prepared = freeze.prepare(self.vm, &parent)?;

@@ -92,7 +92,7 @@ impl ForkPoint {
     /// Whether the host has room for `count` clones of it; that many, or an error says what runs out.
     pub(crate) fn grant(&self, count: u32) -> Result<u32, ForkError> {
         let spawner = self.family.config().spawner.as_ref();
-        spawner.check(self.memory_mode)?;
+        spawner.check()?;
         let layout = self.state.layout();
         let need = Need {
             config: self.config(),

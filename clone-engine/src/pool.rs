@@ -146,8 +146,8 @@ impl Pool {
 
     /// Shells that wait for machines of this shape.
     pub(crate) fn ready(&self, layout: &MemoryLayout, vcpus: u32) -> u32 {
-        let shelves = self.shared.lock();
-        let shelf = shelves.list.iter().find(|shelf| shelf.fits(layout, vcpus));
+        let mut shelves = self.shared.lock();
+        let shelf = shelves.find(layout, vcpus);
         shelf.map_or(0, |shelf| shelf.shells.len() as u32)
     }
 
@@ -173,6 +173,11 @@ impl Pool {
 }
 
 impl Shelves {
+    /// Those of this shape, if there ever were any.
+    fn find(&mut self, layout: &MemoryLayout, vcpus: u32) -> Option<&mut Shelf> {
+        self.list.iter_mut().find(|shelf| shelf.fits(layout, vcpus))
+    }
+
     /// Those of the shape of `state`, which is what they are primed with from now on: the newest is
     /// likely to be the most like the next.
     fn of(&mut self, state: &Arc<MachineState>) -> &mut Shelf {
@@ -226,8 +231,7 @@ impl Shared {
             shelves = self.lock();
             // One of its shape is there: shelves stay.
             let (layout, vcpus) = (model.layout(), model.config().vcpus);
-            let fits = |shelf: &&mut Shelf| shelf.fits(layout, vcpus);
-            let Some(shelf) = shelves.list.iter_mut().find(fits) else {
+            let Some(shelf) = shelves.find(layout, vcpus) else {
                 continue;
             };
             match built {

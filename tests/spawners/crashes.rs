@@ -158,7 +158,7 @@ fn a_worker_that_is_killed_at_any_moment_of_a_fork_harms_its_clones_alone() {
     vm.wait_ready(LONG).unwrap();
     let mut forks = 0;
     for round in 0..scaled(25, 3) {
-        process.check(forkvm::MemoryMode::Cow).unwrap();
+        process.check().unwrap();
         let worker = process.processes()[0];
         let killer = thread::spawn(move || {
             thread::sleep(Duration::from_micros(u64::from(round) * 400));

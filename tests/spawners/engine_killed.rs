@@ -2,7 +2,7 @@
 
 use std::env;
 use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::thread;
 
 use forkvm::CloneSpec;
@@ -17,38 +17,68 @@ const KILLED: &str = "FORKVM_TEST_ENGINE_KILLED";
 #[test]
 fn workers_end_themselves_when_their_engine_is_killed() {
     need_kvm!();
-    let mut engine = Command::new(env::current_exe().unwrap())
-        .args(["--exact", "engine_killed::fork_and_wait_to_be_killed"])
-        .args(["--ignored", "--nocapture"])
-        .env(KILLED, "1")
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let lines = BufReader::new(engine.stdout.take().unwrap()).lines();
-    let mut workers: Vec<u32> = Vec::new();
-    for line in lines {
-        let line = line.unwrap();
-        if let Some(worker) = line.strip_prefix("worker ") {
-            workers.push(worker.parse().unwrap());
-        }
-        if line == "forked" {
-            break;
+    let engine = Engine::start("engine_killed::fork_and_wait_to_be_killed", "forked");
+    assert_eq!(engine.workers.len(), 3);
+    engine.kill();
+}
+
+/// A process that runs a part of a test and is killed.
+pub(crate) struct Engine {
+    process: Child,
+    /// Its workers, which it has named in lines `worker PID`.
+    pub(crate) workers: Vec<u32>,
+    /// All that it has said.
+    pub(crate) lines: Vec<String>,
+}
+
+impl Engine {
+    /// Runs `part`, a test that is ignored, until it says `last`.
+    pub(crate) fn start(part: &str, last: &str) -> Engine {
+        let mut process = Command::new(env::current_exe().unwrap())
+            .args(["--exact", part, "--ignored", "--nocapture"])
+            .env(KILLED, "1")
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(process.stdout.take().unwrap()).lines();
+        let lines = lines.map(Result::unwrap).take_while(|line| line != last);
+        let lines: Vec<String> = lines.collect();
+        let workers = lines.iter().filter_map(|line| line.strip_prefix("worker "));
+        Engine {
+            workers: workers.map(|worker| worker.parse().unwrap()).collect(),
+            process,
+            lines,
         }
     }
-    assert_eq!(workers.len(), 3);
-    assert!(workers.iter().all(|worker| !is_gone(*worker)));
-    engine.kill().unwrap();
-    engine.wait().unwrap();
-    for worker in workers {
-        wait_until("the worker ends itself", || is_gone(worker));
+
+    /// Whether this process is one.
+    pub(crate) fn is_this_process() -> bool {
+        let is_one = env::var_os(KILLED).is_some();
+        if !is_one {
+            println!("skipped: only a part of another test");
+        }
+        is_one
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// Kills it; its workers end themselves.
+    pub(crate) fn kill(mut self) {
+        assert!(self.workers.iter().all(|worker| !is_gone(*worker)));
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+        for worker in self.workers {
+            wait_until("the worker ends itself", || is_gone(worker));
+        }
     }
 }
 
 #[test]
 #[ignore = "workers_end_themselves_when_their_engine_is_killed runs it"]
 fn fork_and_wait_to_be_killed() {
-    if env::var_os(KILLED).is_none() {
-        println!("skipped: only a part of another test");
+    if !Engine::is_this_process() {
         return;
     }
     let process = workers_of(3, 64);

@@ -3,11 +3,8 @@
 //! What waits may be a thread of the kernel's, on behalf of KVM, that no signal ends. If it went on when
 //! the userfaultfd of a dying process closes, it would find a hole in the image's file and fill it.
 
-use std::env;
 use std::fs::File;
-use std::io::{BufRead, BufReader};
 use std::os::fd::AsRawFd;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::thread;
 
@@ -17,10 +14,8 @@ use forkvm::{End, FaultConfig, FreezeKind, MemoryMode};
 
 use crate::common::switch::{Manner, Switch};
 use crate::common::{Guest, LONG, Obedient, Setup, fork_by, need_kvm, workers_of};
+use crate::engine_killed::Engine;
 use crate::spread::{is_gone, kill, wait_until};
-
-/// Set for the part of a test that is killed.
-const KILLED: &str = "FORKVM_TEST_KILLED_MID_FAULT";
 
 const PAGES: u64 = 256;
 
@@ -98,43 +93,22 @@ fn a_worker_that_is_killed_as_its_clone_waits_for_a_page_leaves_none_to_the_othe
 #[test]
 fn workers_whose_engine_is_killed_as_their_clones_wait_for_pages_leave_none_in_its_images() {
     need_kvm!();
-    let mut engine = Command::new(env::current_exe().unwrap())
-        .args(["--exact", "mid_fault::wait_for_pages_and_to_be_killed"])
-        .args(["--ignored", "--nocapture"])
-        .env(KILLED, "1")
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let (mut workers, mut image): (Vec<u32>, Option<File>) = (Vec::new(), None);
-    for line in BufReader::new(engine.stdout.take().unwrap()).lines() {
-        let line = line.unwrap();
-        if let Some(worker) = line.strip_prefix("worker ") {
-            workers.push(worker.parse().unwrap());
-        }
-        if let Some(fd) = line.strip_prefix("image ") {
-            image = Some(File::open(format!("/proc/{}/fd/{fd}", engine.id())).unwrap());
-        }
-        if line == "stalled" {
-            break;
-        }
-    }
-    let image = image.expect("the engine stalled");
+    let engine = Engine::start("mid_fault::wait_for_pages_and_to_be_killed", "stalled");
+    let mut fds = engine.lines.iter();
+    let fd = fds.find_map(|line| line.strip_prefix("image "));
+    let fd = fd.expect("the engine stalled");
+    let image = File::open(format!("/proc/{}/fd/{fd}", engine.id())).unwrap();
     let before = data_extents(&image).unwrap();
     assert!(!before.is_empty());
-    engine.kill().unwrap();
-    engine.wait().unwrap();
-    assert_eq!(workers.len(), 2);
-    for worker in workers {
-        wait_until("the worker ends itself", || is_gone(worker));
-    }
+    assert_eq!(engine.workers.len(), 2);
+    engine.kill();
     assert_eq!(data_extents(&image).unwrap(), before);
 }
 
 #[test]
 #[ignore = "workers_whose_engine_is_killed_as_their_clones_wait_for_pages_leave_none_in_its_images runs it"]
 fn wait_for_pages_and_to_be_killed() {
-    if env::var_os(KILLED).is_none() {
-        println!("skipped: only a part of another test");
+    if !Engine::is_this_process() {
         return;
     }
     let stalled = Stalled::new(2);

@@ -30,10 +30,7 @@ impl MemoryImage {
     /// The pages of `range` are in the file. Whether that can be: whether the image is filled elsewhere,
     /// and has such pages.
     pub(crate) fn came_elsewhere(&self, range: &Range<u64>) -> bool {
-        let sound = range.start <= range.end
-            && range.end <= self.len
-            && range.start.is_multiple_of(PAGE)
-            && range.end.is_multiple_of(PAGE);
+        let sound = are_pages(range, self.len);
         let Some(filling) = self.filling.as_ref().filter(|f| f.elsewhere && sound) else {
             return false;
         };

@@ -372,6 +372,12 @@ impl EmptyImage {
     }
 }
 
+/// Whether `range` names whole pages, one at least, of a memory of `len` bytes.
+pub(crate) fn are_pages(range: &Range<u64>, len: u64) -> bool {
+    let whole = range.start.is_multiple_of(PAGE) && range.end.is_multiple_of(PAGE);
+    whole && range.start < range.end && range.end <= len
+}
+
 fn pages(range: &Range<u64>) -> u64 {
     (range.end - range.start) / PAGE
 }

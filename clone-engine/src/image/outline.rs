@@ -13,7 +13,7 @@ use forkvm_vmm::memory::PAGE;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::{ImageNumber, MemoryImage, Owner, OwnerTable, Plan};
+use super::{ImageNumber, MemoryImage, Owner, OwnerTable, Plan, are_pages};
 use crate::fault::FaultConfig;
 use crate::userfault::UserfaultError;
 
@@ -186,10 +186,7 @@ impl Outline {
 /// Whether ranges of pages rise, are apart, and lie in `len` bytes.
 fn is_sound(ranges: &[Range<u64>], len: u64) -> bool {
     ranges.is_sorted_by(|before, after| before.end < after.start)
-        && ranges.iter().all(|range| {
-            let whole = range.start.is_multiple_of(PAGE) && range.end.is_multiple_of(PAGE);
-            whole && range.start < range.end && range.end <= len
-        })
+        && ranges.iter().all(|range| are_pages(range, len))
 }
 
 /// Why an outline does not become an image.

@@ -15,7 +15,6 @@ use forkvm_vmm::{Backing, MachineState, Peripherals, ReadyVm};
 use super::{Prepared, SpawnError, Spawner};
 use crate::disks::DiskSource;
 use crate::family::Family;
-use crate::fork::MemoryMode;
 use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
 use crate::member::{Inbox, Life, Member, Origin, Waiting, Witness};
@@ -34,7 +33,7 @@ impl Spawner for InProcess {
         "in-process"
     }
 
-    fn check(&self, _mode: MemoryMode) -> Result<(), SpawnError> {
+    fn check(&self) -> Result<(), SpawnError> {
         Ok(())
     }
 

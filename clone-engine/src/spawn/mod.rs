@@ -17,7 +17,6 @@ use thiserror::Error;
 
 use crate::descriptor::DescriptorError;
 use crate::family::{Ending, Family};
-use crate::fork::MemoryMode;
 use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
 use crate::member::Member;
@@ -32,8 +31,8 @@ pub trait Spawner: Send + Sync {
     /// The word in options and outputs.
     fn name(&self) -> &'static str;
 
-    /// Whether clones of this memory mode can be made at all. Asked before a fork does anything.
-    fn check(&self, mode: MemoryMode) -> Result<(), SpawnError>;
+    /// Whether clones can be made at all. Asked before a fork does anything.
+    fn check(&self) -> Result<(), SpawnError>;
 
     /// Whether clones live in other processes than this one.
     fn apart(&self) -> bool {

@@ -37,7 +37,6 @@ use crate::accounting::VmCount;
 use crate::descriptor;
 use crate::end::End;
 use crate::family::{Family, FamilyConfig};
-use crate::fork::MemoryMode;
 use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
 use crate::image::OutlineError;
@@ -426,7 +425,7 @@ impl Spawner for OfWorker {
         "none"
     }
 
-    fn check(&self, _mode: MemoryMode) -> Result<(), SpawnError> {
+    fn check(&self) -> Result<(), SpawnError> {
         Err(SpawnError::OfWorker)
     }
 

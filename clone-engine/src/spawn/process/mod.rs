@@ -31,7 +31,6 @@ use thiserror::Error;
 use super::{Prepared, SpawnError, Spawner};
 use crate::descriptor;
 use crate::family::Family;
-use crate::fork::MemoryMode;
 use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
 use crate::phase::{Observer, Phase};
@@ -96,7 +95,7 @@ impl Spawner for Process {
         "process"
     }
 
-    fn check(&self, _mode: MemoryMode) -> Result<(), SpawnError> {
+    fn check(&self) -> Result<(), SpawnError> {
         // Those that died are replaced now, so that a fork does not fail for want of them later.
         self.crew.assign(0)?;
         Ok(())

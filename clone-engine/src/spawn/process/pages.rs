@@ -12,10 +12,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 use std::{io, thread};
 
-use forkvm_vmm::memory::PAGE;
-
 use crate::fault::fetcher::Waiter;
-use crate::image::{ImageNumber, Mapper, MemoryImage};
+use crate::image::{ImageNumber, Mapper, MemoryImage, are_pages};
 use crate::member::with_causes;
 use crate::source::SourceError;
 use crate::wire::pages::{PageCall, PageNews};
@@ -186,7 +184,7 @@ impl Pages {
     fn want(self: &Arc<Self>, request: u64, image: ImageNumber, ranges: Vec<Range<u64>>) {
         let outcome = match self.find(image) {
             None => Err(unknown()),
-            Some((image, _)) if !ranges.iter().all(|range| is_of(range, image.len())) => {
+            Some((image, _)) if !ranges.iter().all(|range| are_pages(range, image.len())) => {
                 Err(SourceError::Gone {
                     name: format!("worker {}", self.pid),
                     why: "it asked for what are no pages of this memory".into(),
@@ -210,12 +208,6 @@ impl Pages {
         };
         self.tell(&PageNews::Came { request, outcome });
     }
-}
-
-/// Whether a range names pages of a memory of `len` bytes.
-fn is_of(range: &Range<u64>, len: u64) -> bool {
-    let whole = range.start.is_multiple_of(PAGE) && range.end.is_multiple_of(PAGE);
-    whole && range.start < range.end && range.end <= len
 }
 
 fn unknown() -> SourceError {
