@@ -7,18 +7,18 @@ use std::time::{Duration, Instant};
 use forkvm::End;
 use forkvm::engine::Member;
 
-use super::{Guest, Kept, LONG, expect_end};
+use super::{Guest, Kept, LONG};
 
-/// How long an answer may take before the console's interrupt is raised once more.
+/// How long a guest may take to read a line before the console's interrupt is raised once more.
 ///
-/// In the lane's cell without nested paging a guest was seen, twice in hundreds of runs, to sleep on
-/// with its line in the console's queue or in its hands. A page that does not come is not helped by
-/// this: KVM goes on waiting for the one that it has asked for.
-const NUDGE: Duration = Duration::from_secs(10);
+/// In the lane's cell without nested paging a guest was seen, a few times in hundreds of runs, to
+/// sleep on with a line in the console's queue. What happens after it has read the line is not helped
+/// by this: nothing is rung for a page that does not come.
+const NUDGE: Duration = Duration::from_secs(1);
 
-/// A VM of the family `vm` and what it has answered so far.
+/// A VM and what it has answered so far.
 pub struct Obedient<'a> {
-    vm: &'a Guest,
+    consoles: &'a Kept,
     pub member: Arc<Member>,
     /// Bytes of the consoles that were read.
     read: usize,
@@ -27,10 +27,15 @@ pub struct Obedient<'a> {
 impl<'a> Obedient<'a> {
     /// `member` of the family of `vm`, which waits for a command.
     pub fn new(vm: &'a Guest, member: &Arc<Member>) -> Obedient<'a> {
+        Obedient::of(&vm.consoles, member)
+    }
+
+    /// `member`, which prints to `consoles` and waits for a command.
+    pub fn of(consoles: &'a Kept, member: &Arc<Member>) -> Obedient<'a> {
         Obedient {
-            vm,
+            consoles,
             member: member.clone(),
-            read: vm.consoles.len(),
+            read: consoles.len(),
         }
     }
 
@@ -40,43 +45,76 @@ impl<'a> Obedient<'a> {
         self.answer(line)
     }
 
-    /// Sends `line` and does not wait for the answer.
-    pub fn begin(&mut self, line: &str) {
-        self.read = self.vm.consoles.len();
-        let text = format!("{line}\n");
-        let mut rest = text.as_bytes();
-        while !rest.is_empty() {
-            match self.member.console_input(rest) {
-                Ok(taken) => rest = &rest[taken..],
-                Err(error) => panic!("{line:?}: {error}\n{}", self.vm.consoles.text()),
+    /// Sends `line`, waits until the guest has read it and not for what it does then; when that was.
+    pub fn begin(&mut self, line: &str) -> Instant {
+        self.read = self.consoles.len();
+        self.send(format!("{line}\n").as_bytes());
+        let mut nudged = Instant::now();
+        let heard = |lines: &[String]| lines.first().is_some_and(|line| line.starts_with("> "));
+        self.wait_until(heard, |this| {
+            if nudged.elapsed() > NUDGE {
+                nudged = Instant::now();
+                eprintln!("{} is rung once more for {line:?}", this.member.name());
+                // An empty line is no command, and raises the console's interrupt.
+                this.send(b"\n");
             }
-        }
+        })
+        .unwrap_or_else(|| self.fail(line));
+        Instant::now()
     }
 
     /// Waits for the answer to a line that was sent.
     pub fn answer(&mut self, line: &str) -> Vec<String> {
+        self.answer_or_end().unwrap_or_else(|| self.fail(line))
+    }
+
+    /// Waits for the answer to a line that was sent. `None` when the VM ends without one.
+    pub fn answer_or_end(&mut self) -> Option<Vec<String>> {
+        let done = |lines: &[String]| lines.last().is_some_and(|line| line.starts_with("ok "));
+        let mut lines = self.wait_until(done, |_| {})?;
+        lines.pop();
+        lines.remove(0);
+        Some(lines)
+    }
+
+    /// The lines since the last command was sent, once they are as `due`; `meanwhile` is called until
+    /// then. `None` when the VM ends, or takes far too long.
+    fn wait_until(
+        &self,
+        due: impl Fn(&[String]) -> bool,
+        mut meanwhile: impl FnMut(&Self),
+    ) -> Option<Vec<String>> {
         let start = Instant::now();
-        let mut nudged = start;
         loop {
-            let mut lines = lines_of(&self.vm.consoles, self.read, self.member.name());
-            if lines.last().is_some_and(|line| line.starts_with("ok ")) {
-                lines.pop();
-                return lines;
+            // In this order: all that it printed is there before its end is told.
+            let over = start.elapsed() > LONG || self.member.wait_for(Duration::ZERO).is_some();
+            let lines = lines_of(self.consoles, self.read, self.member.name());
+            if due(&lines) {
+                return Some(lines);
             }
-            assert!(
-                start.elapsed() < LONG && self.member.wait_for(Duration::ZERO).is_none(),
-                "{} does not answer {line:?}\n{}",
-                self.member.name(),
-                self.vm.consoles.text()
-            );
-            if nudged.elapsed() > NUDGE {
-                nudged = Instant::now();
-                eprintln!("{} is rung once more for {line:?}", self.member.name());
-                // An empty line says nothing and raises the console's interrupt.
-                self.member.console_input(b"\n").unwrap();
+            if over {
+                return None;
             }
+            meanwhile(self);
             thread::sleep(Duration::from_micros(500));
         }
+    }
+
+    fn send(&self, mut rest: &[u8]) {
+        while !rest.is_empty() {
+            match self.member.console_input(rest) {
+                Ok(taken) => rest = &rest[taken..],
+                Err(error) => panic!("{}: {error}\n{}", self.member.name(), self.consoles.text()),
+            }
+        }
+    }
+
+    fn fail(&self, line: &str) -> ! {
+        panic!(
+            "{} does not answer {line:?}\n{}",
+            self.member.name(),
+            self.consoles.text()
+        )
     }
 
     /// Writes `value` + i to page `page` + i of `count`.
@@ -101,7 +139,14 @@ impl<'a> Obedient<'a> {
     /// Has it exit with status 0.
     pub fn exit(mut self) {
         self.begin("q 0");
-        expect_end(self.vm, &self.member, End::Exited(0));
+        let finished = self.member.wait_for(LONG);
+        assert_eq!(
+            finished.map(|finished| finished.end),
+            Some(End::Exited(0)),
+            "{}\n{}",
+            self.member.name(),
+            self.consoles.text()
+        );
     }
 }
 

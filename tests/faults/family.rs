@@ -130,15 +130,7 @@ fn find(paused: &mut PausedVm<'_>, value: u64) -> u64 {
 /// `member` ends by `until` with a reason that has `why` in it.
 pub(crate) fn expect_lost(member: &Member, until: Instant, why: &str) {
     let finished = member.wait_for(until.saturating_duration_since(Instant::now()));
-    // As in `Obedient::answer`: it may be the console's line that the guest sleeps on, not a page.
-    let ring = || {
-        eprintln!("{} is rung once more", member.name());
-        if let Err(error) = member.console_input(b"\n") {
-            eprintln!("{error}");
-        }
-        member.wait_for(SOON)
-    };
-    let Some(finished) = finished.or_else(ring) else {
+    let Some(finished) = finished else {
         panic!("{} runs on without its page", member.name());
     };
     match finished.end {

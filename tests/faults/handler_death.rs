@@ -1,6 +1,6 @@
 //! Threads that answer faults and die of it: nobody waits for ever, and nobody else notices.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::common::need_kvm;
 use crate::common::switch::Manner;
@@ -35,10 +35,9 @@ fn a_handler_that_dies_of_a_clones_fault_again_and_again_ends_that_clone_with_th
         let ticket = origin.fork(origin.vm.member(), freeze, 3);
         let [mut a, mut b, mut c] = [0, 1, 2].map(|number| origin.clone_of(&ticket, number));
         origin.switch.set(origin.page(5), Manner::Panic(u32::MAX));
-        let asked = Instant::now();
-        a.begin("r 5 1");
+        let begun = a.begin("r 5 1");
         b.expect(6, FIRST + 6, pages() - 6);
-        expect_lost(&a.member, asked + LATE, "the fault handler died");
+        expect_lost(&a.member, begun + LATE, "the fault handler died");
         b.expect(1, FIRST + 1, 4);
         c.expect(6, FIRST + 6, pages() - 6);
         origin.parent().write(8, 8, 8);

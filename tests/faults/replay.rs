@@ -130,8 +130,8 @@ fn a_source_that_stalls_under_a_replay_holds_up_no_fork_and_ends_who_needs_it_by
         let [mut a, mut b] = [0, 1].map(|number| origin.clone_of(&ticket, number));
         expect(&mut b, BAD + 1..TOUCHED.end);
         assert!(asked.elapsed() < DEADLINE, "the fork did not wait for it");
-        a.begin(&format!("r {BAD} 1"));
-        expect_lost(&a.member, Instant::now() + DEADLINE + SOON, "no answer");
+        let begun = a.begin(&format!("r {BAD} 1"));
+        expect_lost(&a.member, begun + DEADLINE + SOON, "no answer");
         expect(&mut b, BAD + 1..TOUCHED.end);
         origin.parent().expect(0, FIRST, pages());
         origin.expect_unharmed(freeze, FIRST);
@@ -153,9 +153,8 @@ fn a_source_that_fails_or_lies_under_a_replay_ends_only_those_who_touch_the_page
         let ticket = origin.fork(origin.vm.member(), freeze, 2);
         let [mut a, mut b] = [0, 1].map(|number| origin.clone_of(&ticket, number));
         expect(&mut b, BAD + 1..TOUCHED.end);
-        let asked = Instant::now();
-        a.begin(&format!("r {} 4", BAD - 2));
-        expect_lost(&a.member, asked + SOON, why);
+        let begun = a.begin(&format!("r {} 4", BAD - 2));
+        expect_lost(&a.member, begun + SOON, why);
         expect(&mut b, BAD + 1..pages());
         origin.switch.set_all(Manner::Near);
         expect(&mut b, 1..pages());

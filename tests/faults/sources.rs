@@ -22,21 +22,20 @@ fn a_source_that_stalls_ends_the_clones_that_need_it_by_its_deadline_and_nobody_
 
         origin.switch.set(origin.page(5), Manner::Stall);
         let asked = Instant::now();
-        a.begin("r 5 1");
+        let begun = a.begin("r 5 1");
         origin.switch.wait_stalled();
         // While it stalls.
         b.expect(6, FIRST + 6, 8);
         c.expect(6, FIRST + 6, 8);
         origin.parent().expect(0, FIRST, pages());
-        expect_lost(&a.member, asked + DEADLINE + SOON, "no answer");
+        expect_lost(&a.member, begun + DEADLINE + SOON, "no answer");
         assert!(asked.elapsed() >= DEADLINE, "it is not given up before");
 
         // Afterwards: what is here is here, and the rest is not waited for again.
         b.expect(6, FIRST + 6, 8);
         c.expect(6, FIRST + 6, 8);
-        let asked = Instant::now();
-        b.begin("r 20 1");
-        expect_lost(&b.member, asked + SOON, "no answer");
+        let begun = b.begin("r 20 1");
+        expect_lost(&b.member, begun + SOON, "no answer");
         let copy = fork_by(FreezeKind::Copy, MemoryMode::Cow, 1);
         let refused = c.member.fork(copy);
         assert!(refused.is_err());
@@ -73,9 +72,8 @@ fn clones_that_already_have_what_they_need_do_not_notice_that_their_source_is_go
         b.expect(6, FIRST + 6, 8);
         origin.switch.set_all(Manner::Gone);
         for clone in [&mut a, &mut c] {
-            let asked = Instant::now();
-            clone.begin("r 5 1");
-            expect_lost(&clone.member, asked + SOON, "as the test says");
+            let begun = clone.begin("r 5 1");
+            expect_lost(&clone.member, begun + SOON, "as the test says");
         }
         b.expect(6, FIRST + 6, 8);
         b.write(6, 1, 8);
@@ -92,17 +90,15 @@ fn costs_only_those_who_need_that_page(manner: Manner, why: &str) {
         let ticket = origin.fork(origin.vm.member(), freeze, 3);
         let [mut a, mut b, mut c] = [0, 1, 2].map(|number| origin.clone_of(&ticket, number));
         origin.switch.set(origin.page(5), manner);
-        let asked = Instant::now();
-        a.begin("r 3 4");
-        expect_lost(&a.member, asked + SOON, why);
+        let begun = a.begin("r 3 4");
+        expect_lost(&a.member, begun + SOON, why);
         for clone in [&mut b, &mut c] {
             clone.expect(1, FIRST + 1, 4);
             clone.expect(6, FIRST + 6, pages() - 6);
         }
         // A page that is overwritten as a whole would not be needed; this one is read first.
-        let asked = Instant::now();
-        c.begin("w 5 1 1");
-        expect_lost(&c.member, asked + SOON, why);
+        let begun = c.begin("w 5 1 1");
+        expect_lost(&c.member, begun + SOON, why);
         b.expect(6, FIRST + 6, pages() - 6);
         origin.switch.set_all(Manner::Near);
         b.expect(1, FIRST + 1, pages() - 1);
@@ -139,11 +135,10 @@ fn a_grandchild_ends_with_the_reason_of_its_grandparents_source() {
     let below = origin.fork(&clone.member, FreezeKind::Delta, 2);
     let mut grandchildren = [0, 1].map(|number| origin.clone_of(&below, number));
     origin.switch.set(origin.page(5), Manner::Fail);
-    let asked = Instant::now();
-    grandchildren[0].begin("r 5 1");
+    let begun = grandchildren[0].begin("r 5 1");
     expect_lost(
         &grandchildren[0].member,
-        asked + SOON,
+        begun + SOON,
         "VM vm cannot deliver",
     );
     grandchildren[1].expect(20, 1, 2);

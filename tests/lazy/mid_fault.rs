@@ -185,7 +185,9 @@ fn clones_killed_at_any_moment_of_their_faults_leave_their_siblings_every_page()
             .map(|clone| Obedient::new(&vm, clone))
             .collect();
         let line = format!("r 0 {pages}");
-        readers.iter_mut().for_each(|reader| reader.begin(&line));
+        for reader in &mut readers {
+            reader.begin(&line);
+        }
         parent.begin(&format!("w 0 0 {pages}"));
         for (index, clone) in (0..).zip(&clones[1..]) {
             thread::sleep(Duration::from_micros(300 * (round + index)));

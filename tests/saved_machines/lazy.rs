@@ -14,7 +14,7 @@ use forkvm::vmm::memory_file::{MemoryFile, PAGE};
 use forkvm::{CloneSpec, End, FreezeKind, MemoryMode};
 use tempfile::{TempDir, tempdir};
 
-use super::common::{LONG, need_kvm};
+use super::common::{LONG, Obedient, need_kvm};
 use super::home::Home;
 
 /// A machine with this job, saved to `DIR/saved` when it was ready.
@@ -179,27 +179,10 @@ const PAGES: u64 = 4096;
 const VALUE: u64 = 0x5eed_0000_0000;
 
 /// Has the guest `obey` do what `line` says; what it printed. `None` when it ended instead.
-fn say(home: &Home, vm: &Member, line: &str) -> Option<Vec<String>> {
-    let from = home.consoles.len();
-    assert_eq!(
-        vm.console_input(format!("{line}\n").as_bytes()).unwrap(),
-        line.len() + 1
-    );
-    let start = Instant::now();
-    let own = format!("{}: ", vm.name());
-    loop {
-        let text = home.consoles.text_from(from);
-        let lines = text.lines().filter_map(|line| line.strip_prefix(&own));
-        let mut lines: Vec<String> = lines.map(str::to_owned).collect();
-        if lines.last().is_some_and(|line| line.starts_with("ok ")) {
-            lines.pop();
-            return Some(lines);
-        }
-        if vm.wait_for(Duration::from_millis(1)).is_some() {
-            return None;
-        }
-        assert!(start.elapsed() < LONG, "{line:?}: no answer\n{text}");
-    }
+fn say(home: &Home, vm: &Arc<Member>, line: &str) -> Option<Vec<String>> {
+    let mut vm = Obedient::of(&home.consoles, vm);
+    vm.begin(line);
+    vm.answer_or_end()
 }
 
 /// A saved machine whose page `page` is damaged on disk.

@@ -12,8 +12,9 @@
 //! | `q STATUS` | ends the machine, after its `ok` |
 //! | `t` | ends the machine by a triple fault |
 //!
-//! What is no command is answered by `? LINE`. Each line ends with `ok N`: N counts the lines of this
-//! VM and of those that it was forked of. READY is reported when the first command can come; a
+//! What is no command is answered by `? LINE`. A command begins with a line `> N`, printed when it was
+//! read and before anything is done, and ends with `ok N`: N counts the commands of this VM and of
+//! those that it was forked of. READY is reported when the first command can come; a
 //! clone, which has a console of its own, reports ACTION. Only the first vCPU works.
 
 use forkvm_abi::SERIAL_GSI;
@@ -52,9 +53,10 @@ pub fn run(machine: &Machine, args: Args<'_>) -> u32 {
             None => interrupts::wait_for_any(total),
             Some(b'\n' | b'\r') if line.len == 0 => {}
             Some(b'\n' | b'\r') => {
+                count += 1;
+                println!("> {count}");
                 let end = obey(doorbell, memory, line.text());
                 line.len = 0;
-                count += 1;
                 println!("ok {count}");
                 if let Some(status) = end {
                     return status;
