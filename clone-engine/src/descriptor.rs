@@ -28,10 +28,11 @@ use thiserror::Error;
 use crate::disks::DisksAtFork;
 use crate::family::Family;
 use crate::fork::MemoryMode;
-use crate::fork_point::{ForkPoint, HandedOut};
+use crate::fork_point::ForkPoint;
 use crate::freeze::FreezeKind;
+use crate::handed_out::HandedOut;
 use crate::identity::Identity;
-use crate::image::{Arriving, MemoryImage, Outline, OutlineError};
+use crate::image::{Arrivals, MemoryImage, Outline, OutlineError};
 
 /// Section of the image.
 const IMAGE: &str = "fork/image";
@@ -145,12 +146,15 @@ impl ForkPoint {
         })
     }
 
-    /// The fork point that was described, as one of `family`. `arrive` makes the images that still fill.
+    /// The fork point that was described and requested at `requested`, as one of `family`. Its images arrive
+    /// at `arrivals`; `numbers` counts the clones of its parent.
     pub(crate) fn from_description(
         family: &Arc<Family>,
         bytes: &[u8],
         files: Vec<OwnedFd>,
-        arrive: &mut dyn FnMut(Arriving) -> Result<Arc<MemoryImage>, OutlineError>,
+        arrivals: &dyn Arrivals,
+        requested: Instant,
+        numbers: &Arc<AtomicU32>,
     ) -> Result<ForkPoint, DescriptorError> {
         let described = state_file::decode(bytes)?.sections;
         let mut reader = described.reader();
@@ -162,7 +166,8 @@ impl ForkPoint {
         let mut files = Files(files.into());
         let memfds = (0..image.images).map(|_| files.next());
         let memfds = memfds.collect::<Result<_, _>>()?;
-        let image = image.outline.image(memfds, arrive)?;
+        let image = image.outline.image(memfds, arrivals)?;
+
         let restore = |disk: DiskState| Ok((restore_disk(&disk, &mut files)?, disk.read_only));
         let disks = disks.0.into_iter().map(restore);
         let disks = disks.collect::<Result<DisksAtFork, DescriptorError>>()?;
@@ -181,9 +186,9 @@ impl ForkPoint {
             touches: None,
             disks,
             forker: fork.forker,
-            requested: Instant::now(),
+            requested,
             expected_write_mib: fork.expected_write_mib,
-            numbers: Arc::default(),
+            numbers: numbers.clone(),
             ids: AtomicU32::new(0),
             handed_out: HandedOut::default(),
         })

@@ -8,8 +8,9 @@ use thiserror::Error;
 
 use crate::fault::{FaultConfig, FaultHandler};
 use crate::fork::CloneSpec;
+use crate::handed_out::HandedOut;
 use crate::identity::Identity;
-use crate::image::MemoryImage;
+use crate::image::{ImageName, MemoryImage};
 use crate::member::{Member, MemberError};
 use crate::phase::{NoObserver, Observer};
 use crate::pool::{Pool, PoolConfig, PoolError};
@@ -83,6 +84,7 @@ pub struct Family {
     faults: FaultHandler,
     /// What VMs of it map or may come to map.
     images: Mutex<Vec<Weak<MemoryImage>>>,
+    pub(crate) handed_out: HandedOut,
 }
 
 #[derive(Default)]
@@ -104,6 +106,7 @@ impl Family {
             config,
             running: Mutex::default(),
             images: Mutex::default(),
+            handed_out: HandedOut::default(),
         })
     }
 
@@ -170,13 +173,23 @@ impl Family {
     pub(crate) fn keep_account_of(&self, image: &Arc<MemoryImage>) {
         let mut images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
         images.retain(|image| image.strong_count() > 0);
-        images.push(Arc::downgrade(image));
+        let image = Arc::downgrade(image);
+        if !images.iter().any(|known| known.ptr_eq(&image)) {
+            images.push(image);
+        }
     }
 
     /// The images that hold memory of its VMs.
     pub(crate) fn images(&self) -> Vec<Arc<MemoryImage>> {
         let images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
         images.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// The image of this name, if it is one of them.
+    pub(crate) fn image(&self, name: ImageName) -> Option<Arc<MemoryImage>> {
+        let images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut images = images.iter().filter_map(Weak::upgrade);
+        images.find(|image| image.name() == name)
     }
 
     /// The VMs that run now.

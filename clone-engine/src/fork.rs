@@ -19,8 +19,9 @@ use thiserror::Error;
 use crate::disks::{DiskSource, DisksError, FrozenDisks};
 use crate::family::{Ending, Family};
 use crate::first_pages::FirstPages;
-use crate::fork_point::{ForkPoint, HandedOut};
+use crate::fork_point::ForkPoint;
 use crate::freeze::{Freeze, FreezeError, FreezeKind, ParentMemory};
+use crate::handed_out::HandedOut;
 use crate::identity::Identity;
 use crate::image::{MemoryImage, Plan};
 use crate::limits::{self, LimitError, Need};
@@ -69,7 +70,7 @@ impl FromStr for MemoryMode {
 pub struct UnknownMemoryMode(String);
 
 /// What is asked of a fork.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CloneSpec {
     /// Clones, 1 or more.
     pub count: u32,
@@ -371,4 +372,12 @@ pub enum ForkError {
     /// An observer stopped it.
     #[error(transparent)]
     Vetoed(#[from] Vetoed),
+    /// Its parent lives in a worker, where it failed.
+    #[error("worker {process} could not fork the clone: {why}")]
+    InWorker {
+        /// The worker.
+        process: u32,
+        /// What went wrong there.
+        why: String,
+    },
 }

@@ -1,8 +1,8 @@
 //! Fork points: what clones are spawned from, now or later.
 
 use std::io;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
 use forkvm_devices::Sections;
@@ -12,12 +12,13 @@ use crate::disks::DisksAtFork;
 use crate::family::Family;
 use crate::fork::{ForkError, MemoryMode};
 use crate::freeze::FreezeKind;
+use crate::handed_out::HandedOut;
 use crate::identity::Identity;
 use crate::image::MemoryImage;
 use crate::limits::{self, Need};
 use crate::member::Member;
-use crate::phase::{self, Phase};
-use crate::spawn::SpawnError;
+use crate::phase::{self, Observer, Phase};
+use crate::spawn::{Prepared, SpawnError};
 use crate::working_set::{Recorder, WorkingSet};
 
 /// A VM at one instant: image, state and frozen disks. It lives as long as anybody holds it; the
@@ -51,36 +52,6 @@ pub struct ForkPoint {
     pub(crate) handed_out: HandedOut,
 }
 
-/// What a spawner has of a fork point outside this process.
-pub(crate) struct HandedOut {
-    /// Tells this fork point from every other one of this process.
-    number: u64,
-    /// What ends there with the fork point.
-    kept: Mutex<Vec<Box<dyn Send + Sync>>>,
-}
-
-impl Default for HandedOut {
-    fn default() -> HandedOut {
-        static NUMBERS: AtomicU64 = AtomicU64::new(0);
-        HandedOut {
-            number: NUMBERS.fetch_add(1, Ordering::Relaxed),
-            kept: Mutex::default(),
-        }
-    }
-}
-
-impl HandedOut {
-    pub(crate) fn number(&self) -> u64 {
-        self.number
-    }
-
-    /// Drops `thing` with the fork point.
-    pub(crate) fn keep(&self, thing: Box<dyn Send + Sync>) {
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.push(thing);
-    }
-}
-
 impl ForkPoint {
     /// Spawns `count` clones: all of them run, or none and an error says why. Each is expected to
     /// write as much as the spec of the fork said; the host must have room for that.
@@ -110,6 +81,16 @@ impl ForkPoint {
         self: &Arc<Self>,
         count: u32,
     ) -> Result<Vec<Arc<Member>>, ForkError> {
+        self.family.config().spawner.spawn(self, count)
+    }
+
+    /// Has `prepare` make `count` clones with identities of their own, and lets them run together. For
+    /// spawners.
+    pub(crate) fn spawn_prepared(
+        self: &Arc<Self>,
+        count: u32,
+        prepare: impl FnOnce(Vec<Identity>, &dyn Observer) -> Result<Vec<Box<dyn Prepared>>, SpawnError>,
+    ) -> Result<Vec<Arc<Member>>, ForkError> {
         self.family.check_open()?;
         let observer = self.family.config().observer.clone();
         let first = self.ids.fetch_add(count, Ordering::Relaxed) + 1;
@@ -119,8 +100,7 @@ impl ForkPoint {
         };
         let identities: io::Result<Vec<_>> = (first..first + count).map(identify).collect();
         let identities = identities.map_err(ForkError::Identity)?;
-        let spawner = &self.family.config().spawner;
-        let waiting = spawner.prepare(&self.family, self, identities, observer.as_ref())?;
+        let waiting = prepare(identities, observer.as_ref())?;
         let phase = phase::begin(observer.as_ref(), Phase::Run, None)?;
         let mut clones = Vec::with_capacity(waiting.len());
         for clone in waiting {

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use forkvm_devices::DeviceError;
 use forkvm_vmm::{Kvm, MemoryError, PauseError, VmError};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::fork::ForkError;
@@ -18,7 +19,7 @@ use crate::spawn::SpawnError;
 use crate::userfault::UserfaultError;
 
 /// How a clone goes back.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RewindWay {
     /// As the host allows: [`InPlace`](RewindWay::InPlace) where that is right, otherwise
     /// [`FreshShell`](RewindWay::FreshShell).
@@ -97,12 +98,14 @@ pub enum RewindError {
     /// It came of no fork.
     #[error("the VM is no clone, so there is no fork point to go back to: rewind a clone of it")]
     NoClone,
-    /// It lives in a worker.
-    #[error(
-        "a clone that lives in a worker process cannot be rewound yet: use spawner in-process for \
-         families that rewind their clones"
-    )]
-    OfWorker,
+    /// It lives in a worker, where it failed.
+    #[error("worker {process} could not rewind the clone: {why}")]
+    InWorker {
+        /// The worker.
+        process: u32,
+        /// What went wrong there.
+        why: String,
+    },
     /// Old translations would survive.
     #[error(
         "in-place is not right on this host: its KVM shadows page tables and would keep translations \

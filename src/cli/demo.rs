@@ -81,9 +81,6 @@ pub(crate) struct Demo {
 impl Demo {
     pub(crate) fn run(self, output: &Output) -> anyhow::Result<Outcome> {
         self.forks.check()?;
-        if self.forks.begins_otherwise() {
-            self.forks.check_forks_of_clones()?;
-        }
         let seed = self.seed.unwrap_or_else(seed_of_the_clock);
         let mut text = output.text();
         let folder = self.target.join("demo");

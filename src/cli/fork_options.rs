@@ -57,18 +57,6 @@ impl ForkOptions {
         Ok(())
     }
 
-    /// Refuses what cannot fork a clone, for a command that does.
-    pub(crate) fn check_forks_of_clones(&self) -> Result<(), Usage> {
-        match self.spawner {
-            Place::InProcess => Ok(()),
-            Place::Process => Err(Usage(
-                "freeze delta has a clone fork the others here, and one that lives in a worker \
-                 cannot be forked yet: use spawner in-process"
-                    .into(),
-            )),
-        }
-    }
-
     /// Whether the first fork of a booted VM is another one than those that follow.
     pub(crate) fn begins_otherwise(&self) -> bool {
         self.freeze == FreezeKind::Delta
@@ -141,10 +129,8 @@ fn places() -> impl TypedValueParser<Value = Place> {
     const IN_PROCESS: &str = "in-process";
     let values = [
         PossibleValue::new(IN_PROCESS).help("in this process, whose death ends them all"),
-        PossibleValue::new("process").help(
-            "in worker processes: what ends one of them ends its clones alone. A clone there \
-             cannot be forked yet [cow]",
-        ),
+        PossibleValue::new("process")
+            .help("in worker processes: what ends one of them ends its clones alone"),
     ];
     PossibleValuesParser::new(values).map(|word| match word.as_str() {
         IN_PROCESS => Place::InProcess,

@@ -146,11 +146,21 @@ fn lazy_clones_in_workers_fetch_their_pages_and_map_every_read() {
 }
 
 #[test]
-fn what_workers_cannot_do_yet_is_a_usage_error() {
-    let dir = TempDir::new().unwrap();
-    let args = ["demo", "--spawner", "process", "--freeze", "delta"];
-    forkvm(dir.path(), &args).expect(2, "cannot be forked yet");
-    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+fn a_clone_in_a_worker_forks_the_clones_that_map_every_read() {
+    let freeze = ["--freeze", "delta", "--memory-mode", "lazy"];
+    let options = ["--clones", "4", "--spawner", "process"];
+    let Some((_dir, object)) = demo(&[SMALL, &options, &freeze].concat()) else {
+        return;
+    };
+    for (key, expected) in [
+        ("spawner", Value::from("process")),
+        ("freeze", "delta".into()),
+        ("depth", 2.into()),
+        ("clones", 4.into()),
+        ("answers_match", true.into()),
+    ] {
+        assert_eq!(object[key], expected, "{key}");
+    }
 }
 
 #[test]

@@ -26,7 +26,7 @@ pub(crate) enum Manner {
     Nothing,
     /// By part of a page.
     Short,
-    /// By a panic, so many times, of the thread that answers faults.
+    /// By a panic, so many times, of the thread that answers faults, or workers that ask for pages.
     Panic(u32),
 }
 
@@ -124,7 +124,7 @@ impl Shared {
     fn panics(&self) -> bool {
         let answers_faults = thread::current()
             .name()
-            .is_some_and(|name| name.starts_with("fault"));
+            .is_some_and(|name| name.starts_with("fault") || name == "pages");
         match &mut self.lock().manner {
             Manner::Panic(left) if answers_faults && *left > 0 => {
                 *left -= 1;

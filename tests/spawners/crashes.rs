@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use forkvm::engine::Phase;
 use forkvm::engine::spawn::Spawner;
-use forkvm::{CloneSpec, CloneVm, End};
+use forkvm::{CloneSpec, CloneVm, End, FreezeKind, MemoryMode};
 
 use crate::common::{
-    Guest, LONG, Obedient, Setup, expect_end, expect_oracle_ok, finish_oracle, need_kvm, scaled,
-    workers,
+    Guest, LONG, Obedient, Setup, expect_end, expect_oracle_ok, finish_oracle, fork_by, need_kvm,
+    scaled, workers,
 };
 use crate::spread::{kill, wait_until};
 
@@ -168,6 +168,51 @@ fn a_worker_that_is_killed_at_any_moment_of_a_fork_harms_its_clones_alone() {
         killer.join().unwrap();
     }
     finish_oracle(&vm, vm.member());
+}
+
+#[test]
+fn a_worker_that_is_killed_as_its_clone_is_forked_fails_that_fork_or_ends_its_clones_alone() {
+    need_kvm!();
+    let victim: Arc<Mutex<Option<(Phase, u32)>>> = Arc::default();
+    let hook = {
+        let victim = victim.clone();
+        move |phase, _: Option<&forkvm::vmm::PausedVm<'_>>| {
+            let mut victim = victim.lock().unwrap();
+            if let Some((at, worker)) = *victim
+                && at == phase
+            {
+                *victim = None;
+                kill(worker);
+            }
+            Ok(())
+        }
+    };
+    let vm = Setup::new("job=obey pages=64")
+        .spawner(workers())
+        .hook(hook)
+        .boot();
+    vm.wait_ready(LONG).unwrap();
+    let mut origin = Obedient::new(&vm, vm.member());
+    origin.write(0, 100, 64);
+    for mode in [MemoryMode::Cow, MemoryMode::Lazy] {
+        for phase in Phase::ALL {
+            let clone = vm.fork(CloneSpec::new(1)).unwrap().remove(0);
+            let worker = process_of(&clone);
+            Obedient::new(&vm, clone.member()).write(0, 200, 32);
+            *victim.lock().unwrap() = Some((phase, worker));
+            let forked = clone.member().fork(fork_by(FreezeKind::Delta, mode, 2));
+            assert_eq!(*victim.lock().unwrap(), None, "killed at {phase}");
+            expect_killed_with_its_worker(&clone);
+            // The worker did not live to say that its clone was forked: nobody has these clones.
+            let error = forked.err().expect("the fork has failed").to_string();
+            assert!(error.contains("has died"), "{phase}: {error}");
+            wait_until("they are gone", || vm.family().running().len() == 1);
+        }
+    }
+    origin.expect(0, 100, 64);
+    let clone = vm.fork(CloneSpec::new(1)).unwrap().remove(0);
+    Obedient::new(&vm, clone.member()).exit();
+    origin.exit();
 }
 
 /// Machines of KVM that a process has.

@@ -11,7 +11,9 @@ use forkvm::devices::block::{Access, BlockLayer, RawFile};
 use forkvm::engine::saved::{OpenMachine, SaveTo};
 use forkvm::engine::{Family, MemberError, Phase};
 use forkvm::vmm::Kvm;
-use forkvm::{CloneSpec, DiskSource, End, FamilyConfig, Finished, FreezeKind, MemoryMode};
+use forkvm::{
+    CloneSpec, DiskSource, End, FamilyConfig, Finished, FreezeKind, MemoryMode, RewindWay,
+};
 
 use crate::common::switch::{Manner, Switch};
 
@@ -34,6 +36,11 @@ macro_rules! kit {
         }
 
         kit!(@ a_guest_forks_itself_and_joins_its_clones);
+        kit!(@ generations_fork_themselves_and_join_one_another);
+        kit!(@ a_clone_is_forked_as_its_parent_was_by_every_freeze);
+        kit!(@ clones_of_a_clone_are_numbered_on_whoever_spawns_them);
+        kit!(@ a_clone_that_was_forked_ends_with_all_that_it_wrote_to_its_disk);
+        kit!(@ a_clone_is_rewound_with_its_forks_left_alone);
         kit!(@ clones_of_a_remap_verify_all_they_know);
         kit!(@ clones_of_a_copy_verify_all_they_know);
         kit!(@ clones_of_a_stop_verify_all_they_know);
@@ -114,6 +121,156 @@ fn a_guest_forks_itself_and_joins_its_clones(new: New) {
         assert!(vm.consoles.text().contains(&line), "{}", vm.consoles.text());
     }
     assert_eq!(clones.len(), 3);
+}
+
+fn generations_fork_themselves_and_join_one_another(new: New) {
+    let vm = new("job=tree depth=4 mib=1").boot();
+    assert_eq!(vm.join().end, End::Exited(4), "{}", vm.consoles.text());
+    let clones = vm.log.clones();
+    let names: Vec<_> = clones.iter().map(|clone| clone.name()).collect();
+    assert_eq!(names, ["vm.1", "vm.1.1", "vm.1.1.1", "vm.1.1.1.1"]);
+    for (depth, clone) in (1..).zip(&clones) {
+        expect_end(&vm, clone, End::Exited(4 - depth));
+        assert_eq!(clone.identity().depth, depth);
+    }
+}
+
+fn a_clone_is_forked_as_its_parent_was_by_every_freeze(new: New) {
+    for (freeze, mode) in [
+        (FreezeKind::Delta, MemoryMode::Cow),
+        (FreezeKind::Delta, MemoryMode::Lazy),
+        (FreezeKind::Copy, MemoryMode::Cow),
+        (FreezeKind::Stop, MemoryMode::Cow),
+        (FreezeKind::Stop, MemoryMode::Lazy),
+    ] {
+        let vm = new("job=obey pages=64").no_copier().boot();
+        vm.wait_ready(LONG).unwrap();
+        Obedient::new(&vm, vm.member()).write(0, 100, 64);
+        let first = fork_by(FreezeKind::WriteProtect, MemoryMode::Lazy, 1);
+        let clone = vm.fork(first).unwrap().remove(0);
+        let mut clone = Obedient::new(&vm, clone.member());
+        clone.write(8, 800, 8);
+        let ticket = clone.member.fork(fork_by(freeze, mode, 2)).unwrap();
+        assert_eq!(ticket.point.freeze(), freeze);
+        assert_eq!(ticket.point.depth(), 2);
+        match freeze {
+            FreezeKind::Stop => expect_end(&vm, &clone.member, End::Stopped),
+            _ => {
+                assert_eq!(clone.member.identity().fork_count, 2);
+                clone.write(8, 1, 8);
+            }
+        }
+        let mut clones: Vec<_> = ticket.clones.iter().collect();
+        let late = ticket.point.spawn(1).unwrap();
+        clones.extend(&late);
+        for (id, of_clone) in (1..).zip(clones) {
+            assert_eq!(of_clone.identity().clone_id, id);
+            assert_eq!(of_clone.identity().fork_count, 2);
+            let mut of_clone = Obedient::new(&vm, of_clone);
+            of_clone.expect(0, 100, 8);
+            of_clone.expect(8, 800, 8);
+            of_clone.expect(16, 116, 48);
+            of_clone.write(0, 1, 64);
+            of_clone.exit();
+        }
+        if freeze != FreezeKind::Stop {
+            clone.expect(0, 100, 8);
+            clone.expect(8, 1, 8);
+            clone.expect(16, 116, 48);
+            clone.exit();
+        }
+    }
+}
+
+fn clones_of_a_clone_are_numbered_on_whoever_spawns_them(new: New) {
+    let vm = new("job=obey pages=4").boot();
+    vm.wait_ready(LONG).unwrap();
+    let clone = vm.fork(CloneSpec::new(1)).unwrap().remove(0);
+    let first = clone.fork_point(CloneSpec::new(1)).unwrap();
+    let second = clone.member().fork(CloneSpec::new(2)).unwrap();
+    let mut names: Vec<_> = second
+        .clones
+        .iter()
+        .map(|vm| vm.name().to_owned())
+        .collect();
+    for point in [&first, &second.point, &first] {
+        names.push(point.spawn(1).unwrap()[0].name().to_owned());
+    }
+    assert_eq!(names, ["vm.1.1", "vm.1.2", "vm.1.3", "vm.1.4", "vm.1.5"]);
+}
+
+fn a_clone_that_was_forked_ends_with_all_that_it_wrote_to_its_disk(new: New) {
+    let folder = tempfile::tempdir().unwrap();
+    let vm = new("job=oracle mib=1 disk=1 go-on=1")
+        .disk(DiskSource::volatile(zeros(folder.path())))
+        .boot();
+    vm.wait_ready(LONG).unwrap();
+    let clone = vm.fork(CloneSpec::new(1)).unwrap().remove(0);
+    expect_oracle_ok(&vm, clone.member(), 1);
+    for forks in 2..=4 {
+        // So that each fork finds the disk written.
+        thread::sleep(Duration::from_millis(20));
+        let ticket = clone.member().fork(CloneSpec::new(1)).unwrap();
+        expect_oracle_ok(&vm, clone.member(), forks);
+        finish_oracle(&vm, &ticket.clones[0]);
+    }
+    thread::sleep(Duration::from_millis(20));
+    // It does not take another step: who comes of this begins with its disk as it is left.
+    let stop = fork_by(FreezeKind::Stop, MemoryMode::Cow, 1);
+    let point = clone.fork_point(stop).unwrap();
+    expect_end(&vm, clone.member(), End::Stopped);
+    let left = content(&clone.join(), 0);
+    let written = |bytes: &[u8]| {
+        bytes
+            .chunks(512)
+            .filter(|s| s.iter().any(|b| *b != 0))
+            .count()
+    };
+    assert!(written(&left) > 0);
+
+    let heir = point.spawn(1).unwrap().remove(0);
+    expect_oracle_ok(&vm, &heir, 5);
+    finish_oracle(&vm, &heir);
+    // It only ever writes more sectors, so what it found is there or was written again.
+    let after = content(&heir.wait(), 0);
+    let lost = left.chunks(512).zip(after.chunks(512));
+    let lost =
+        lost.filter(|(left, after)| left.iter().any(|b| *b != 0) && after.iter().all(|b| *b == 0));
+    assert_eq!(lost.count(), 0);
+    let written_before = left
+        .chunks(512)
+        .zip(after.chunks(512))
+        .filter(|(l, a)| l == a)
+        .count();
+    assert!(written_before > 0 && written(&after) >= written(&left));
+}
+
+fn a_clone_is_rewound_with_its_forks_left_alone(new: New) {
+    let vm = new("job=obey pages=64").no_copier().boot();
+    vm.wait_ready(LONG).unwrap();
+    Obedient::new(&vm, vm.member()).write(0, 100, 64);
+    let lazy = fork_by(FreezeKind::WriteProtect, MemoryMode::Lazy, 1);
+    let clone = vm.fork(lazy).unwrap().remove(0);
+    let mut life = Obedient::new(&vm, clone.member());
+    for round in 1..=3 {
+        life.expect(0, 100, 64);
+        life.write(0, 1000 * round, 32);
+        let before = clone.identity();
+        let delta = fork_by(FreezeKind::Delta, MemoryMode::Lazy, 1);
+        let child = life.member.fork(delta).unwrap().clones.remove(0);
+        assert_eq!(child.name(), format!("vm.1.{round}"));
+        assert_eq!(clone.identity().fork_count, 2);
+        clone.rewind_by(RewindWay::FreshShell).unwrap();
+        let after = clone.identity();
+        assert_ne!(after.generation, before.generation);
+        assert_eq!(after.fork_count, 1);
+        let mut child = Obedient::new(&vm, &child);
+        child.expect(0, 1000 * round, 32);
+        child.expect(32, 132, 32);
+        child.exit();
+    }
+    life.expect(0, 100, 64);
+    life.exit();
 }
 
 /// Forks an oracle that is at work, in the middle of it.

@@ -3,14 +3,16 @@
 //! What waits may be a thread of the kernel's, on behalf of KVM, that no signal ends. If it went on when
 //! the userfaultfd of a dying process closes, it would find a hole in the image's file and fill it.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use forkvm::engine::{ForkPoint, Member};
 use forkvm::vmm::memory::data_extents;
-use forkvm::{End, FaultConfig, FreezeKind, MemoryMode};
+use forkvm::{CloneSpec, End, FaultConfig, FreezeKind, MemoryMode};
 
 use crate::common::switch::{Manner, Switch};
 use crate::common::{Guest, LONG, Obedient, Setup, fork_by, need_kvm, workers_of};
@@ -88,6 +90,57 @@ fn a_worker_that_is_killed_as_its_clone_waits_for_a_page_leaves_none_to_the_othe
         Obedient::new(&stalled.vm, stalled.vm.member()).expect(0, 1000, PAGES);
         other.exit();
     }
+}
+
+/// Clones of a clone, in workers of their own, whose pages come from its worker.
+#[test]
+fn a_worker_that_is_killed_costs_the_clones_of_its_clone_what_they_lack_and_nobody_else() {
+    need_kvm!();
+    let vm = Setup::new(format!("job=obey pages={PAGES}"))
+        .spawner(workers_of(4, 1))
+        .no_copier()
+        .boot();
+    vm.wait_ready(LONG).unwrap();
+    let mut origin = Obedient::new(&vm, vm.member());
+    origin.write(0, 1000, PAGES);
+    let clone = vm.fork(CloneSpec::new(1)).unwrap().remove(0);
+    let mut parent = Obedient::new(&vm, clone.member());
+    parent.write(0, 2000, PAGES);
+    let delta = fork_by(FreezeKind::Delta, MemoryMode::Lazy, 3);
+    let ticket = parent.member.fork(delta).unwrap();
+    let [mut warm, mut cold, mut late] =
+        [0, 1, 2].map(|index| Obedient::new(&vm, &ticket.clones[index]));
+    let processes: HashSet<_> = ticket.clones.iter().map(|vm| vm.process()).collect();
+    assert!(processes.len() == 3 && !processes.contains(&clone.member().process()));
+    for clone in [&mut warm, &mut cold, &mut late] {
+        clone.expect(0, 2000, 1);
+    }
+    warm.expect(0, 2000, PAGES / 2);
+    assert!(!ticket.point.image().is_whole());
+    let image = ticket.point.image().file();
+    let before = data_extents(image).unwrap();
+
+    let worker = clone.member().process().expect("it lives in a worker");
+    kill(worker);
+    wait_until("the worker is gone", || is_gone(worker));
+    let begun = cold.begin(&format!("r {} 1", PAGES - 1));
+    let finished = cold.member.wait_for(Duration::from_secs(5));
+    let end = finished.expect("it hangs on a page that never comes").end;
+    let why = format!("worker {worker}");
+    assert!(
+        matches!(&end, End::Failed(text) if text.contains(&why)),
+        "{end}"
+    );
+    println!("it ended after {:?}", begun.elapsed());
+    // What others have brought is there for everybody.
+    warm.expect(0, 2000, PAGES / 2);
+    late.expect(0, 2000, PAGES / 2);
+    warm.write(0, 1, PAGES / 2);
+    assert_eq!(data_extents(image).unwrap(), before);
+    warm.exit();
+    late.exit();
+    origin.expect(0, 1000, PAGES);
+    origin.exit();
 }
 
 #[test]

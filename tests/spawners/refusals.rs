@@ -3,49 +3,9 @@
 use std::env;
 use std::process::Command;
 
-use forkvm::engine::{ForkError, MemberError};
-use forkvm::{CloneSpec, End, Error, Process, ProcessConfig, WorkerProgram};
+use forkvm::{CloneSpec, Process, ProcessConfig, WorkerProgram};
 
-use crate::common::{
-    LONG, Obedient, Setup, expect_end, need_kvm, worker_program, workers, workers_of,
-};
-
-/// Exit status of a guest whose fork was refused (guest-images/bare/README.md).
-const REFUSED: u32 = 3;
-
-#[test]
-fn a_clone_in_a_worker_is_not_forked_and_goes_on() {
-    need_kvm!();
-    let vm = Setup::new("job=obey pages=16").spawner(workers()).boot();
-    vm.wait_ready(LONG).unwrap();
-    let clones = vm.fork(CloneSpec::new(1)).unwrap();
-    let mut clone = Obedient::new(&vm, clones[0].member());
-    clone.write(0, 5, 16);
-    for error in [
-        clones[0].fork(CloneSpec::new(1)).err().unwrap(),
-        clones[0].fork_point(CloneSpec::new(1)).err().unwrap(),
-    ] {
-        let Error::Member(MemberError::Fork(ForkError::Spawn(why))) = &error else {
-            panic!("{error:?}");
-        };
-        assert!(why.to_string().contains("worker process"), "{why}");
-    }
-    clone.expect(0, 5, 16);
-    clone.exit();
-}
-
-#[test]
-fn a_guest_in_a_worker_that_forks_is_told_that_the_call_is_not_known() {
-    need_kvm!();
-    let vm = Setup::new("job=tree depth=2").spawner(workers()).boot();
-    let end = vm.join().end;
-    let clones = vm.log.clones();
-    assert_eq!(clones.len(), 1, "{}", vm.consoles.text());
-    expect_end(&vm, &clones[0], End::Exited(REFUSED));
-    assert_eq!(end, End::Exited(REFUSED + 1));
-    let text = vm.consoles.text();
-    assert!(text.contains("vm.1: fork failed with error -38"), "{text}");
-}
+use crate::common::{LONG, Obedient, Setup, need_kvm, worker_program, workers_of};
 
 fn refused(program: WorkerProgram) -> String {
     let error = Process::start(ProcessConfig::new(program)).err();

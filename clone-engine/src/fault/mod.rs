@@ -28,7 +28,7 @@ use forkvm_vmm::kick::{self, Kick};
 use forkvm_vmm::memory::PAGE;
 use serde::{Deserialize, Serialize};
 
-use crate::image::{Arriving, EmptyImage, MemoryImage, OwnerTable, StoreError};
+use crate::image::{Arriving, EmptyImage, MemoryImage, OutlineError, OwnerTable, StoreError};
 use crate::source::{PageSource, PlainSources, Sources};
 use crate::userfault::UserfaultError;
 use crate::vm_memory::VmMemory;
@@ -202,23 +202,28 @@ impl FaultHandler {
         duplicates.collect()
     }
 
-    /// An image that another process fills; `source` is the way there. Not yet published.
+    /// An image that another process fills; `source` is the way there. Published.
     pub(crate) fn image_elsewhere(
         &self,
         arriving: Arriving,
         source: Arc<dyn PageSource>,
-    ) -> Result<Arc<MemoryImage>, UserfaultError> {
+    ) -> Result<Arc<MemoryImage>, OutlineError> {
         // The supervisor looks after it.
-        self.shard()?;
+        self.shard().map_err(OutlineError::Unwatched)?;
         let Arriving {
+            name,
             file,
             table,
+            plan,
             config,
-            ..
         } = arriving;
         let (counters, notices) = (self.counters.clone(), self.notices.clone());
-        let empty = EmptyImage::elsewhere(file, table.len(), config, counters, notices);
-        Ok(self.image_of(empty, table, source))
+        let empty = EmptyImage::elsewhere(name, file, table.len(), config, counters, notices);
+        let image = MemoryImage::filling(empty, table, self.source(source));
+        // Before anybody looks whether it is whole.
+        image.publish(plan)?;
+        self.look_after(&image);
+        Ok(image)
     }
 
     /// What an image of this family takes its pages from, where they come from `source`.

@@ -105,10 +105,7 @@ impl MemoryImage {
     ) {
         let Some(filling) = &self.filling else { return };
         let since = Instant::now();
-        for (owner, run) in self.known_table().within(range.clone()) {
-            if matches!(owner, Owner::Zero) {
-                continue;
-            }
+        for (owner, run) in self.coming(range.clone()) {
             let waiter = waiter();
             let sound = filling.check_sound();
             let bring = |()| self.bring_run(filling, &owner, &run, Cause::Fault, &waiter);
@@ -128,10 +125,8 @@ impl MemoryImage {
         let Some(filling) = &self.filling else {
             return false;
         };
-        let mut runs = self.known_table().within(range.clone());
-        runs.any(|(owner, run)| {
-            !matches!(owner, Owner::Zero) && filling.present.missing(run).next().is_some()
-        })
+        let mut runs = self.coming(range.clone());
+        runs.any(|(_, run)| filling.present.missing(run).next().is_some())
     }
 
     /// Brings pages of one run, from wherever they come. `false` when they are far and `waiter` will be
@@ -329,9 +324,8 @@ impl MemoryImage {
             let found = match owner {
                 Owner::Zero => None,
                 Owner::Own => missing.next(),
-                Owner::Base(_) if filling.elsewhere => missing.next(),
                 Owner::Base(_) if which == Which::Own => None,
-                Owner::Base(_) => missing.find_map(|run| self.plan.get()?.own_within(run)),
+                Owner::Base(_) => missing.find_map(|run| self.plan.get()?.own_within(run).next()),
             };
             if let Some(found) = found {
                 let chunk = filling.chunk_of(found.start, &run);

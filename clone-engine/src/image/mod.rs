@@ -20,6 +20,7 @@ mod filling;
 pub mod micro;
 #[cfg(test)]
 mod model_tests;
+mod name;
 mod outcome;
 mod outline;
 mod owner_table;
@@ -39,7 +40,6 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 
 use forkvm_vmm::MemoryError;
 use forkvm_vmm::memory::{self, PAGE};
-use serde::{Deserialize, Serialize};
 
 use crate::fault::counters::FaultCounters;
 use crate::fault::fetcher::Fetcher;
@@ -51,26 +51,16 @@ use store::Store;
 
 pub(crate) use content::{Content, ImageSink};
 pub(crate) use filling::{Provided, Which, complete, distinct};
+pub(crate) use name::ImageName;
 pub(crate) use outcome::Mapper;
-pub(crate) use outline::{Arriving, Outline, OutlineError};
+pub(crate) use outline::{Arrivals, Arriving, Outline, OutlineError};
 pub(crate) use owner_table::{Owner, OwnerTable};
 pub(crate) use plan::Plan;
 pub use store::StoreError;
 
-/// Tells an image from every other one of its process, also to others.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub(crate) struct ImageNumber(u64);
-
-impl ImageNumber {
-    fn next() -> ImageNumber {
-        static LAST: AtomicU64 = AtomicU64::new(0);
-        ImageNumber(LAST.fetch_add(1, Ordering::Relaxed))
-    }
-}
-
 /// See the module's text. Offsets are file offsets of RAM in bytes.
 pub struct MemoryImage {
-    number: ImageNumber,
+    name: ImageName,
     len: u64,
     store: Store,
     /// Known from the freeze on, or for a file that was taken over whole from its publication on.
@@ -88,11 +78,11 @@ struct Filling {
     present: PageBitmap,
     /// Whether another process puts the pages in, whoever holds them; the source only says when.
     elsewhere: bool,
-    /// Own pages that are missing: as long as there are any, the source must live.
+    /// Own pages that are missing, elsewhere all: as long as there are any, the source must live.
     own_left: AtomicU64,
     /// Pages of earlier images that clones look for here and that are missing.
     base_left: AtomicU64,
-    /// Of the own pages; `None` once they are all here.
+    /// Of the own pages, elsewhere of all; `None` once they are here.
     source: RwLock<Option<Arc<dyn PageSource>>>,
     fetcher: OnceLock<Fetcher>,
     /// Why pages that are missing will never come.
@@ -119,8 +109,13 @@ impl MemoryImage {
     /// A file that holds the whole memory already: the one that a VM has mapped until now, or one
     /// that was filled before anybody mapped it.
     pub fn whole(file: Arc<File>, len: u64) -> Arc<MemoryImage> {
+        MemoryImage::whole_of(ImageName::new(), file, len)
+    }
+
+    /// The same, of an image that has a name.
+    fn whole_of(name: ImageName, file: Arc<File>, len: u64) -> Arc<MemoryImage> {
         Arc::new(MemoryImage {
-            number: ImageNumber::next(),
+            name,
             len,
             store: Store::whole(file),
             table: OnceLock::new(),
@@ -131,9 +126,14 @@ impl MemoryImage {
     }
 
     /// A whole image of a line, with what its `file` does not say by itself.
-    fn of_line(file: Arc<File>, table: OwnerTable, plan: Plan) -> Arc<MemoryImage> {
+    fn of_line(
+        name: ImageName,
+        file: Arc<File>,
+        table: OwnerTable,
+        plan: Plan,
+    ) -> Arc<MemoryImage> {
         Arc::new(MemoryImage {
-            number: ImageNumber::next(),
+            name,
             len: table.len(),
             store: Store::whole(file),
             table: OnceLock::from(table),
@@ -149,15 +149,11 @@ impl MemoryImage {
         table: OwnerTable,
         source: Arc<dyn PageSource>,
     ) -> Arc<MemoryImage> {
-        let comes_from_source = |owner: &Owner<'_>| match owner {
-            Owner::Zero => false,
-            Owner::Own => true,
-            Owner::Base(_) => store.elsewhere,
-        };
         let runs = table.within(0..store.len);
-        let from_source = runs.filter(|(owner, _)| comes_from_source(owner));
-        let own_left = from_source.map(|(_, run)| pages(&run)).sum();
+        let own = runs.filter(|(owner, _)| matches!(owner, Owner::Own));
+        let own_left = own.map(|(_, run)| pages(&run)).sum();
         let EmptyImage {
+            name,
             len,
             store,
             elsewhere,
@@ -166,7 +162,7 @@ impl MemoryImage {
             notices,
         } = store;
         Arc::new(MemoryImage {
-            number: ImageNumber::next(),
+            name,
             len,
             store,
             table: OnceLock::from(table),
@@ -192,11 +188,16 @@ impl MemoryImage {
     /// Says which image the clones of this one map where, and so which pages have to come here.
     pub(crate) fn publish(&self, plan: Plan) -> Result<(), MemoryError> {
         let table = self.table()?;
-        if let Some(filling) = self.filling.as_ref().filter(|filling| !filling.elsewhere) {
+        if let Some(filling) = &self.filling {
             let looked_for = plan.own_parts().flat_map(|part| table.within(part.clone()));
             let of_others = looked_for.filter(|(owner, _)| matches!(owner, Owner::Base(_)));
             let base_left = of_others.map(|(_, run)| pages(&run)).sum();
-            filling.base_left.store(base_left, Ordering::Release);
+            // Elsewhere all of it comes from the source.
+            let left = match filling.elsewhere {
+                true => &filling.own_left,
+                false => &filling.base_left,
+            };
+            left.fetch_add(base_left, Ordering::AcqRel);
         }
         let first = self.plan.set(plan).is_ok();
         debug_assert!(first, "an image is published once");
@@ -231,6 +232,32 @@ impl MemoryImage {
     pub fn populated(&self) -> Result<u64, MemoryError> {
         let populated = self.table()?.populated();
         Ok(populated.iter().map(|run| run.end - run.start).sum())
+    }
+
+    /// Pages of `range` that its file holds or will hold, with who holds them from the start: its own, and
+    /// those of earlier images that its clones look for here.
+    fn coming(&self, range: Range<u64>) -> impl Iterator<Item = (Owner<'_>, Range<u64>)> {
+        let runs = self.known_table().within(range);
+        runs.flat_map(|(owner, run)| {
+            let whole = matches!(owner, Owner::Own).then(|| run.clone());
+            let parts = self.plan.get().filter(|_| matches!(owner, Owner::Base(_)));
+            let parts = parts
+                .into_iter()
+                .flat_map(move |plan| plan.own_within(run.clone()));
+            whole.into_iter().chain(parts).map(move |run| (owner, run))
+        })
+    }
+
+    /// What its file will hold, as ranges that rise and are apart.
+    fn held(&self) -> Vec<Range<u64>> {
+        let mut held: Vec<Range<u64>> = Vec::new();
+        for (_, run) in self.coming(0..self.len) {
+            match held.last_mut() {
+                Some(last) if last.end == run.start => last.end = run.end,
+                _ => held.push(run),
+            }
+        }
+        held
     }
 
     /// Its own pages, as ranges that rise and are apart.
@@ -312,9 +339,9 @@ impl MemoryImage {
         self.store.file()
     }
 
-    /// Its number, which others name it by.
-    pub(crate) fn number(&self) -> ImageNumber {
-        self.number
+    /// What other processes call it.
+    pub(crate) fn name(&self) -> ImageName {
+        self.name
     }
 
     /// Why what it holds cannot be relied on.
@@ -346,6 +373,7 @@ impl MemoryImage {
 
 /// An image before it is known what belongs into it: made ahead of a pause, or taken over.
 pub(crate) struct EmptyImage {
+    name: ImageName,
     len: u64,
     store: Store,
     elsewhere: bool,
@@ -362,6 +390,7 @@ impl EmptyImage {
         notices: Sender<Notice>,
     ) -> Result<EmptyImage, StoreError> {
         Ok(EmptyImage {
+            name: ImageName::new(),
             len,
             store: Store::empty(len)?,
             elsewhere: false,

@@ -2,7 +2,9 @@
 //! page, which one a clone maps where, and which of them still fill. The memfds themselves go beside it.
 //!
 //! An image that still fills arrives as one that is filled elsewhere ([`super::elsewhere`]): pages enter
-//! it where it comes from, and nowhere else.
+//! it where it comes from, and nowhere else. One that is known where it arrives, because it was made
+//! there or came outlined before, is that same image. As one of a line an image comes with less: what its
+//! file holds.
 
 use std::fs::File;
 use std::ops::Range;
@@ -13,7 +15,7 @@ use forkvm_vmm::memory::PAGE;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::{ImageNumber, MemoryImage, Owner, OwnerTable, Plan, are_pages};
+use super::{ImageName, MemoryImage, Owner, OwnerTable, Plan, are_pages};
 use crate::fault::FaultConfig;
 use crate::userfault::UserfaultError;
 
@@ -23,6 +25,8 @@ use crate::userfault::UserfaultError;
 pub(crate) struct Outline {
     /// Bytes of memory.
     len: u64,
+    /// What the images are called, by number.
+    names: Vec<ImageName>,
     /// Who holds the pages from each start on; nobody where they are zero.
     holders: Vec<(u64, Option<u16>)>,
     /// Which image a clone maps from each start on.
@@ -36,20 +40,30 @@ pub(crate) struct Outline {
 struct Unfinished {
     /// In the outline.
     image: u16,
-    /// Where it is filled.
-    there: ImageNumber,
-    /// What is not zero, rising and apart; of image 0 the holders say it.
-    populated: Vec<Range<u64>>,
+    /// What its file will hold, rising and apart; of image 0 the holders and the map say it.
+    held: Vec<Range<u64>>,
     config: FaultConfig,
 }
 
 /// An image that still fills, as it arrives.
 pub(crate) struct Arriving {
-    /// Where it is filled.
-    pub(crate) there: ImageNumber,
+    pub(crate) name: ImageName,
     pub(crate) file: Arc<File>,
     pub(crate) table: OwnerTable,
+    pub(crate) plan: Plan,
     pub(crate) config: FaultConfig,
+}
+
+/// Where images arrive.
+pub(crate) trait Arrivals {
+    /// The image of this name, if there is one.
+    fn known(&self, name: ImageName) -> Option<Arc<MemoryImage>>;
+
+    /// Has one be filled where it comes from.
+    fn arrive(&self, arriving: Arriving) -> Result<Arc<MemoryImage>, OutlineError>;
+
+    /// One was made as it was outlined, and is known from here on.
+    fn made(&self, image: &Arc<MemoryImage>);
 }
 
 impl Outline {
@@ -79,16 +93,16 @@ impl Outline {
         let filling = filling.filter_map(|(number, image)| {
             Some(Unfinished {
                 image: number,
-                there: image.number,
-                populated: match number {
+                held: match number {
                     0 => Vec::new(),
-                    _ => image.known_table().populated(),
+                    _ => image.held(),
                 },
                 config: *image.served()?,
             })
         });
         let outline = Outline {
             len: image.len,
+            names: images.iter().map(|image| image.name).collect(),
             holders,
             mapped,
             filling: filling.collect(),
@@ -101,11 +115,11 @@ impl Outline {
         self.filling.iter().map(|filling| filling.image)
     }
 
-    /// The image with this outline, whose images lie in `files`. `arrive` makes those that still fill.
+    /// The image with this outline, whose images lie in `files`.
     pub(crate) fn image(
         &self,
         files: Vec<File>,
-        arrive: &mut dyn FnMut(Arriving) -> Result<Arc<MemoryImage>, OutlineError>,
+        arrivals: &dyn Arrivals,
     ) -> Result<Arc<MemoryImage>, OutlineError> {
         self.check(files.len())?;
         for file in &files {
@@ -115,21 +129,23 @@ impl Outline {
                 return Err(MemoryError::Length { found, needed }.into());
             }
         }
-        let mut files = files.into_iter().map(Arc::new);
-        let own = files.next().ok_or(OutlineError::Broken)?;
+        let known = |name: ImageName| arrivals.known(name).filter(|image| image.len == self.len);
+        let mut files = self.names.iter().zip(files.into_iter().map(Arc::new));
+        let (&name, own) = files.next().ok_or(OutlineError::Broken)?;
+        if let Some(image) = known(name) {
+            return Ok(image);
+        }
         let unfinished = |number| self.filling.iter().find(|filling| filling.image == number);
-        let base = |(number, file)| match unfinished(number) {
-            None => Ok(MemoryImage::whole(file, self.len)),
-            Some(filling) => {
-                let image = arrive(Arriving {
-                    there: filling.there,
-                    file,
-                    table: OwnerTable::own(self.len, &filling.populated),
-                    config: filling.config,
-                })?;
-                image.publish(Plan::whole(self.len))?;
-                Ok(image)
-            }
+        let base = |(number, (&name, file))| match (known(name), unfinished(number)) {
+            (Some(image), _) => Ok(image),
+            (None, None) => Ok(MemoryImage::whole_of(name, file, self.len)),
+            (None, Some(filling)) => arrivals.arrive(Arriving {
+                name,
+                file,
+                table: OwnerTable::own(self.len, &filling.held),
+                plan: Plan::whole(self.len),
+                config: filling.config,
+            }),
         };
         let bases = (1..).zip(files).map(base);
         let bases = bases.collect::<Result<Vec<_>, OutlineError>>()?;
@@ -141,16 +157,17 @@ impl Outline {
         let runs = self.holders.iter();
         let runs = runs.map(|(start, holder)| (*start, holder.map(usize::from)));
         let table = OwnerTable::of_runs(self.len, runs, bases.clone());
-        let Some(filling) = unfinished(0) else {
-            return Ok(MemoryImage::of_line(own, table, plan));
+        let image = match unfinished(0) {
+            None => MemoryImage::of_line(name, own, table, plan),
+            Some(filling) => arrivals.arrive(Arriving {
+                name,
+                file: own,
+                table,
+                plan,
+                config: filling.config,
+            })?,
         };
-        let image = arrive(Arriving {
-            there: filling.there,
-            file: own,
-            table,
-            config: filling.config,
-        })?;
-        image.publish(plan)?;
+        arrivals.made(&image);
         Ok(image)
     }
 
@@ -165,7 +182,8 @@ impl Outline {
                     .all(|start| start.is_multiple_of(PAGE) && *start < self.len)
         };
         let known = |number: u16| usize::from(number) < images;
-        let sound = rises(&mut self.holders.iter().map(|run| run.0))
+        let sound = self.names.len() == images
+            && rises(&mut self.holders.iter().map(|run| run.0))
             && rises(&mut self.mapped.iter().map(|part| part.0))
             && self.holders.iter().all(|run| run.1.is_none_or(known))
             && self.mapped.iter().all(|part| known(part.1))
@@ -174,7 +192,7 @@ impl Outline {
             && self
                 .filling
                 .iter()
-                .all(|filling| is_sound(&filling.populated, self.len));
+                .all(|filling| is_sound(&filling.held, self.len));
         if sound {
             Ok(())
         } else {
@@ -217,8 +235,19 @@ mod tests {
         forkvm_vmm::memory::memfd(c"test", LEN).unwrap()
     }
 
-    fn none_fills(_: Arriving) -> Result<Arc<MemoryImage>, OutlineError> {
-        panic!("every image is whole")
+    /// Where every image that arrives is whole; and those that are known.
+    struct Whole(Vec<Arc<MemoryImage>>);
+
+    impl Arrivals for Whole {
+        fn known(&self, name: ImageName) -> Option<Arc<MemoryImage>> {
+            self.0.iter().find(|image| image.name == name).cloned()
+        }
+
+        fn arrive(&self, _: Arriving) -> Result<Arc<MemoryImage>, OutlineError> {
+            panic!("every image is whole")
+        }
+
+        fn made(&self, _: &Arc<MemoryImage>) {}
     }
 
     /// An image with a page of its own, over one that holds eight, of which one is zero since.
@@ -227,14 +256,14 @@ mod tests {
         let below = OwnerTable::own(LEN, &[pages(0..8)]).of(&base);
         let table = below.with_own(&[pages(2..3)]).with_zero(&[pages(5..6)]);
         let plan = Plan::over(&[(0..LEN, base)], &[pages(2..3)], LEN, 1);
-        MemoryImage::of_line(Arc::new(memfd()), table, plan)
+        MemoryImage::of_line(ImageName::new(), Arc::new(memfd()), table, plan)
     }
 
     #[test]
     fn an_image_that_was_outlined_is_held_and_mapped_as_before() {
         let (outline, images) = Outline::of(&image()).unwrap();
         let copies = images.iter().map(|image| image.file().try_clone().unwrap());
-        let again = outline.image(copies.collect(), &mut none_fills).unwrap();
+        let again = outline.image(copies.collect(), &Whole(vec![])).unwrap();
         let (same, _) = Outline::of(&again).unwrap();
         assert_eq!(outline, same);
         assert_eq!(
@@ -252,16 +281,30 @@ mod tests {
     }
 
     #[test]
+    fn an_image_that_is_known_where_it_arrives_is_not_made_again() {
+        let image = image();
+        let (outline, images) = Outline::of(&image).unwrap();
+        let files = || vec![memfd(), memfd()];
+        let again = outline.image(files(), &Whole(images.clone())).unwrap();
+        assert!(Arc::ptr_eq(&again, &image));
+        let base = images[1].clone();
+        let over_it = outline.image(files(), &Whole(vec![base.clone()])).unwrap();
+        assert!(!Arc::ptr_eq(&over_it, &image));
+        assert!(Arc::ptr_eq(&over_it.mapped()[0].1, &base));
+    }
+
+    #[test]
     fn an_outline_that_contradicts_itself_or_its_files_is_refused() {
         let (sound, _) = Outline::of(&image()).unwrap();
         let broken = |change: &dyn Fn(&mut Outline)| {
             let mut outline = sound.clone();
             change(&mut outline);
             outline
-                .image(vec![memfd(), memfd()], &mut none_fills)
+                .image(vec![memfd(), memfd()], &Whole(vec![]))
                 .is_err()
         };
         assert!(!broken(&|_| ()), "two images are named");
+        assert!(broken(&|outline| outline.names.truncate(1)));
         assert!(broken(&|outline| outline.holders.clear()));
         assert!(broken(&|outline| outline.holders[0].0 = PAGE));
         assert!(broken(&|outline| outline.holders[1].1 = Some(2)));
@@ -269,6 +312,6 @@ mod tests {
         assert!(broken(&|outline| outline.mapped[1].0 = 2 * PAGE + 1));
         assert!(broken(&|outline| outline.mapped[2].0 = LEN));
         assert!(broken(&|outline| outline.len = LEN / 2));
-        assert!(sound.image(vec![memfd()], &mut none_fills).is_err());
+        assert!(sound.image(vec![memfd()], &Whole(vec![])).is_err());
     }
 }

@@ -114,15 +114,13 @@ impl Plan {
             .map(|index| self.range(index))
     }
 
-    /// The first piece of `range` that maps the image itself.
-    pub(super) fn own_within(&self, range: Range<u64>) -> Option<Range<u64>> {
+    /// The pieces of `range` that map the image itself.
+    pub(super) fn own_within(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
         (self.index(range.start)..self.parts.len())
-            .take_while(|index| self.parts[*index].0 < range.end)
-            .find(|index| self.parts[*index].1.is_none())
-            .map(|index| {
-                let part = self.range(index);
-                part.start.max(range.start)..part.end.min(range.end)
-            })
+            .map(|index| (self.range(index), &self.parts[index].1))
+            .take_while(move |(part, _)| part.start < range.end)
+            .filter(|(_, held_by)| held_by.is_none())
+            .map(move |(part, _)| part.start.max(range.start)..part.end.min(range.end))
     }
 
     fn index(&self, offset: u64) -> usize {
@@ -173,8 +171,10 @@ mod tests {
             (101, false),
         ];
         assert_eq!(spell(&plan), expected);
-        assert_eq!(plan.own_within(0..20 * PAGE), Some(10 * PAGE..12 * PAGE));
-        assert_eq!(plan.own_within(12 * PAGE..100 * PAGE), None);
+        let own = |range| plan.own_within(range).collect::<Vec<_>>();
+        assert_eq!(own(0..20 * PAGE), pages(&[(10, 12)]));
+        assert_eq!(own(11 * PAGE..LEN), pages(&[(11, 12), (100, 101)]));
+        assert_eq!(own(12 * PAGE..100 * PAGE), []);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use std::fmt;
 use std::io;
 
 use forkvm_vmm::{MachineState, VmConfig};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::accounting::idle;
@@ -27,7 +28,7 @@ pub use memory::available_kib;
 pub const MAX_CLONES: u32 = 10_000;
 
 /// What runs out first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum Limit {
     /// Memory of the host.
@@ -116,7 +117,7 @@ pub(crate) fn grant(need: &Need<'_>, asked: u32, accept_fewer: bool) -> Result<u
     if asked == 0 {
         return Err(LimitError::NoClones);
     }
-    let room = room(need, asked).map_err(LimitError::Unknown)?;
+    let room = room(need, asked).map_err(|error| LimitError::Unknown(error.to_string()))?;
     let granted = asked.min(room.clones);
     if granted == 0 || (granted < asked && !accept_fewer) {
         return Err(LimitError::TooMany {
@@ -133,7 +134,7 @@ pub(crate) fn grant(need: &Need<'_>, asked: u32, accept_fewer: bool) -> Result<u
 }
 
 /// Why no clones may be made.
-#[derive(Debug, Error)]
+#[derive(Debug, Error, Serialize, Deserialize)]
 pub enum LimitError {
     /// Zero clones.
     #[error("a fork makes 1 clone or more, and 0 were asked for")]
@@ -153,8 +154,8 @@ pub enum LimitError {
         limit: Limit,
     },
     /// The host's limits could not be read.
-    #[error("reading the host's limits failed")]
-    Unknown(#[source] io::Error),
+    #[error("reading the host's limits failed: {0}")]
+    Unknown(String),
 }
 
 /// What one clone takes of one thing: its VM by itself, which a shell has already, and beyond that.

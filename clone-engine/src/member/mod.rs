@@ -42,7 +42,7 @@ pub(crate) use door::{Ask, Elsewhere, Reply};
 pub(crate) use life::Life;
 use seen::Seen;
 pub(crate) use seen::{Watch, Witness};
-pub(crate) use serving::with_causes;
+pub(crate) use serving::{errno_of, with_causes};
 pub(crate) use waiting::Waiting;
 
 /// How long the vCPUs may take to stand still when the host looks at them.
@@ -260,6 +260,11 @@ impl Member {
         if !self.door.ask(Ask::Kill) {
             tracing::trace!(vm = self.name, "killed after its end");
         }
+    }
+
+    /// Has `call` called at its end, or now if that was before.
+    pub(crate) fn when_ended(&self, call: impl FnOnce(&End) + Send + 'static) {
+        self.watch.when_ended(call);
     }
 
     fn thread(&self) -> MutexGuard<'_, Option<JoinHandle<()>>> {

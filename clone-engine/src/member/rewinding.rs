@@ -109,11 +109,9 @@ impl Serving {
         let told = Told {
             identity,
             granted: origin.granted,
-            console: &|| self.family.config().consoles.open(identity),
             life: &life,
         };
-        let furnished =
-            in_process::furnish(&self.family, &origin.point, &told, timeline, &NoObserver)?;
+        let furnished = in_process::furnish(&origin.point, &told, timeline, &NoObserver)?;
         stand(self.vm.pause(PAUSE_DEADLINE)?)?.stay();
 
         let Furnished {

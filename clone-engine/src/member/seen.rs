@@ -41,6 +41,14 @@ impl Seen {
         self.life != number || self.timeline.first_action.is_some() || self.finished.is_some()
     }
 
+    fn begin(&mut self, life: u32, identity: Identity, timeline: Timeline) {
+        self.life = life;
+        self.identity = identity;
+        self.timeline = timeline;
+        self.reports.clear();
+        self.counts.clear();
+    }
+
     /// How often `value` was reported.
     pub(super) fn count(&self, value: u32) -> usize {
         self.counts.get(&value).copied().unwrap_or(0)
@@ -58,6 +66,12 @@ pub(crate) trait Witness: Send + Sync {
 
     /// The guest reported something that is kept or counted.
     fn reported(&self, value: u32, at: Instant);
+
+    /// It was forked, and who it is says so.
+    fn forked(&self, identity: &Identity);
+
+    /// It was rewound: what comes now is of another life.
+    fn reborn(&self, identity: &Identity, timeline: &Timeline);
 
     /// The VM is gone.
     fn ended(&self, finished: &Finished);
@@ -105,12 +119,44 @@ impl Watch {
 
     /// Forgets what was seen of the life before; what is told of that late is not seen.
     pub(super) fn begin_life(&self, life: u32, identity: Identity, timeline: Timeline) {
+        if let Some(witness) = &self.witness {
+            witness.reborn(&identity, &timeline);
+        }
+        self.lock().begin(life, identity, timeline);
+    }
+
+    /// The same for a VM that lives elsewhere, and counts its lives there.
+    pub(crate) fn begin_next_life(&self, identity: Identity, timeline: Timeline) {
         let mut seen = self.lock();
-        seen.life = life;
-        seen.identity = identity;
-        seen.timeline = timeline;
-        seen.reports.clear();
-        seen.counts.clear();
+        let life = seen.life + 1;
+        let timeline = Timeline {
+            fork_requested: seen.timeline.fork_requested,
+            ..timeline
+        };
+        seen.begin(life, identity, timeline);
+    }
+
+    /// The life that it is in.
+    pub(crate) fn life(&self) -> u32 {
+        self.lock().life
+    }
+
+    /// It was forked; who it is now.
+    pub(super) fn forked(&self) -> Identity {
+        let mut seen = self.lock();
+        seen.identity.fork_count += 1;
+        seen.identity.clone_id = 0;
+        let identity = seen.identity.clone();
+        drop(seen);
+        if let Some(witness) = &self.witness {
+            witness.forked(&identity);
+        }
+        identity
+    }
+
+    /// Who it is has changed elsewhere.
+    pub(crate) fn identify(&self, identity: Identity) {
+        self.lock().identity = identity;
     }
 
     /// The first KVM_RUN of this life is entered.

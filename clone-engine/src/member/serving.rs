@@ -77,7 +77,7 @@ impl Brood {
         });
         for clone in clones {
             let (brood, inbox) = (brood.clone(), inbox.clone());
-            clone.watch.when_ended(move |end| {
+            clone.when_ended(move |end| {
                 brood.worst.fetch_max(end.status(), Ordering::Relaxed);
                 if brood.left.fetch_sub(1, Ordering::AcqRel) == 1
                     && inbox.send(Message::ClonesEnded).is_err()
@@ -410,11 +410,7 @@ impl Serving {
             self.stopped_at = Some(frozen.point.clone());
             return Some(End::Stopped);
         }
-        let mut seen = self.member.watch.lock();
-        seen.identity.fork_count += 1;
-        seen.identity.clone_id = 0;
-        let announcement = seen.identity.announcement();
-        drop(seen);
+        let announcement = self.member.watch.forked().announcement();
         if let Err(error) = self.vm.doorbell().announce(&announcement) {
             tracing::error!(%error, "a parent could not be told that it was forked");
         }
@@ -478,7 +474,8 @@ pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
         .join(": ")
 }
 
-fn errno_of(error: &ForkError) -> i64 {
+/// What a guest is told of it.
+pub(crate) fn errno_of(error: &ForkError) -> i64 {
     match error {
         ForkError::Limits(LimitError::NoClones) => errno::EINVAL,
         ForkError::Limits(LimitError::TooMany { limit, .. }) if limit.is_memory() => errno::ENOMEM,
@@ -487,7 +484,7 @@ fn errno_of(error: &ForkError) -> i64 {
         ForkError::Pause(_) | ForkError::Ending(_) | ForkError::Spawn(SpawnError::Ending(_)) => {
             errno::EBUSY
         }
-        ForkError::Spawn(SpawnError::OfWorker) => errno::ENOSYS,
+        ForkError::Spawn(SpawnError::Refused(refusal)) => refusal.errno,
         _ => errno::EIO,
     }
 }

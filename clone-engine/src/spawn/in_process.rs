@@ -3,7 +3,7 @@
 //! The clone's first instruction comes from here: its memory is a private mapping of the image, its
 //! registers are the parent's, and in its copy of the doorbell page stands its own answer.
 
-use std::io::{self, Write};
+use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -15,6 +15,7 @@ use forkvm_vmm::{Backing, MachineState, Peripherals, ReadyVm};
 use super::{Prepared, SpawnError, Spawner};
 use crate::disks::DiskSource;
 use crate::family::Family;
+use crate::fork::ForkError;
 use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
 use crate::member::{Inbox, Life, Member, Origin, Waiting, Witness};
@@ -46,51 +47,42 @@ impl Spawner for InProcess {
         Ok(family.pool().fill(state, count)?)
     }
 
-    fn prepare(
-        &self,
-        family: &Arc<Family>,
-        point: &Arc<ForkPoint>,
-        identities: Vec<Identity>,
-        observer: &dyn Observer,
-    ) -> Result<Vec<Box<dyn Prepared>>, SpawnError> {
-        let granted = identities.len() as u32;
-        let prepare = |identity: Identity| -> Result<Box<dyn Prepared>, SpawnError> {
-            family.check_open()?;
-            let clone = Unbuilt {
-                console: &|| family.config().consoles.open(&identity),
-                witness: None,
-                identity: identity.clone(),
-                granted,
+    fn spawn(&self, point: &Arc<ForkPoint>, count: u32) -> Result<Vec<Arc<Member>>, ForkError> {
+        point.spawn_prepared(count, |identities, observer| {
+            let granted = identities.len() as u32;
+            let prepare = |identity: Identity| -> Result<Box<dyn Prepared>, SpawnError> {
+                point.family.check_open()?;
+                let clone = Unbuilt {
+                    identity,
+                    granted,
+                    witness: None,
+                };
+                Ok(Box::new(clone.build(point, observer)?))
             };
-            Ok(Box::new(clone.build(family, point, observer)?))
-        };
-        identities.into_iter().map(prepare).collect()
+            identities.into_iter().map(prepare).collect()
+        })
     }
 }
 
 /// A clone that is to be built in this process.
-pub(crate) struct Unbuilt<'a> {
+pub(crate) struct Unbuilt {
     pub(crate) identity: Identity,
     /// Clones of its fork.
     pub(crate) granted: u32,
-    /// Opens its console.
-    pub(crate) console: &'a dyn Fn() -> io::Result<Box<dyn Write + Send>>,
     /// Who else hears what it shows.
     pub(crate) witness: Option<Arc<dyn Witness>>,
 }
 
-impl Unbuilt<'_> {
+impl Unbuilt {
     /// Builds it out of `point`.
     pub(crate) fn build(
         self,
-        family: &Arc<Family>,
         point: &Arc<ForkPoint>,
         observer: &dyn Observer,
     ) -> Result<Waiting, SpawnError> {
         let Unbuilt {
             identity,
             granted,
-            console,
             witness,
         } = self;
         let origin = Origin {
@@ -102,7 +94,6 @@ impl Unbuilt<'_> {
         let told = Told {
             identity: &identity,
             granted,
-            console,
             life: inbox.life(),
         };
         let timeline = Timeline {
@@ -116,8 +107,8 @@ impl Unbuilt<'_> {
             disks,
             timeline,
             thread,
-        } = furnish(family, point, &told, timeline, observer)?;
-        let waiting = Waiting::new(family, vm, memory, disks, inbox, timeline, thread);
+        } = furnish(point, &told, timeline, observer)?;
+        let waiting = Waiting::new(&point.family, vm, memory, disks, inbox, timeline, thread);
         Ok(waiting)
     }
 }
@@ -134,8 +125,6 @@ pub(crate) struct Told<'a> {
     pub(crate) identity: &'a Identity,
     /// Clones that the guest's call was granted.
     pub(crate) granted: u32,
-    /// Opens its console.
-    pub(crate) console: &'a dyn Fn() -> io::Result<Box<dyn Write + Send>>,
     pub(crate) life: &'a Life,
 }
 
@@ -151,15 +140,16 @@ pub(crate) struct Furnished {
 
 /// Makes a VM that stands at `point`. Dropped, all of it goes.
 pub(crate) fn furnish(
-    family: &Family,
     point: &ForkPoint,
     told: &Told<'_>,
     mut timeline: Timeline,
     observer: &dyn Observer,
 ) -> Result<Furnished, SpawnError> {
+    let family = &point.family;
     let phase = phase::begin(observer, Phase::Spawn, None)?;
     let disks = point.disks.for_clone();
-    let console = (told.console)().map_err(no_console)?;
+    let console = family.config().consoles.open(told.identity);
+    let console = console.map_err(no_console)?;
     let peripherals = Peripherals {
         console,
         disks: disks.iter().map(DiskSource::layer).collect(),

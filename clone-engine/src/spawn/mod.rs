@@ -1,8 +1,7 @@
 //! Where clones come to life.
 //!
-//! A [`Spawner`] makes clones out of a fork point, up to the point where only its start is
-//! missing: all clones of a request are prepared before the first one runs, so that a request that
-//! cannot be met has no effect. [`in_process`] makes them VMs of this process; [`process`] hands them to
+//! A [`Spawner`] makes clones out of a fork point. All clones of a request are prepared, up to where only
+//! their start is missing, before the first one runs, so that a request that cannot be met has no effect. [`in_process`] makes them VMs of this process; [`process`] hands them to
 //! workers, processes of their own that it has started ahead of time.
 
 pub mod in_process;
@@ -17,13 +16,14 @@ use thiserror::Error;
 
 use crate::descriptor::DescriptorError;
 use crate::family::{Ending, Family};
+use crate::fork::ForkError;
 use crate::fork_point::ForkPoint;
-use crate::identity::Identity;
 use crate::member::Member;
-use crate::phase::{Observer, Vetoed};
+use crate::phase::Vetoed;
 use crate::pool::PoolError;
 use crate::userfault::UserfaultError;
 
+pub use crate::wire::Refusal;
 use process::WorkerError;
 
 /// Makes clones.
@@ -53,15 +53,8 @@ pub trait Spawner: Send + Sync {
         Vec::new()
     }
 
-    /// Prepares all clones of one request, `identities`, of `point`. What was built goes when the
-    /// result is dropped, and on an error.
-    fn prepare(
-        &self,
-        family: &Arc<Family>,
-        point: &Arc<ForkPoint>,
-        identities: Vec<Identity>,
-        observer: &dyn Observer,
-    ) -> Result<Vec<Box<dyn Prepared>>, SpawnError>;
+    /// Spawns `count` clones of `point`, for which there is room: all of them run, or none.
+    fn spawn(&self, point: &Arc<ForkPoint>, count: u32) -> Result<Vec<Arc<Member>>, ForkError>;
 }
 
 /// A clone that waits for its start.
@@ -101,7 +94,7 @@ pub enum SpawnError {
         source: io::Error,
     },
     /// The fork point cannot be handed to a worker.
-    #[error("handing the fork point to a worker failed")]
+    #[error("handing the fork point to another process failed")]
     Descriptor(#[from] DescriptorError),
     /// No worker could be had, or one died.
     #[error(transparent)]
@@ -114,12 +107,9 @@ pub enum SpawnError {
         /// What went wrong there.
         why: String,
     },
-    /// The VM lives in a worker, which spawns nothing.
-    #[error(
-        "a clone that lives in a worker process cannot be forked yet: use spawner in-process for \
-         families that fork their clones"
-    )]
-    OfWorker,
+    /// The engine, which spawns for its workers, did not.
+    #[error("{}", .0.why)]
+    Refused(Refusal),
     /// Its family is being ended.
     #[error(transparent)]
     Ending(#[from] Ending),

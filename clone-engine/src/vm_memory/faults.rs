@@ -6,7 +6,7 @@ use super::*;
 const WRITE_CHUNK: u64 = 16 * PAGE;
 
 /// Deaths of fault threads after which the VM whose faults they were is to blame.
-const MOST_HANDLER_DEATHS: u32 = 3;
+pub(crate) const MOST_HANDLER_DEATHS: u32 = 3;
 
 impl VmMemory {
     /// Answers a fault at the page `offset`. Whether pages should be brought ahead of the VM.

@@ -43,6 +43,7 @@ use crate::source::SourceError;
 use crate::userfault::{UserfaultError, Watch};
 use crate::working_set::{Recorder, WorkingSet};
 
+pub(crate) use faults::MOST_HANDLER_DEATHS;
 use mappings::HostRange;
 
 /// Zero pages are mapped up to the next multiple of this at once.

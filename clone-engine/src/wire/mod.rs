@@ -2,15 +2,16 @@
 //!
 //! A worker is a process of the same host in which clones run ([`crate::worker`]); the engine's end
 //! is [`crate::spawn::process`]. They talk over one Unix socket: messages of CBOR, each whole or not
-//! there at all, with descriptors beside them ([`socket`]); a second socket is for pages ([`pages`]). Times cross as the host's monotonic clock
-//! ([`clock`]). A number that the engine gives names a clone, a fork point or a request for as long as
-//! both know it.
+//! there at all, with descriptors beside them ([`socket`]); a second socket is for pages
+//! ([`crate::page_link`]). Times cross as the host's monotonic clock ([`clock`]). A number names a clone, a
+//! family, a request or a fork point for as long as both know it: the engine gives them, but those of
+//! fork points that a worker made.
 //!
 //! Both ends are of one build: [`Told::Hello`] carries version and protocol, and the engine lets
 //! no other worker in.
 
 pub(crate) mod clock;
-pub(crate) mod pages;
+pub(crate) mod disks;
 pub(crate) mod socket;
 
 use std::path::PathBuf;
@@ -20,13 +21,18 @@ use serde::{Deserialize, Serialize};
 
 use crate::accounting::MemoryUse;
 use crate::end::End;
+use crate::fault::FaultConfig;
+use crate::fork::CloneSpec;
 use crate::identity::Identity;
+use crate::limits::LimitError;
 use crate::phase::Phase;
+use crate::rewind::RewindWay;
 
 use clock::HostTime;
+use disks::HeldOverlay;
 
 /// Raised with every change of what is said.
-pub(crate) const PROTOCOL: u32 = 2;
+pub(crate) const PROTOCOL: u32 = 3;
 
 /// Version of this build; both ends have the same.
 pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -37,13 +43,30 @@ pub(crate) const MOST_INPUT: usize = 4096;
 /// What the engine asks of a worker.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Order {
-    /// First of all: where pages are asked for. With the worker's end of the socket for [`pages`].
+    /// First of all: where pages are asked for. With the worker's end of the socket of
+    /// [`crate::page_link`].
     Pages,
+    /// Clones of a family will be asked for.
+    Family {
+        /// Its number.
+        family: u64,
+        /// How page faults of its lazy memory are served.
+        faults: FaultConfig,
+        /// How a fork that a guest asks for is done; its count is the guest's.
+        guest_forks: CloneSpec,
+    },
+    /// No more will be: its VMs have all ended.
+    ForgetFamily {
+        /// Its number.
+        family: u64,
+    },
     /// Clones of a fork point will be asked for. With the memfd of its descriptor
     /// ([`crate::descriptor`]) and the files that this names.
     ForkPoint {
         /// Its number.
         point: u64,
+        /// Of this family.
+        family: u64,
     },
     /// No more will be. Clones that are there keep what they need.
     Forget {
@@ -55,6 +78,8 @@ pub(crate) enum Order {
     Fill {
         /// Number of this request.
         request: u64,
+        /// For clones of this family.
+        family: u64,
         /// How many; those that are there count.
         shells: u32,
     },
@@ -110,6 +135,44 @@ pub(crate) enum Order {
         /// Number of this request.
         request: u64,
     },
+    /// Put it back at its fork point. Answered by [`Told::Rewound`], or by its end.
+    Rewind {
+        /// Which.
+        clone: u64,
+        /// Number of this request.
+        request: u64,
+        /// How.
+        way: RewindWay,
+    },
+    /// Fork it. Answered by [`Told::Forked`], or by its end.
+    Fork {
+        /// Which.
+        clone: u64,
+        /// Number of this request.
+        request: u64,
+        /// Into what.
+        spec: CloneSpec,
+        /// Whether only the fork point is wanted, without a clone.
+        point_only: bool,
+        /// When it was asked for.
+        at: HostTime,
+    },
+    /// Answer to [`Told::Froze`]: what became of its fork point.
+    Spawned {
+        /// Which, by its number in the worker.
+        point: u64,
+        /// Its clones run, all that were asked for; or none does.
+        outcome: Result<(), Refusal>,
+    },
+    /// A clone of a fork point that the worker's guest asked for has ended.
+    CloneEnded {
+        /// Of which, by its number in the worker.
+        point: u64,
+        /// Which of its clones, from 0 on.
+        index: u32,
+        /// How.
+        end: End,
+    },
 }
 
 /// What a worker tells the engine. What it tells of one clone comes in the order in which it happened:
@@ -141,6 +204,63 @@ pub(crate) enum Told {
         clone: u64,
         /// What came of it.
         outcome: Result<Readiness, String>,
+    },
+    /// It was rewound, and goes on as another life: what comes now is of that.
+    Reborn {
+        /// Which.
+        clone: u64,
+        /// Who it is now.
+        identity: Identity,
+        /// When that was asked for.
+        asked: HostTime,
+        /// Its VM existed.
+        built: HostTime,
+        /// State and memory were in place.
+        restored: HostTime,
+    },
+    /// It was forked, and counts that.
+    Identified {
+        /// Which.
+        clone: u64,
+        /// Who it is now.
+        identity: Identity,
+    },
+    /// A fork point was made of it: `clones` clones of it are wanted. Answered by [`Order::Spawned`]. With
+    /// the memfd of its descriptor ([`crate::descriptor`]) and the files that this names.
+    Froze {
+        /// Which.
+        clone: u64,
+        /// The fork point's number in the worker.
+        point: u64,
+        /// Whether its guest asked for it.
+        by_guest: bool,
+        /// How many of it.
+        clones: u32,
+        /// When it was asked for.
+        requested: HostTime,
+        /// Phases of its making, as they ended, with their lengths in nanoseconds.
+        phases: Vec<(Phase, u64)>,
+        /// How long the parent stood still, in nanoseconds, if it goes on.
+        paused: Option<u64>,
+    },
+    /// Nobody in the worker speaks of a fork point of its own any more.
+    Forget {
+        /// Its number in the worker.
+        point: u64,
+    },
+    /// Answer to [`Order::Fork`].
+    Forked {
+        /// The request.
+        request: u64,
+        /// What came of it.
+        outcome: Result<ForkMade, NotForked>,
+    },
+    /// Answer to [`Order::Rewind`].
+    Rewound {
+        /// The request.
+        request: u64,
+        /// By which way.
+        outcome: Result<RewindWay, NotRewound>,
     },
     /// Its first KVM_RUN is entered.
     Ran {
@@ -202,11 +322,57 @@ pub(crate) enum Told {
         end: End,
         /// What each disk did in it.
         counters: Vec<BlkCounters>,
-        /// What each disk holds of its own, in the order of the configuration; `None` for one that
-        /// the guest could not write to. With the bytes of all maps in a memfd of their own, before
-        /// the data files.
-        disks: Vec<Option<HeldDisk>>,
+        /// What each disk holds over what its fork point had, in the order of the configuration: one
+        /// overlay and one more for each fork that found it written, from the bottom up; none for a
+        /// disk that the guest could not write to. With the bytes of all maps in a memfd of their
+        /// own, before the data files.
+        disks: Vec<Vec<HeldOverlay>>,
     },
+}
+
+/// A fork of a clone that succeeded.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ForkMade {
+    /// Number of the fork on its parent.
+    pub(crate) ticket: u32,
+    /// The fork point's number in the worker.
+    pub(crate) point: u64,
+}
+
+/// Why clones of a fork point do not run, for the worker that made it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Refusal {
+    /// In words.
+    pub why: String,
+    /// What a guest is told: an errno of [`forkvm_abi::errno`].
+    pub errno: i64,
+    /// The fork point, by its number in the worker.
+    pub(crate) point: u64,
+}
+
+/// Why a clone was not forked.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum NotForked {
+    /// The host has no room.
+    Limits(LimitError),
+    /// The engine found why, at this fork point.
+    Refused {
+        /// Its number in the worker.
+        point: u64,
+    },
+    /// Something else.
+    Failed(String),
+}
+
+/// Why a clone was not rewound.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum NotRewound {
+    /// Old translations would survive.
+    Shadowed,
+    /// It has just ended.
+    Ended,
+    /// Something else.
+    Failed(String),
 }
 
 /// A clone that waits for its start.
@@ -218,13 +384,4 @@ pub(crate) struct Readiness {
     pub(crate) built: HostTime,
     /// State and memory were in place.
     pub(crate) restored: HostTime,
-}
-
-/// What a disk of a clone holds beyond its base.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub(crate) struct HeldDisk {
-    /// Bytes of its map.
-    pub(crate) map_len: u64,
-    /// Whether a data file came along.
-    pub(crate) has_data: bool,
 }

@@ -13,15 +13,15 @@
 //! signals that a terminal or a service manager sends to a whole group of processes: the engine ends
 //! a family in its order, and its workers after it.
 //!
-//! It does not choose, fork or spawn: a clone that asks for a fork is refused ([`SpawnError::OfWorker`]).
+//! It chooses nothing and spawns nothing: a clone that forks is frozen here, and its clones are made by the
+//! engine ([`forks`]).
 #![allow(unsafe_code)] // signal(2).
 
 mod console;
-mod pages;
-mod save_dirs;
+mod forks;
+mod home;
 mod teller;
 
-use std::cell::Cell;
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -30,28 +30,29 @@ use std::process;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use forkvm_vmm::{Kvm, MachineState, PausedVm};
+use forkvm_vmm::{Kvm, PausedVm};
 use thiserror::Error;
 
 use crate::accounting::VmCount;
 use crate::descriptor;
 use crate::end::End;
-use crate::family::{Family, FamilyConfig};
+use crate::fault::FaultConfig;
+use crate::fork::{CloneSpec, ForkError, Ticket};
 use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
-use crate::image::OutlineError;
 use crate::limits;
 use crate::member::{Ask, Member, Reply, Waiting, with_causes};
+use crate::page_link::{Landing, PageLink};
 use crate::phase::{Observer, Phase, Vetoed};
+use crate::rewind::{RewindError, RewindWay};
 use crate::spawn::in_process::Unbuilt;
-use crate::spawn::{Prepared, SpawnError, Spawner};
 use crate::userfault::UserfaultError;
 use crate::wire::socket::{Received, Socket, SocketError};
-use crate::wire::{Order, PROTOCOL, Readiness, Told, VERSION};
+use crate::wire::{NotRewound, Order, PROTOCOL, Readiness, Told, VERSION};
 
-use console::{Console, Consoles};
-use pages::Pages;
-use save_dirs::SaveDirs;
+use console::Consoles;
+use forks::Answers;
+use home::Home;
 use teller::Teller;
 
 /// How long the clones of a worker may take to end when its engine has gone.
@@ -74,21 +75,15 @@ pub fn serve(socket: OwnedFd) -> Result<Infallible, ServeError> {
         },
         &[],
     );
-    let saves = Arc::new(SaveDirs::default());
-    let config = FamilyConfig {
-        spawner: Arc::new(OfWorker),
-        saver: Some(saves.clone()),
-        ..FamilyConfig::default()
-    };
     let consoles = Consoles::start(engine.clone()).map_err(ServeError::Thread)?;
     let worker = Worker {
-        family: Family::new(Arc::new(kvm?), config),
+        kvm: Arc::new(kvm?),
         engine,
         consoles,
-        saves,
+        answers: Arc::default(),
+        homes: HashMap::new(),
         points: HashMap::new(),
         pages: None,
-        watches: Cell::new(false),
         prepared: HashMap::new(),
         running: Arc::default(),
     };
@@ -143,16 +138,16 @@ impl Clones {
 type Files = Result<Vec<OwnedFd>, SocketError>;
 
 struct Worker {
+    kvm: Arc<Kvm>,
     engine: Arc<Engine>,
-    family: Arc<Family>,
     consoles: Consoles,
-    saves: Arc<SaveDirs>,
-    /// Fork points, or why one cannot be had.
-    points: HashMap<u64, Result<Arc<ForkPoint>, String>>,
+    answers: Arc<Answers>,
+    /// By the numbers of the engine's families.
+    homes: HashMap<u64, Home>,
+    /// Fork points with their families, or why one cannot be had.
+    points: HashMap<u64, Result<(u64, Arc<ForkPoint>), String>>,
     /// From the first order on.
-    pages: Option<Arc<Pages>>,
-    /// Whether the engine has copies of the userfaultfds.
-    watches: Cell<bool>,
+    pages: Option<Arc<PageLink>>,
     prepared: HashMap<u64, Waiting>,
     running: Arc<Clones>,
 }
@@ -179,6 +174,7 @@ impl Worker {
 
     /// Ends all clones, and the process.
     fn end(mut self) -> ! {
+        self.answers.close();
         self.prepared.clear();
         let running: Vec<Arc<Member>> = self.running.lock().values().cloned().collect();
         running.iter().for_each(|clone| clone.kill());
@@ -203,12 +199,24 @@ impl Worker {
                     self.engine.0.close();
                 }
             },
-            Order::ForkPoint { point } => {
-                let taken = self.take_over(files).map_err(|error| with_causes(&*error));
-                self.points.insert(point, taken.map(Arc::new));
+            Order::Family {
+                family,
+                faults,
+                guest_forks,
+            } => self.settle(family, faults, guest_forks),
+            Order::ForgetFamily { family } => drop(self.homes.remove(&family)),
+            Order::ForkPoint { point, family } => {
+                let taken = self.take_over(family, files);
+                let taken = taken.map_err(|error| with_causes(&*error));
+                let taken = taken.map(|point| (family, Arc::new(point)));
+                self.points.insert(point, taken);
             }
-            Order::Fill { request, shells } => {
-                let filled = self.fill(files, shells);
+            Order::Fill {
+                request,
+                family,
+                shells,
+            } => {
+                let filled = self.fill(family, files, shells);
                 let outcome = filled.map_err(|error| with_causes(&*error));
                 self.engine.tell(&Told::Filled { request, outcome }, &[]);
             }
@@ -254,6 +262,20 @@ impl Worker {
                 };
                 self.ask(clone, Ask::Save(Reply::new(reply)));
             }
+            Order::Rewind {
+                clone,
+                request,
+                way,
+            } => self.rewind(clone, request, way),
+            Order::Fork {
+                clone,
+                request,
+                spec,
+                point_only,
+                at,
+            } => self.fork(clone, request, spec, point_only, at.into()),
+            Order::Spawned { point, outcome } => self.answers.spawned(point, outcome),
+            Order::CloneEnded { point, index, end } => self.answers.ended(point, index, end),
         }
     }
 
@@ -271,47 +293,113 @@ impl Worker {
         }
     }
 
-    fn fill(&self, files: Files, shells: u32) -> Result<u32, Box<dyn std::error::Error>> {
-        let file = files?.into_iter().next().ok_or("it came without a state")?;
-        let state = descriptor::state_of(&file.into())?;
-        Ok(self.family.pool().fill(&Arc::new(state), shells)?)
+    fn fork(&self, clone: u64, request: u64, spec: CloneSpec, point_only: bool, at: Instant) {
+        let engine = self.engine.clone();
+        let tell = move |forked: Result<Ticket, ForkError>| {
+            let (outcome, _until_told) = forks::told(forked);
+            engine.tell(&Told::Forked { request, outcome }, &[]);
+        };
+        if point_only {
+            let hand_over = move |made: Result<Arc<ForkPoint>, ForkError>| {
+                tell(made.and_then(|point| {
+                    let (id, clones) = (0, point.spawn_granted(0)?);
+                    Ok(Ticket { id, clones, point })
+                }));
+            };
+            self.ask(clone, Ask::ForkPoint(spec, at, Reply::new(hand_over)));
+        } else {
+            self.ask(clone, Ask::Fork(spec, at, Reply::new(tell)));
+        }
     }
 
-    fn take_over(&self, files: Files) -> Result<ForkPoint, Box<dyn std::error::Error>> {
+    fn rewind(&self, clone: u64, request: u64, way: RewindWay) {
+        let engine = self.engine.clone();
+        let reply = move |rewound: Result<RewindWay, RewindError>| {
+            let outcome = rewound.map_err(|error| match error {
+                RewindError::Shadowed => NotRewound::Shadowed,
+                RewindError::Ended => NotRewound::Ended,
+                error => NotRewound::Failed(with_causes(&error)),
+            });
+            engine.tell(&Told::Rewound { request, outcome }, &[]);
+        };
+        let ask = Ask::Rewind(way, Instant::now(), Reply::new(reply));
+        self.ask(clone, ask);
+    }
+
+    /// A family's clones will come.
+    fn settle(&mut self, family: u64, faults: FaultConfig, guest_forks: CloneSpec) {
+        let Some(pages) = &self.pages else {
+            tracing::error!("a family came before all pages, so this worker ends");
+            return self.engine.0.close();
+        };
+        let (kvm, engine, answers) = (&self.kvm, &self.engine, &self.answers);
+        let home = Home::new(kvm, engine, pages, answers, faults, guest_forks);
+        self.homes.insert(family, home);
+    }
+
+    fn home(&self, family: u64) -> Result<&Home, &'static str> {
+        self.homes.get(&family).ok_or("its family never came")
+    }
+
+    fn fill(
+        &self,
+        family: u64,
+        files: Files,
+        shells: u32,
+    ) -> Result<u32, Box<dyn std::error::Error>> {
+        let file = files?.into_iter().next().ok_or("it came without a state")?;
+        let state = descriptor::state_of(&file.into())?;
+        let pool = self.home(family)?.family.pool();
+        Ok(pool.fill(&Arc::new(state), shells)?)
+    }
+
+    fn take_over(
+        &self,
+        family: u64,
+        files: Files,
+    ) -> Result<ForkPoint, Box<dyn std::error::Error>> {
         let mut files = files?.into_iter();
         let descriptor = files.next().ok_or("it came without its descriptor")?;
         let bytes = descriptor::read(&descriptor.into())?;
-        let pages = self.pages.clone().ok_or("it came before all pages")?;
-        let faults = self.family.faults();
-        let mut arrive = |arriving| {
-            self.watch().map_err(OutlineError::Unwatched)?;
-            pages.take_over(faults, arriving)
+        let home = self.home(family)?;
+        let landing = Landing {
+            family: &home.family,
+            link: self.pages.as_ref().ok_or("it came before all pages")?,
+            unfinished: &|| self.watch(home),
         };
         Ok(ForkPoint::from_description(
-            &self.family,
+            &home.family,
             &bytes,
             files.collect(),
-            &mut arrive,
+            &landing,
+            // When it was asked for only the engine has to know.
+            Instant::now(),
+            &Arc::default(),
         )?)
     }
 
-    fn pages_by(&self, files: Files) -> Result<Arc<Pages>, Box<dyn std::error::Error>> {
+    fn pages_by(&self, files: Files) -> Result<Arc<PageLink>, Box<dyn std::error::Error>> {
         let socket = files?.into_iter().next().ok_or("no socket came for them")?;
-        Ok(Pages::start(socket)?)
+        let pages = PageLink::inherited("the engine".into(), socket)?;
+        let engine = self.engine.clone();
+        // Without pages a clone is lost, and so is whoever would wait for it.
+        pages.serve(move || engine.0.close())?;
+        Ok(pages)
     }
 
-    /// From here on clones may wait for pages, and the engine can answer them if this process dies.
-    fn watch(&self) -> Result<(), UserfaultError> {
-        if !self.watches.get() {
-            let copies = self.family.faults().duplicates()?;
+    /// From here on clones of `home` may wait for pages, and the engine can answer them if this process
+    /// dies.
+    fn watch(&self, home: &Home) -> Result<(), UserfaultError> {
+        if !home.watched.get() {
+            let copies = home.family.faults().duplicates()?;
             let copies: Vec<BorrowedFd<'_>> = copies.iter().map(AsFd::as_fd).collect();
             self.engine.tell(&Told::Watches, &copies);
-            self.watches.set(true);
+            home.watched.set(true);
         }
         Ok(())
     }
 
-    fn point(&self, number: u64) -> Result<Arc<ForkPoint>, String> {
+    fn point(&self, number: u64) -> Result<(u64, Arc<ForkPoint>), String> {
         match self.points.get(&number) {
             Some(point) => point.clone(),
             None => Err("its fork point was never handed over".into()),
@@ -326,29 +414,24 @@ impl Worker {
         granted: u32,
         save_to: Option<PathBuf>,
     ) -> Result<Readiness, String> {
-        let point = self.point(point)?;
+        let (family, point) = self.point(point)?;
         let console = self.consoles.open(clone);
+        let places = &self.home(family)?.places;
         let witness = Teller {
             clone,
-            read_only: point
-                .config()
-                .disks
-                .iter()
-                .map(|disk| disk.read_only)
-                .collect(),
-            console: console.clone(),
+            below: point.disks.iter().map(|(below, _)| below.clone()).collect(),
+            _place: places.add(&identity, clone, console.clone(), save_to),
+            console,
             engine: self.engine.clone(),
             running: self.running.clone(),
-            _saves: save_to.map(|dir| self.saves.add(&identity, dir)),
         };
         let unbuilt = Unbuilt {
             identity,
             granted,
-            console: &|| Ok(Console::writer(&console)),
             witness: Some(Arc::new(witness)),
         };
         let phases = Phases::default();
-        let waiting = unbuilt.build(&self.family, &point, &phases);
+        let waiting = unbuilt.build(&point, &phases);
         let waiting = waiting.map_err(|error| with_causes(&error))?;
         let timeline = waiting.member().timeline();
         let (Some(built), Some(restored)) = (timeline.built, timeline.restored) else {
@@ -415,38 +498,6 @@ impl Observer for Phases {
     fn parent_paused(&self, _took: Duration) {}
 
     fn forked(&self, _point: &Arc<ForkPoint>, _clones: &[Arc<Member>]) {}
-}
-
-/// The spawner of a worker's family: its members cannot be forked.
-struct OfWorker;
-
-impl Spawner for OfWorker {
-    fn name(&self) -> &'static str {
-        "none"
-    }
-
-    fn check(&self) -> Result<(), SpawnError> {
-        Err(SpawnError::OfWorker)
-    }
-
-    fn fill(
-        &self,
-        _family: &Family,
-        _state: &Arc<MachineState>,
-        _count: u32,
-    ) -> Result<u32, SpawnError> {
-        Err(SpawnError::OfWorker)
-    }
-
-    fn prepare(
-        &self,
-        _family: &Arc<Family>,
-        _point: &Arc<ForkPoint>,
-        _identities: Vec<Identity>,
-        _observer: &dyn Observer,
-    ) -> Result<Vec<Box<dyn Prepared>>, SpawnError> {
-        Err(SpawnError::OfWorker)
-    }
 }
 
 fn ignore_signals_of_the_group() {

@@ -1,21 +1,19 @@
 //! Tells the engine what one clone shows, and what it leaves.
 
-use std::fs::File;
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Instant;
 
-use forkvm_devices::block::Storage;
-use forkvm_vmm::memory;
+use forkvm_devices::block::BlockLayer;
 
 use super::console::Console;
-use super::save_dirs::Entry;
+use super::home::Entry;
 use super::{Clones, Engine};
 use crate::end::End;
+use crate::identity::Identity;
 use crate::member::{Finished, Witness};
-use crate::wire::{HeldDisk, Told};
+use crate::timeline::Timeline;
+use crate::wire::{Told, disks};
 
 /// Most bytes of a reason.
 const LONG_REASON: usize = 4096;
@@ -23,12 +21,12 @@ const LONG_REASON: usize = 4096;
 /// See the module's text.
 pub(super) struct Teller {
     pub(super) clone: u64,
-    /// Of each disk, whether the guest could not write to it.
-    pub(super) read_only: Vec<bool>,
+    /// What each disk stood on at its start.
+    pub(super) below: Vec<Arc<dyn BlockLayer>>,
     pub(super) console: Arc<Console>,
     pub(super) engine: Arc<Engine>,
     pub(super) running: Arc<Clones>,
-    pub(super) _saves: Option<Entry>,
+    pub(super) _place: Entry,
 }
 
 impl Teller {
@@ -36,36 +34,6 @@ impl Teller {
     fn tell(&self, told: &Told) {
         self.console.send();
         self.engine.tell(told, &[]);
-    }
-
-    /// What the disks hold of their own, and the files that go with it.
-    fn held(&self, finished: &Finished) -> io::Result<(Vec<Option<HeldDisk>>, Vec<File>)> {
-        let (mut maps, mut data) = (Vec::new(), Vec::new());
-        let mut disks = Vec::new();
-        for (disk, read_only) in finished.disks.iter().zip(&self.read_only) {
-            let Storage::Overlay { overlay, .. } = disk.storage() else {
-                disks.push(None);
-                continue;
-            };
-            if *read_only {
-                disks.push(None);
-                continue;
-            }
-            let held = overlay.held()?;
-            disks.push(Some(HeldDisk {
-                map_len: held.map.len() as u64,
-                has_data: held.data.is_some(),
-            }));
-            maps.extend(held.map);
-            data.extend(held.data);
-        }
-        if maps.is_empty() {
-            return Ok((disks, Vec::new()));
-        }
-        let file = memory::memfd(c"forkvm-maps", maps.len() as u64).map_err(io::Error::other)?;
-        file.write_all_at(&maps, 0)?;
-        data.insert(0, file);
-        Ok((disks, data))
     }
 }
 
@@ -85,9 +53,25 @@ impl Witness for Teller {
         self.tell(&Told::Reported { clone, value, at });
     }
 
+    fn forked(&self, identity: &Identity) {
+        let (clone, identity) = (self.clone, identity.clone());
+        self.tell(&Told::Identified { clone, identity });
+    }
+
+    fn reborn(&self, identity: &Identity, timeline: &Timeline) {
+        let passed = |at: Option<Instant>| at.unwrap_or_else(Instant::now).into();
+        self.tell(&Told::Reborn {
+            clone: self.clone,
+            identity: identity.clone(),
+            asked: passed(timeline.spawn_requested),
+            built: passed(timeline.built),
+            restored: passed(timeline.restored),
+        });
+    }
+
     fn ended(&self, finished: &Finished) {
         self.console.send();
-        let (end, (disks, files)) = match self.held(finished) {
+        let (end, (disks, files)) = match disks::hand_over(&self.below, &finished.disks) {
             Ok(held) => (finished.end.clone(), held),
             Err(error) => {
                 let why = format!(

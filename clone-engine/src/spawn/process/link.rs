@@ -11,23 +11,28 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::Sender;
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 use std::{io, mem};
 
+use super::forks::{self, Born, Froze};
 use super::last_faults;
-use super::pages::Pages;
 use super::resident::{Request, Resident};
 use super::{SocketError, SpawnError, WorkerError, WorkerProgram};
 use crate::accounting::{AccountingError, VmCount};
 use crate::descriptor::{self, Description};
+use crate::family::Family;
+use crate::fork::{ForkError, Ticket};
 use crate::fork_point::ForkPoint;
-use crate::member::{Life, with_causes};
+use crate::member::{Watch, with_causes};
+use crate::page_link::PageLink;
+use crate::rewind::RewindError;
+use crate::timeline::Timeline;
 use crate::wire::socket::{Received, Socket};
-use crate::wire::{Order, PROTOCOL, Readiness, Told, VERSION};
+use crate::wire::{ForkMade, NotForked, NotRewound, Order, PROTOCOL, Readiness, Told, VERSION};
 
 /// How long a program may take to say that it is a worker; emulated hosts are slow.
 const GREETING: Duration = Duration::from_secs(60);
@@ -69,11 +74,15 @@ pub(super) struct Berth {
 pub(super) struct Link {
     pid: u32,
     socket: Socket,
-    pages: Arc<Pages>,
+    pages: Arc<PageLink>,
+    /// What is sent by a thread of its own, for those that must not wait.
+    outbox: Sender<Order>,
     /// Places that are taken.
     berths: AtomicUsize,
     /// The last number that was given to a clone or a request.
     numbers: AtomicU64,
+    /// Families that it has.
+    families: Mutex<HashSet<u64>>,
     /// Fork points that it has.
     points: Mutex<HashSet<u64>>,
     state: Mutex<State>,
@@ -94,6 +103,10 @@ pub(super) struct State {
     pub(super) killed: HashMap<u64, Instant>,
     /// What running ones were asked, with the number of the clone.
     pub(super) requests: HashMap<u64, (u64, Request)>,
+    /// Fork points that it has made and speaks of, by their numbers there.
+    born: HashMap<u64, Born>,
+    /// Why clones of such a fork point do not run, until the host's fork is answered.
+    refused: HashMap<u64, ForkError>,
     /// Copies of its userfaultfds.
     userfaults: Vec<OwnedFd>,
 }
@@ -133,10 +146,16 @@ impl State {
     }
 }
 
-/// A fork point that a worker has. Dropped with it, it is forgotten there.
+/// A family or a fork point that a worker has. Dropped with it, it is forgotten there.
 struct HandedOver {
     link: Weak<Link>,
-    point: u64,
+    what: Handed,
+}
+
+#[derive(Clone, Copy)]
+enum Handed {
+    Family(u64),
+    Point(u64),
 }
 
 impl Worker {
@@ -249,13 +268,17 @@ impl Started {
             }));
         }
         let failed = |error: &dyn Error| program.start_error(&io::Error::other(with_causes(error)));
-        let (pages, far) = Pages::new(child.pid).map_err(|error| failed(&error))?;
+        let peer = format!("worker {}", child.pid);
+        let (pages, far) = PageLink::pair(peer).map_err(|error| failed(&error))?;
+        let (outbox, unsent) = channel();
         let link = Arc::new(Link {
             pid: child.pid,
             socket,
             pages,
+            outbox,
             berths: AtomicUsize::new(0),
             numbers: AtomicU64::new(0),
+            families: Mutex::default(),
             points: Mutex::default(),
             state: Mutex::default(),
             died: Condvar::new(),
@@ -273,6 +296,7 @@ impl Started {
             }
         };
         link.pages.serve(lost).map_err(|error| failed(&error))?;
+        send_in_turn(&link, unsent).map_err(|error| failed(&error))?;
         let thread = thread::Builder::new().name(format!("worker-{}", link.pid));
         // It ends with the worker.
         let _detached = thread
@@ -352,14 +376,75 @@ impl Link {
         }
     }
 
+    /// Has it sent by another thread, soon: for the thread that hears the worker, which could wait for
+    /// itself, and for whoever drops something there.
+    pub(super) fn send_later(&self, order: Order) {
+        if self.outbox.send(order).is_err() {
+            tracing::error!(pid = self.pid, "nobody sends to a worker, so it ends");
+            self.socket.close();
+        }
+    }
+
+    pub(super) fn pages(&self) -> &Arc<PageLink> {
+        &self.pages
+    }
+
+    /// The family of a clone, and what counts its clones.
+    pub(super) fn parent(&self, clone: u64) -> Option<(Arc<Family>, Arc<AtomicU32>)> {
+        self.state().residents.get(&clone).map(Resident::as_parent)
+    }
+
+    /// Keeps what came of a fork point of the worker's until the worker forgets that. Its clones end if it
+    /// has died: nobody would learn of them.
+    pub(super) fn keep(&self, point: u64, born: Born) {
+        let unheard = {
+            let mut state = self.state();
+            if state.death.is_none() {
+                state.born.insert(point, born);
+                return;
+            }
+            born
+        };
+        unheard.clones.iter().for_each(|clone| clone.kill());
+    }
+
+    /// Keeps why not, for whoever asked.
+    pub(super) fn keep_refusal(&self, point: u64, error: ForkError) {
+        let mut state = self.state();
+        if state.death.is_none() {
+            state.refused.insert(point, error);
+        }
+    }
+
+    /// Has the worker know `family`.
+    pub(super) fn hand_over_family(self: &Arc<Self>, family: &Family) -> Result<(), WorkerError> {
+        let number = family.handed_out.number();
+        let mut families = lock(&self.families);
+        if families.contains(&number) {
+            return Ok(());
+        }
+        self.send(&Order::Family {
+            family: number,
+            faults: family.config().faults,
+            guest_forks: family.config().guest_forks.clone(),
+        })?;
+        families.insert(number);
+        family.handed_out.keep(Box::new(HandedOver {
+            link: Arc::downgrade(self),
+            what: Handed::Family(number),
+        }));
+        Ok(())
+    }
+
     /// Has the worker know `point`. `description` is that of the point, once somebody needs it.
     pub(super) fn hand_over(
         self: &Arc<Self>,
         point: &ForkPoint,
         description: &OnceCell<Description>,
     ) -> Result<(), SpawnError> {
+        self.hand_over_family(&point.family)?;
         let number = point.handed_out.number();
-        let mut points = self.points.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut points = lock(&self.points);
         if points.contains(&number) {
             return Ok(());
         }
@@ -380,11 +465,15 @@ impl Link {
         let descriptor = descriptor::in_memory(bytes)?;
         let files = std::iter::once(&descriptor).chain(files);
         let files: Vec<BorrowedFd<'_>> = files.map(AsFd::as_fd).collect();
-        self.send_with(&Order::ForkPoint { point: number }, &files)?;
+        let order = Order::ForkPoint {
+            point: number,
+            family: point.family.handed_out.number(),
+        };
+        self.send_with(&order, &files)?;
         points.insert(number);
         point.handed_out.keep(Box::new(HandedOver {
             link: Arc::downgrade(self),
-            point: number,
+            what: Handed::Point(number),
         }));
         Ok(())
     }
@@ -392,11 +481,13 @@ impl Link {
     /// Asks for `shells` shells of the shape of the state in `state`. `filled` hears how many there are then,
     /// or nothing when the worker dies.
     pub(super) fn ask_to_fill(
-        &self,
+        self: &Arc<Self>,
+        family: &Family,
         state: &File,
         shells: u32,
         filled: Sender<Result<u32, String>>,
     ) -> Result<(), WorkerError> {
+        self.hand_over_family(family)?;
         let (request, file) = (self.number(), state);
         {
             let mut state = self.state();
@@ -405,7 +496,12 @@ impl Link {
             }
             state.filling.insert(request, Asked::now(filled));
         }
-        let sent = self.send_with(&Order::Fill { request, shells }, &[file.as_fd()]);
+        let order = Order::Fill {
+            request,
+            family: family.handed_out.number(),
+            shells,
+        };
+        let sent = self.send_with(&order, &[file.as_fd()]);
         sent.inspect_err(|_| drop(self.state().filling.remove(&request)))
     }
 
@@ -460,6 +556,8 @@ impl Link {
             preparing,
             filling,
             requests,
+            born,
+            refused: _,
             death: _,
             killed: _,
             userfaults: _,
@@ -474,6 +572,10 @@ impl Link {
         }
         // Whoever waits for them hears that nothing comes any more.
         drop((preparing, filling, requests));
+        for Born { clones, .. } in born.into_values() {
+            // Their parent did not live to learn of them.
+            clones.iter().for_each(|clone| clone.kill());
+        }
         for resident in residents.into_values() {
             let died = AssertUnwindSafe(|| resident.died(&death));
             if catch_unwind(died).is_err() {
@@ -485,7 +587,7 @@ impl Link {
     fn told(self: &Arc<Self>, told: Told, files: Result<Vec<OwnedFd>, SocketError>) {
         match told {
             Told::Watches => match files {
-                Ok(files) => self.state().userfaults = files,
+                Ok(files) => self.state().userfaults.extend(files),
                 Err(error) => {
                     // Its death could cost other workers' clones their memory.
                     let (pid, error) = (self.pid, with_causes(&error));
@@ -510,13 +612,81 @@ impl Link {
                     asked.answer(outcome);
                 }
             }
-            Told::Ran { clone, at } => self.with(clone, |watch| watch.ran(Life::FIRST, at.into())),
+            Told::Ran { clone, at } => {
+                self.with(clone, |watch| watch.ran(watch.life(), at.into()));
+            }
             Told::Acted { clone, at } => {
-                self.with(clone, |watch| watch.acted(Life::FIRST, at.into()))
+                self.with(clone, |watch| watch.acted(watch.life(), at.into()));
             }
             Told::Reported { clone, value, at } => {
-                self.with(clone, |watch| watch.reported(Life::FIRST, value, at.into()));
+                self.with(clone, |watch| {
+                    watch.reported(watch.life(), value, at.into());
+                });
             }
+            Told::Reborn {
+                clone,
+                identity,
+                asked,
+                built,
+                restored,
+            } => self.with(clone, |watch| {
+                let timeline = Timeline {
+                    spawn_requested: Some(asked.into()),
+                    built: Some(built.into()),
+                    restored: Some(restored.into()),
+                    ..Timeline::default()
+                };
+                watch.begin_next_life(identity, timeline);
+            }),
+            Told::Identified { clone, identity } => {
+                self.with(clone, |watch| watch.identify(identity));
+            }
+            Told::Froze {
+                clone,
+                point,
+                by_guest,
+                clones,
+                requested,
+                phases,
+                paused,
+            } => {
+                let froze = Froze {
+                    clone,
+                    point,
+                    by_guest,
+                    clones,
+                    requested: requested.into(),
+                    phases,
+                    paused,
+                    files,
+                };
+                forks::spawn(self, froze);
+            }
+            Told::Forget { point } => {
+                let forgotten = self.state().born.remove(&point);
+                // Not under the lock: the fork point may go with it.
+                drop(forgotten);
+            }
+            Told::Forked { request, outcome } => match self.request(request) {
+                Some(Request::Fork(reply)) => reply.give(self.forked(outcome)),
+                Some(Request::ForkPoint(reply)) => {
+                    reply.give(self.forked(outcome).map(|ticket| ticket.point));
+                }
+                _ => tracing::error!(request, "a worker answers what it was not asked"),
+            },
+            Told::Rewound { request, outcome } => match self.request(request) {
+                Some(Request::Rewind(reply)) => {
+                    reply.give(outcome.map_err(|not_rewound| match not_rewound {
+                        NotRewound::Shadowed => RewindError::Shadowed,
+                        NotRewound::Ended => RewindError::Ended,
+                        NotRewound::Failed(why) => RewindError::InWorker {
+                            process: self.pid,
+                            why,
+                        },
+                    }));
+                }
+                _ => tracing::error!(request, "a worker answers what it was not asked"),
+            },
             Told::Printed { clone, bytes } => {
                 let resident = self.state();
                 let console = resident.residents.get(&clone).map(Resident::console);
@@ -569,15 +739,44 @@ impl Link {
         }
     }
 
-    /// Kills a clone from the thread that hears the worker, which never sends: it could wait for itself.
-    fn kill_later(self: &Arc<Self>, clone: u64) {
-        let link = self.clone();
-        let kill = move || {
-            link.kill(clone);
+    /// What came of a fork that the host had asked for.
+    fn forked(&self, outcome: Result<ForkMade, NotForked>) -> Result<Ticket, ForkError> {
+        let failed = |why: &str| ForkError::InWorker {
+            process: self.pid,
+            why: why.into(),
         };
-        if let Err(error) = thread::Builder::new().name("kill".into()).spawn(kill) {
-            tracing::error!(%error, "no thread to kill a clone, so its worker ends");
-            self.socket.close();
+        match outcome {
+            Ok(ForkMade { ticket, point }) => {
+                let born = self.state().born.remove(&point);
+                let Born { point, clones } =
+                    born.ok_or_else(|| failed("it speaks of a fork point that never came"))?;
+                Ok(Ticket {
+                    id: ticket,
+                    clones,
+                    point,
+                })
+            }
+            Err(NotForked::Limits(limits)) => Err(limits.into()),
+            Err(NotForked::Refused { point }) => {
+                let refused = self.state().refused.remove(&point);
+                Err(refused.unwrap_or_else(|| failed("the engine has gone")))
+            }
+            Err(NotForked::Failed(why)) => Err(failed(&why)),
+        }
+    }
+
+    /// Kills a clone from the thread that hears the worker.
+    fn kill_later(&self, clone: u64) {
+        let is_there = {
+            let mut state = self.state();
+            let is_there = state.residents.contains_key(&clone);
+            if is_there {
+                state.killed.entry(clone).or_insert_with(Instant::now);
+            }
+            is_there
+        };
+        if is_there {
+            self.send_later(Order::Kill { clone });
         }
     }
 
@@ -586,7 +785,7 @@ impl Link {
         asked.map(|(_clone, request)| request)
     }
 
-    fn with(&self, clone: u64, act: impl FnOnce(&crate::member::Watch)) {
+    fn with(&self, clone: u64, act: impl FnOnce(&Watch)) {
         let state = self.state();
         let watch = state.residents.get(&clone).map(Resident::watch);
         drop(state);
@@ -601,12 +800,36 @@ impl Drop for HandedOver {
         let Some(link) = self.link.upgrade() else {
             return;
         };
-        let mut points = link.points.lock().unwrap_or_else(PoisonError::into_inner);
-        points.remove(&self.point);
-        if let Err(error) = link.send(&Order::Forget { point: self.point }) {
-            tracing::trace!(%error, "a fork point goes after its worker");
+        match self.what {
+            Handed::Family(family) => {
+                lock(&link.families).remove(&family);
+                link.send_later(Order::ForgetFamily { family });
+            }
+            Handed::Point(point) => {
+                lock(&link.points).remove(&point);
+                link.send_later(Order::Forget { point });
+            }
         }
     }
+}
+
+/// Sends what is to be sent later, in a thread that ends with the link.
+fn send_in_turn(link: &Arc<Link>, unsent: Receiver<Order>) -> io::Result<()> {
+    let (pid, link) = (link.pid, Arc::downgrade(link));
+    let send = move || {
+        while let Ok(order) = unsent.recv() {
+            let Some(link) = link.upgrade() else { return };
+            if let Err(error) = link.send(&order) {
+                tracing::trace!(%error, "what was to be sent comes after the worker's end");
+            }
+        }
+    };
+    let thread = thread::Builder::new().name(format!("tell-{pid}"));
+    thread.spawn(send).map(|_detached| ())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Waits for the end of a process that was killed, and says how it ended. `None` if it does not go

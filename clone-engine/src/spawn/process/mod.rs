@@ -5,14 +5,14 @@
 //! worker runs several clones. A process with hundreds of VMs creates the next one ten times slower,
 //! so the clones of a request are spread, and workers are added when all have their share.
 //!
-//! Clones in workers are [`Member`](crate::Member)s like others, whose handles lead to the socket
-//! (`resident`). What a worker is, and when it ends, is [`crate::worker`]'s; what is said is `crate::wire`'s.
+//! Clones in workers are [`Member`]s like others, whose handles lead to the socket
+//! (`resident`); what they fork is spawned here (`forks`). What a worker is, and when it ends, is [`crate::worker`]'s; what is said is `crate::wire`'s.
 //! Who holds what is in `docs/processes.md`.
 
 mod crew;
+mod forks;
 mod last_faults;
 mod link;
-mod pages;
 mod resident;
 
 use std::cell::OnceCell;
@@ -31,8 +31,10 @@ use thiserror::Error;
 use super::{Prepared, SpawnError, Spawner};
 use crate::descriptor;
 use crate::family::Family;
+use crate::fork::ForkError;
 use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
+use crate::member::Member;
 use crate::phase::{Observer, Phase};
 use crate::wire::socket::SocketError;
 
@@ -107,7 +109,7 @@ impl Spawner for Process {
 
     fn fill(
         &self,
-        _family: &Family,
+        family: &Family,
         state: &Arc<MachineState>,
         count: u32,
     ) -> Result<u32, SpawnError> {
@@ -124,7 +126,7 @@ impl Spawner for Process {
         let mut filling = Vec::new();
         for (link, share) in shares.into_values() {
             let (filled, answer) = channel();
-            link.ask_to_fill(&state, share, filled)?;
+            link.ask_to_fill(family, &state, share, filled)?;
             filling.push((link, answer));
         }
         let wait = |(link, answer): (Arc<Link>, Receiver<Result<u32, String>>)| match answer.recv()
@@ -143,9 +145,16 @@ impl Spawner for Process {
         self.crew.processes()
     }
 
+    fn spawn(&self, point: &Arc<ForkPoint>, count: u32) -> Result<Vec<Arc<Member>>, ForkError> {
+        point.spawn_prepared(count, |identities, observer| {
+            self.prepare(point, identities, observer)
+        })
+    }
+}
+
+impl Process {
     fn prepare(
         &self,
-        family: &Arc<Family>,
         point: &Arc<ForkPoint>,
         identities: Vec<Identity>,
         observer: &dyn Observer,
@@ -156,9 +165,9 @@ impl Spawner for Process {
         let mut preparing = Vec::with_capacity(identities.len());
         // All are asked for before any is waited for: the workers work at the same time.
         for (identity, berth) in identities.into_iter().zip(workers) {
-            family.check_open()?;
+            point.family.check_open()?;
             observer.enter(FIRST_PHASE, None)?;
-            let clone = Preparing::ask(family, point, &description, identity, granted, berth)?;
+            let clone = Preparing::ask(point, &description, identity, granted, berth)?;
             preparing.push(clone);
         }
         let wait = |clone: Preparing| -> Result<Box<dyn Prepared>, SpawnError> {

@@ -1,38 +1,37 @@
 //! A clone that lives in a worker, as the engine sees it: from the request for it to its end.
 
 use std::cell::OnceCell;
-use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::AtomicU32;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use forkvm_devices::block::{BlockLayer, HeldSectors, Overlay, Storage};
+use forkvm_devices::block::BlockLayer;
 use forkvm_devices::virtio::blk::BlkCounters;
 
 use super::link::{Asked, Berth, Link};
 use super::{FIRST_PHASE, WorkerError};
 use crate::accounting::{AccountingError, VmCount};
 use crate::descriptor::Description;
-use crate::disks::DiskSource;
 use crate::end::End;
 use crate::family::Family;
-use crate::fork::ForkError;
+use crate::fork::{CloneSpec, ForkError, Ticket};
 use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
 use crate::image::MemoryImage;
 use crate::member::{Ask, Elsewhere, Finished, Member, Reply, Watch};
 use crate::phase::Observer;
-use crate::rewind::RewindError;
+use crate::rewind::{RewindError, RewindWay};
 use crate::saved::SaveError;
 use crate::spawn::in_process::no_console;
 use crate::spawn::{Prepared, SpawnError};
 use crate::timeline::Timeline;
+use crate::wire::disks::{self, HeldOverlay};
 use crate::wire::socket::SocketError;
-use crate::wire::{HeldDisk, MOST_INPUT, Order, Readiness};
+use crate::wire::{MOST_INPUT, Order, Readiness};
 
 /// A clone that a worker was asked to prepare.
 pub(super) struct Preparing {
@@ -60,7 +59,9 @@ pub(super) struct Resident {
     member: Option<Arc<Member>>,
     console: Arc<Console>,
     /// What its disks stand on.
-    disks: Vec<DiskSource>,
+    disks: Vec<Arc<dyn BlockLayer>>,
+    /// Clones that it ever had.
+    numbers: Arc<AtomicU32>,
     /// What its memory stands on: as long as it runs, pages may be missing.
     _image: Arc<MemoryImage>,
 }
@@ -69,6 +70,9 @@ pub(super) struct Resident {
 pub(super) enum Request {
     Input(Reply<usize>),
     Save(Reply<Result<(), SaveError>>),
+    Fork(Reply<Result<Ticket, ForkError>>),
+    ForkPoint(Reply<Result<Arc<ForkPoint>, ForkError>>),
+    Rewind(Reply<Result<RewindWay, RewindError>>),
     MemoryUse(Reply<Result<VmCount, AccountingError>>),
 }
 
@@ -94,7 +98,6 @@ impl Preparing {
     /// Asks the worker of `berth` for the clone `identity` of `point`. `description` is that of the point,
     /// once somebody needs it.
     pub(super) fn ask(
-        family: &Arc<Family>,
         point: &ForkPoint,
         description: &OnceCell<Description>,
         identity: Identity,
@@ -106,6 +109,7 @@ impl Preparing {
             spawn_requested: Some(Instant::now()),
             ..Timeline::default()
         };
+        let family = &point.family;
         let link = berth.worker.link().clone();
         link.hand_over(point, description)?;
         let console = family.config().consoles.open(&identity);
@@ -124,7 +128,12 @@ impl Preparing {
             watch: watch.clone(),
             member: None,
             console: Arc::new(Console::new(console)),
-            disks: point.disks.for_clone(),
+            disks: point
+                .disks
+                .iter()
+                .map(|(content, _)| content.clone())
+                .collect(),
+            numbers: Arc::default(),
             _image: point.image.clone(),
         };
         let (waiting, answer) = channel();
@@ -253,16 +262,22 @@ impl Elsewhere for Way {
         };
         let clone = self.number;
         match ask {
-            Ask::Fork(_, _, reply) => reply.give(Err(not_there())),
-            Ask::ForkPoint(_, _, reply) => reply.give(Err(not_there())),
+            Ask::Fork(spec, at, reply) => {
+                let order = |request| fork(clone, request, spec, false, at);
+                self.request(&link, Request::Fork(reply), order)
+            }
+            Ask::ForkPoint(spec, at, reply) => {
+                let order = |request| fork(clone, request, spec, true, at);
+                self.request(&link, Request::ForkPoint(reply), order)
+            }
             Ask::WithPaused(_) => unreachable!("only code of the worker can look at its VMs"),
             Ask::Save(reply) => {
                 let order = |request| Order::Save { clone, request };
-                return self.request(&link, Request::Save(reply), order);
+                self.request(&link, Request::Save(reply), order)
             }
             Ask::MemoryUse(reply) => {
                 let order = |request| Order::MemoryUse { clone, request };
-                return self.request(&link, Request::MemoryUse(reply), order);
+                self.request(&link, Request::MemoryUse(reply), order)
             }
             Ask::Input(mut bytes, reply) => {
                 bytes.truncate(MOST_INPUT);
@@ -271,17 +286,29 @@ impl Elsewhere for Way {
                     request,
                     bytes,
                 };
-                return self.request(&link, Request::Input(reply), order);
+                self.request(&link, Request::Input(reply), order)
             }
-            Ask::Rewind(_, _, reply) => reply.give(Err(RewindError::OfWorker)),
-            Ask::Kill => return link.kill(clone),
+            Ask::Rewind(way, _, reply) => {
+                let order = |request| Order::Rewind {
+                    clone,
+                    request,
+                    way,
+                };
+                self.request(&link, Request::Rewind(reply), order)
+            }
+            Ask::Kill => link.kill(clone),
         }
-        true
     }
 }
 
-fn not_there() -> ForkError {
-    ForkError::Spawn(SpawnError::OfWorker)
+fn fork(clone: u64, request: u64, spec: CloneSpec, point_only: bool, at: Instant) -> Order {
+    Order::Fork {
+        clone,
+        request,
+        spec,
+        point_only,
+        at: at.into(),
+    }
 }
 
 impl Way {
@@ -311,6 +338,11 @@ impl Resident {
         self.watch.clone()
     }
 
+    /// Its family, and what counts its clones.
+    pub(super) fn as_parent(&self) -> (Arc<Family>, Arc<AtomicU32>) {
+        (self.family.clone(), self.numbers.clone())
+    }
+
     pub(super) fn console(&self) -> Arc<Console> {
         self.console.clone()
     }
@@ -320,12 +352,12 @@ impl Resident {
         self,
         end: End,
         counters: Vec<BlkCounters>,
-        held: &[Option<HeldDisk>],
+        held: &[Vec<HeldOverlay>],
         files: Result<Vec<OwnedFd>, SocketError>,
     ) {
         let taken = files
             .map_err(io::Error::other)
-            .and_then(|files| take_disks(&self.disks, held, files));
+            .and_then(|files| disks::take_over(&self.disks, held, files));
         let (end, disks) = match taken {
             Ok(disks) => (end, disks),
             Err(error) => {
@@ -349,6 +381,7 @@ impl Resident {
             member,
             console,
             disks: below,
+            numbers: _,
             _image: image,
         } = self;
         let panicked = console.close();
@@ -368,53 +401,6 @@ impl Resident {
             blk_counters,
         });
     }
-}
-
-/// The disks of a clone that has ended: what it wrote, over what they stood on here.
-fn take_disks(
-    before: &[DiskSource],
-    held: &[Option<HeldDisk>],
-    files: Vec<OwnedFd>,
-) -> io::Result<Vec<Arc<dyn BlockLayer>>> {
-    let mut files = files.into_iter().map(File::from);
-    let maps = match held.iter().any(Option::is_some) {
-        true => Some(files.next().ok_or_else(missing)?),
-        false => None,
-    };
-    let maps_len = match &maps {
-        Some(maps) => maps.metadata()?.len(),
-        None => 0,
-    };
-    let mut at = 0;
-    let mut take = |disk: &DiskSource, held: &Option<HeldDisk>| -> io::Result<_> {
-        let layer = disk.layer();
-        let (Some(held), Some(maps)) = (held, &maps) else {
-            return Ok(layer);
-        };
-        let Storage::Overlay { base, .. } = layer.storage() else {
-            return Err(missing());
-        };
-        if held.map_len > maps_len - at {
-            return Err(missing());
-        }
-        let mut map = vec![0; held.map_len as usize];
-        maps.read_exact_at(&mut map, at)?;
-        at += held.map_len;
-        let data = match held.has_data {
-            true => Some(files.next().ok_or_else(missing)?),
-            false => None,
-        };
-        let held = HeldSectors { map, data };
-        let overlay = Overlay::from_held(held, None, base.clone()).map_err(io::Error::other)?;
-        let overlay: Arc<dyn BlockLayer> = Arc::new(overlay);
-        Ok(overlay)
-    };
-    let pairs = before.iter().zip(held);
-    pairs.map(|(disk, held)| take(disk, held)).collect()
-}
-
-fn missing() -> io::Error {
-    io::Error::other("the worker sent other files than it named")
 }
 
 impl Console {
