@@ -7,21 +7,33 @@ mod oracle;
 mod setup;
 pub mod switch;
 
+use std::error::Error;
 use std::io::{self, Write};
 use std::ops::Deref;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use forkvm::engine::{Consoles, ForkLog};
-use forkvm::{BootSpec, FamilyConfig, Identity, Vm, guest};
+use forkvm::{Identity, Vm};
 
 pub use obey::Obedient;
 pub use oracle::{expect_end, expect_oracle_ok, finish_oracle};
 pub(crate) use setup::need_kvm;
-pub use setup::{Setup, fork_by, full_scale, has_kvm, scaled, worker_program, workers, workers_of};
+pub use setup::{
+    Setup, as_tests_are_to_run, fork_by, full_scale, has_kvm, scaled, worker_program, workers,
+    workers_of,
+};
 
 /// Far beyond what anything here takes on a slow host.
 pub const LONG: Duration = Duration::from_secs(120);
+
+/// An error with all its causes, in one text.
+pub fn with_causes(error: &dyn Error) -> String {
+    match error.source() {
+        Some(cause) => format!("{error}: {}", with_causes(cause)),
+        None => error.to_string(),
+    }
+}
 
 /// Consoles of a whole family, in one text.
 #[derive(Clone, Default)]
@@ -104,24 +116,9 @@ impl Drop for Guest {
 
 /// Boots the embedded guest with a job.
 pub fn boot(name: &str, memory_mib: u64, vcpus: u32, cmdline: &str) -> Guest {
-    let consoles = Kept::default();
-    let log = Arc::new(ForkLog::default());
-    let config = FamilyConfig {
-        consoles: Arc::new(consoles.clone()),
-        observer: log.clone(),
-        ..FamilyConfig::default()
-    };
-    let spec = BootSpec {
-        name: name.into(),
-        memory_mib,
-        vcpus,
-        disks: Vec::new(),
-        payload: guest::bare(),
-        cmdline: cmdline.into(),
-    };
-    Guest {
-        vm: Vm::boot_with(spec, config).unwrap(),
-        consoles,
-        log,
-    }
+    Setup::new(cmdline)
+        .name(name)
+        .memory_mib(memory_mib)
+        .vcpus(vcpus)
+        .boot()
 }

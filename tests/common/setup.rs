@@ -8,6 +8,7 @@ use std::time::Duration;
 use forkvm::engine::saved::Saver;
 use forkvm::engine::source::Sources;
 use forkvm::engine::spawn::Spawner;
+use forkvm::engine::spawn::in_process::InProcess;
 use forkvm::engine::{
     Consoles, ForkLog, Member, NoObserver, Observer, Phase, PoolConfig, Vetoed, WorkingSetPolicy,
 };
@@ -57,6 +58,24 @@ pub fn fork_by(freeze: FreezeKind, memory_mode: MemoryMode, count: u32) -> Clone
 /// Where the clones of tests live that do not care, if not in the test's own process: `process`.
 const SPAWNER: &str = "FORKVM_TEST_SPAWNER";
 
+/// Shells that wait for the clones of tests that do not care; none by default.
+const POOL: &str = "FORKVM_TEST_POOL";
+
+/// What tests leave to whoever runs them.
+pub fn as_tests_are_to_run() -> FamilyConfig {
+    let mut config = FamilyConfig::default();
+    match env::var(SPAWNER).as_deref() {
+        Ok("process") => config.spawner = workers(),
+        Ok(word) => panic!("{SPAWNER}={word}: only process is known"),
+        Err(_) => {}
+    }
+    if let Ok(shells) = env::var(POOL) {
+        let shells = shells.parse().expect("a number of shells");
+        config.pool = PoolConfig { shells };
+    }
+    config
+}
+
 /// The command, as a worker.
 pub fn worker_program() -> WorkerProgram {
     WorkerProgram {
@@ -105,24 +124,31 @@ impl Setup {
         let config = FamilyConfig {
             consoles: Arc::new(consoles.clone()),
             observer: log.clone(),
-            ..FamilyConfig::default()
+            ..as_tests_are_to_run()
         };
-        let mut setup = Setup {
+        Setup {
             spec,
             config,
             consoles,
             log,
-        };
-        if env::var_os(SPAWNER).is_some_and(|word| word == "process") {
-            setup = setup.spawner(workers());
         }
-        setup
+    }
+
+    /// Called so in place of `vm`.
+    pub fn name(mut self, name: &str) -> Setup {
+        self.spec.name = name.into();
+        self
     }
 
     /// Where its clones live.
     pub fn spawner(mut self, spawner: Arc<dyn Spawner>) -> Setup {
         self.config.spawner = spawner;
         self
+    }
+
+    /// Its clones live in this process, wherever those of other tests do: what is looked at is here.
+    pub fn here(self) -> Setup {
+        self.spawner(Arc::new(InProcess))
     }
 
     /// Where it and its clones are saved.

@@ -38,6 +38,7 @@ fn a_shell_that_was_built_for_one_fork_serves_the_next_one() {
         let vm = Setup::new("job=oracle mib=1 writers=1")
             .vcpus(vcpus)
             .pool(2)
+            .here()
             .boot();
         vm.wait_ready(LONG).unwrap();
         for (forks, mode) in [
@@ -62,6 +63,7 @@ fn every_register_survives_a_fork_into_shells_of_the_pool() {
     let vm = Setup::new("job=registers n=2 seed=11")
         .vcpus(2)
         .pool(2)
+        .here()
         .boot();
     expect_end(&vm, vm.member(), End::Exited(0));
     wait_for_shells(&vm, 2);
@@ -74,7 +76,7 @@ fn every_register_survives_a_fork_into_shells_of_the_pool() {
 #[test]
 fn what_was_taken_is_built_anew_and_what_is_left_goes_with_the_family() {
     need_kvm!();
-    let vm = Setup::new("job=touch mib=1 idle=1").pool(3).boot();
+    let vm = Setup::new("job=touch mib=1 idle=1").pool(3).here().boot();
     vm.wait_ready(LONG).unwrap();
     assert_eq!(vm.family().pool().waiting(), 0, "no shape is known yet");
     let point = vm.fork_point(CloneSpec::new(1)).unwrap();
@@ -140,7 +142,7 @@ fn in_a_process_with_few_descriptors() {
         println!("skipped: only a part of another test");
         return;
     }
-    let vm = Setup::new("job=touch mib=1 idle=1").boot();
+    let vm = Setup::new("job=touch mib=1 idle=1").here().boot();
     vm.wait_ready(LONG).unwrap();
     let point = vm.fork_point(CloneSpec::new(1)).unwrap();
     let error = point.fill_pool(200).unwrap_err();

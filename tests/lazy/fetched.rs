@@ -65,6 +65,7 @@ fn a_clone_that_touches_its_memory_in_order_waits_for_few_of_its_chunks() {
     let vm = Setup::new(format!("job=reach mib={} touch={touch}", scaled(64, 8)))
         .memory_mib(128)
         .no_copier()
+        .here()
         .boot();
     vm.wait_ready(LONG).unwrap();
     let point = vm
@@ -100,6 +101,7 @@ fn a_clone_that_touches_what_its_parent_never_did_brings_nothing() {
     let pages = 512;
     let vm = Setup::new(format!("job=obey pages={pages}"))
         .no_copier()
+        .here()
         .boot();
     vm.wait_ready(LONG).unwrap();
     let point = vm

@@ -39,6 +39,7 @@ fn pages_that_a_parent_and_its_clone_populate_as_they_are_forked_are_in_their_cl
     let vm = Setup::new(format!("job=reach mib={mib} touch={}", mib * 256))
         .memory_mib(128)
         .no_copier()
+        .here()
         .hook(|phase, _| {
             if phase == Phase::Pause {
                 // The freeze is prepared, and the guest is not paused yet.

@@ -60,6 +60,7 @@ fn a_clone_for_which_no_other_vm_can_be_made_runs_on_as_it_was() {
     let out = Arc::new(AtomicBool::new(false));
     let vm = Setup::new("job=touch mib=1 idle=1")
         .consoles(Scarce { out: out.clone() })
+        .here()
         .boot();
     vm.wait_ready(LONG).unwrap();
     let clone = vm.fork(CloneSpec::new(1)).unwrap().remove(0);

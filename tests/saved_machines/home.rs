@@ -11,7 +11,7 @@ use forkvm::{
     BootSpec, CloneSpec, DiskSource, DiskSpec, End, FamilyConfig, FaultConfig, MemoryMode, guest,
 };
 
-use super::common::{Kept, LONG};
+use super::common::{Kept, LONG, as_tests_are_to_run};
 
 /// A family that saves to `dir`.
 pub(crate) struct Home {
@@ -34,7 +34,7 @@ impl Home {
                 background,
                 ..FaultConfig::default()
             },
-            ..FamilyConfig::default()
+            ..as_tests_are_to_run()
         };
         Home {
             family: Family::new(Arc::new(Kvm::open().unwrap()), config),
