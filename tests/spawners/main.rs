@@ -10,3 +10,4 @@ mod kit;
 mod mid_fault;
 mod refusals;
 mod spread;
+mod thousand;
