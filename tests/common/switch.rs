@@ -16,7 +16,7 @@ pub(crate) enum Manner {
     Near,
     /// The same, but by way of a thread of its own.
     Far,
-    /// Not until its manners change.
+    /// Not until its manners change, and then by those.
     Stall,
     /// By an error that concerns these pages.
     Fail,
@@ -150,30 +150,35 @@ struct Switched {
     source: Arc<dyn PageSource>,
 }
 
+impl Switched {
+    fn fetch_one(&self, range: &Range<u64>, sink: &mut dyn PageSink) -> Result<(), SourceError> {
+        let (name, why) = (self.name(), "as the test says".to_owned());
+        let offset = range.start;
+        match self.switch.manner(range) {
+            Manner::Stall => {
+                self.switch.stall(range);
+                self.fetch_one(range, sink)
+            }
+            Manner::Fail => Err(SourceError::Damaged { name, offset, why }),
+            Manner::Gone => Err(SourceError::Gone { name, why }),
+            Manner::Nothing => Ok(()),
+            Manner::Short => sink.pages(offset, &[0xee; 100]),
+            Manner::Near | Manner::Far | Manner::Panic(_) => {
+                self.source.fetch(std::slice::from_ref(range), sink)
+            }
+        }
+    }
+}
+
 impl PageSource for Switched {
     fn name(&self) -> String {
         self.source.name()
     }
 
     fn fetch(&self, ranges: &[Range<u64>], sink: &mut dyn PageSink) -> Result<(), SourceError> {
-        for range in ranges {
-            let (name, why) = (self.name(), "as the test says".to_owned());
-            let offset = range.start;
-            match self.switch.manner(range) {
-                Manner::Stall => {
-                    self.switch.stall(range);
-                    self.source.fetch(std::slice::from_ref(range), sink)?;
-                }
-                Manner::Fail => return Err(SourceError::Damaged { name, offset, why }),
-                Manner::Gone => return Err(SourceError::Gone { name, why }),
-                Manner::Nothing => {}
-                Manner::Short => sink.pages(offset, &[0xee; 100])?,
-                Manner::Near | Manner::Far | Manner::Panic(_) => {
-                    self.source.fetch(std::slice::from_ref(range), sink)?;
-                }
-            }
-        }
-        Ok(())
+        ranges
+            .iter()
+            .try_for_each(|range| self.fetch_one(range, sink))
     }
 
     fn local(&self, range: &Range<u64>, show: &mut dyn FnMut(VolatileSlice<'_>)) -> bool {

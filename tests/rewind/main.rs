@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod breaks;
 mod calls;
 mod lineage;
 mod memory;
