@@ -1,6 +1,6 @@
 //! Micro benchmarks of what the engine does per fork, per page and per sector.
 //!
-//!     cargo bench                      # all, half a minute
+//!     cargo bench                      # all, 20 s once it is built
 //!     cargo bench -- overlay           # by a part of the name
 //!
 //! Each is here because it is on a path whose whole is measured by `forkvm bench`, and too small there

@@ -3,7 +3,7 @@
 //! A [`Scenario`] answers one question by [`measure::Experiment`]s; each repetition of one gives a
 //! sample to each of its cases. The [`runner`] warms up, shuffles the repetitions of all experiments
 //! by a seed, and makes a [`report::Report`] of the samples: percentiles, outliers ([`outliers`]) and
-//! under which circumstances. [`export`] and [`chart`] write it down, [`page`] for a browser;
+//! under which circumstances. [`export`] and [`chart`] write it down, [`page`] for a browser, with the words of [`glossary`];
 //! [`compare`] holds two against each other.
 //!
 //! A scenario is one file in [`scenarios`] and one line in [`SCENARIOS`]. What the engine can be set
@@ -16,6 +16,7 @@
 pub mod chart;
 pub mod compare;
 pub mod export;
+pub mod glossary;
 pub mod measure;
 pub mod outliers;
 pub mod page;

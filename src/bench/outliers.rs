@@ -8,7 +8,7 @@
 /// them.
 pub const THRESHOLD: f64 = 10.0;
 
-/// Of fewer values it is not asked: their spread is hardly known.
+/// Of fewer values it is not asked: their spread is hardly known. Tables show a dash then.
 pub const FEWEST: usize = 10;
 
 /// Standard deviation of a normal distribution whose median absolute deviation is 1.

@@ -4,21 +4,25 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use super::Scenario;
 use super::chart::{self, Chart, ChartError, short};
+use super::glossary::GLOSSARY;
+use super::outliers::median;
 use super::report::{Digest, Report};
 
 const STYLE: &str = "
 :root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto; max-width: 60rem; padding: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto; max-width: 76rem; padding: 1rem; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h3 { font-size: 1rem; } h2 { margin-top: 2.5rem; border-top: 1px solid #ccc; padding-top: 1rem; }
 p.reading, p.note { color: #555; } p.warning { background: #fff3cd; padding: .5rem .75rem; border-left: 4px solid #d39e00; }
 nav a { margin-right: .9rem; white-space: nowrap; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { padding: .15rem .5rem; text-align: left; border-bottom: 1px solid #e4e4e4; vertical-align: top; }
-th.n, td.n { text-align: right; white-space: nowrap; } td.case { white-space: nowrap; } td.with { color: #666; font-size: .85em; white-space: nowrap; }
+th.n, td.n { text-align: right; white-space: nowrap; } td.case { white-space: nowrap; } td.with { color: #666; font-size: .85em; min-width: 9rem; }
 thead th { border-bottom: 2px solid #888; } td.p50 { font-weight: 600; }
-figure { margin: 1.2rem 0; } figure svg { width: 100%; max-width: 40rem; height: auto; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 34rem), 1fr)); gap: .6rem 1rem; margin: 1.2rem 0; }
+figure { margin: 0; } figure svg { width: 100%; max-width: 40rem; height: auto; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; } dt { color: #555; } dd { margin: 0; }
+.words { grid-template-columns: minmax(8rem, 15rem) 1fr; font-size: .9rem; }
 code, pre { background: #f4f4f4; font-size: .9em; } pre { padding: .6rem; overflow-x: auto; }
 @media print { body { max-width: none; font-size: 10pt; } nav { display: none; } .wide { overflow: visible; }
   figure, tr { break-inside: avoid; } h2, h2 + p { break-after: avoid; } table { font-size: 8pt; } td.case { white-space: normal; } }
@@ -51,7 +55,11 @@ pub fn html(
             body {
                 h1 { "forkvm " (env!("CARGO_PKG_VERSION")) ": what a fork of a VM costs" }
                 (circumstances(report))
-                nav { @for one in &sections { a href=(format!("#{}", one.name)) { (one.name) } } }
+                nav {
+                    a href="#words" { "words" }
+                    @for one in &sections { a href=(format!("#{}", one.name)) { (one.name) } }
+                }
+                (words())
                 @for one in &sections { (section(one, report, &drawn)) }
                 (how_to_repeat(report))
             }
@@ -80,6 +88,15 @@ fn circumstances(report: &Report) -> Markup {
     }
 }
 
+fn words() -> Markup {
+    html! {
+        section id="words" {
+            h2 { "Words" }
+            dl.words { @for one in GLOSSARY { dt { (one.words) } dd { (one.meaning) } } }
+        }
+    }
+}
+
 fn section(scenario: &Scenario, report: &Report, drawn: &[(&Chart, String)]) -> Markup {
     let digest = Digest::of(
         report
@@ -90,6 +107,7 @@ fn section(scenario: &Scenario, report: &Report, drawn: &[(&Chart, String)]) -> 
     let own = drawn
         .iter()
         .filter(|(chart, _)| chart.name.starts_with(scenario.name));
+    let loads: Vec<f64> = digest.rows.iter().map(|row| row.on.load1).collect();
     let left_out = report.skipped.iter().chain(&report.failed);
     let left_out = left_out.filter(|one| one.scenario == scenario.name);
     html! {
@@ -98,10 +116,17 @@ fn section(scenario: &Scenario, report: &Report, drawn: &[(&Chart, String)]) -> 
             p { (capitalised(scenario.about)) "." }
             p.reading { (scenario.reading) }
             @for one in left_out { p.warning { "Not measured: " code { (one.case) } ": " (one.why) } }
-            @for (chart, svg) in own {
-                figure role="img" aria-label=(chart.title) { (PreEscaped(svg)) }
+            @if own.clone().next().is_some() {
+                div.figures {
+                    @for (chart, svg) in own {
+                        figure role="img" aria-label=(chart.title) { (PreEscaped(svg)) }
+                    }
+                }
             }
-            @if !digest.common.is_empty() { p.note { "In all rows: " (named(&digest.common)) "." } }
+            p.note {
+                "Load average while it was measured, its own included: " (short(median(&loads))) "."
+                @if !digest.common.is_empty() { " In all rows: " (named(&digest.common)) "." }
+            }
             div.wide { (table(&digest)) }
             @if !digest.by_phase.is_empty() {
                 h3 { "Phases, median in us" }
@@ -140,7 +165,7 @@ fn table(digest: &Digest<'_>) -> Markup {
                         td.case { (row.case) } td { (row.unit.as_str()) }
                         td.n.p50 { (short(found.p50)) }
                         @for value in [found.p90, found.p99, found.min, found.max] { td.n { (short(value)) } }
-                        td.n { (found.n) } td.n { (row.outliers) }
+                        td.n { (found.n) } td.n { (row.outliers_if_known()) }
                         td.with { (named(&digest.own(row))) }
                     }
                 }
@@ -220,6 +245,7 @@ mod tests {
             "pages 16",
             "A &lt;CPU&gt;",
             "--seed 42",
+            "first_action",
             report.host.kernel.as_str(),
         ] {
             assert!(page.contains(due), "{due} is not in {page}");

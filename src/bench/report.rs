@@ -170,6 +170,16 @@ impl<'a> Digest<'a> {
 /// Name under which the runner notes the load beside each value.
 pub(super) const LOAD: &str = "load1";
 
+impl Row {
+    /// The number of outliers, for people: a dash where there are too few values to tell.
+    pub fn outliers_if_known(&self) -> String {
+        if self.percentiles.n < outliers::FEWEST as u64 {
+            return "-".to_owned();
+        }
+        self.outliers.to_string()
+    }
+}
+
 impl Circumstances {
     fn on(host: &Host, load1: f64) -> Circumstances {
         Circumstances {

@@ -21,8 +21,8 @@ const BAR_HEIGHT: u32 = 44;
 const FONT: &str = "sans-serif";
 const TITLE_SIZE: u32 = 19;
 const TEXT_SIZE: u32 = 15;
-/// Mean width of a character, in parts of its size.
-const CHARACTER: f64 = 0.56;
+/// Mean width of a character of a wide font, in parts of its size as plotters counts it.
+const CHARACTER: f64 = 0.5;
 const SWATCH: i32 = 22;
 const GREY: RGBColor = RGBColor(0x99, 0x99, 0x99);
 
@@ -162,6 +162,18 @@ impl Axis {
         Axis { range, log, ticks }
     }
 
+    /// Puts the ticks where `values` are, of a logarithmic axis, if these are few.
+    fn tick_at(&mut self, values: impl Iterator<Item = f64>) {
+        let mut ticks: Vec<f64> = values.filter(|value| self.range.contains(value)).collect();
+        ticks.sort_by(f64::total_cmp);
+        // Measured values that are meant to be one differ a little, and labels need room.
+        let room = (self.range.end / self.range.start).powf(0.05);
+        ticks.dedup_by(|next, kept| *next < *kept * room);
+        if ticks.len() as f64 <= TICKS {
+            self.ticks = ticks;
+        }
+    }
+
     fn place(&self, value: f64) -> f64 {
         if self.log { value.log10() } else { value }
     }
@@ -221,7 +233,10 @@ fn ticks(range: &Range<f64>, log: bool) -> Vec<f64> {
 
 fn lines(chart: &Chart, series: &[Series], area: &Area<'_>) -> Result<(), String> {
     let points = || series.iter().flat_map(|one| &one.points);
-    let x = Axis::of(points().map(|point| point.0), chart.log.0);
+    let mut x = Axis::of(points().map(|point| point.0), chart.log.0);
+    if x.log && series.iter().all(|one| one.marked) {
+        x.tick_at(points().map(|point| point.0));
+    }
     let y = Axis::of(points().map(|point| point.1), chart.log.1);
     let mut plot = ChartBuilder::on(area)
         .margin(8)
@@ -280,7 +295,7 @@ fn stacked(chart: &Chart, bars: &[(String, Vec<f64>)], area: &Area<'_>) -> Resul
         .label_style((FONT, TEXT_SIZE - 1))
         .axis_desc_style((FONT, TEXT_SIZE))
         .bold_line_style(BLACK.mix(0.18))
-        .light_line_style(BLACK.mix(0.05))
+        .light_line_style(TRANSPARENT)
         .draw()
         .map_err(said)?;
     let name_style = (FONT, TEXT_SIZE - 1).into_font().color(&BLACK);
@@ -424,6 +439,18 @@ mod tests {
             ticks(&(0.9..11_500.0), true),
             [1.0, 10.0, 100.0, 1000.0, 10_000.0]
         );
+    }
+
+    #[test]
+    fn ticks_stand_where_few_values_were_measured() {
+        let ticks = |values: &[f64]| {
+            let mut axis = Axis::of(values.iter().copied(), true);
+            axis.tick_at(values.iter().copied());
+            axis.ticks
+        };
+        assert_eq!(ticks(&[64.0, 4.0, 16.0, 64.4]), [4.0, 16.0, 64.0]);
+        let many: Vec<f64> = (1..=20).map(f64::from).collect();
+        assert!(ticks(&many).len() < 10, "{:?}", ticks(&many));
     }
 
     #[test]

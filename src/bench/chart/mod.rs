@@ -80,7 +80,7 @@ pub fn distribution<'a>(
         name: name.to_owned(),
         title: title.to_owned(),
         x: x.to_owned(),
-        y: "clones that had passed it, %".to_owned(),
+        y: "had got there by then, %".to_owned(),
         log: (true, false),
         marks: Marks::Lines(
             series

@@ -201,7 +201,7 @@ fn charts(rows: &[Row]) -> Vec<Chart> {
         title: "How long the parent stands still, by delta, 64 MiB populated".into(),
         x: "dirty memory, MiB".into(),
         y: "median pause, ms".into(),
-        log: (true, false),
+        log: (false, false),
         marks: Marks::Lines(vec![Series {
             name: "delta".into(),
             points: by("dirty_mib", &|row: &Row| {

@@ -56,7 +56,7 @@ fn table(digest: &Digest<'_>) -> Table {
         let found = &row.percentiles;
         let numbers = [found.p50, found.p90, found.p99, found.min, found.max].map(short);
         let head = [row.case.clone(), row.unit.as_str().to_owned()];
-        let counts = [found.n.to_string(), row.outliers.to_string()];
+        let counts = [found.n.to_string(), row.outliers_if_known()];
         let with = named(&digest.own(row));
         table.add_row(head.into_iter().chain(numbers).chain(counts).chain([with]));
     }
