@@ -27,14 +27,21 @@ demo: ## Install what is missing, build, and map reads in 32 clones: target/demo
 	samtools quickcheck target/demo.sam
 	@echo "samtools reads $$(samtools view -c target/demo.sam) records of target/demo.sam"
 
+# Test binaries that are run three times: with clones in the test's own process, in workers, and with a pool of shells.
+EVERY_WAY := $(foreach binary,forks faults lazy rewind saved_machines,--test $(binary))
+
 test: ## Install what is missing, and pass all tests of all crates, those that need KVM included
 	@scripts/setup build test
 	@scripts/check-rust
 	@if cargo nextest --version >/dev/null 2>&1; then \
 	  cargo nextest run --workspace --no-fail-fast; \
+	  FORKVM_TEST_SPAWNER=process cargo nextest run -p forkvm $(EVERY_WAY) --no-fail-fast; \
+	  FORKVM_TEST_POOL=2 cargo nextest run -p forkvm $(EVERY_WAY) --no-fail-fast; \
 	  cargo test --workspace --doc; \
 	else \
 	  cargo test --workspace --no-fail-fast; \
+	  FORKVM_TEST_SPAWNER=process cargo test -p forkvm $(EVERY_WAY) --no-fail-fast; \
+	  FORKVM_TEST_POOL=2 cargo test -p forkvm $(EVERY_WAY) --no-fail-fast; \
 	fi
 
 test-long: ## Only the tests that `make test` leaves out because they take long (#[ignore])

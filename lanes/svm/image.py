@@ -108,8 +108,8 @@ def make_initrd(kernel: Kernel, out: Path) -> None:
             )
 
 
-def make_disk(jobs: Jobs, plans: list[list[Job]], files: list[str], out: Path) -> None:
-    """A root file system in which every program has the path it has here: tests have such paths compiled in."""
+def make_disk(jobs: Jobs, plans: dict[str, list[tuple[Job, dict[str, str]]]], files: list[str], out: Path) -> None:
+    """`plans` by their names, each job with the way to run it. A root file system in which every program has the path it has here: tests have such paths compiled in."""
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         root = Path(scratch)
         lay_out_system(root)
@@ -128,9 +128,9 @@ def make_disk(jobs: Jobs, plans: list[list[Job]], files: list[str], out: Path) -
             copy(program, root)
         # Numbers rather than ids: a job keeps its number in every cell, and its log needs a plain file name.
         numbers = {job.id: number for number, job in enumerate(jobs.jobs)}
-        for index, plan in enumerate(plans):
-            lines = (f"{numbers[job.id]}\t{job.limit_seconds}\t{job.directory}\t{job.command}\n" for job in plan)
-            (root / f"lane/plan.{index}").write_text("".join(lines))
+        for name, plan in plans.items():
+            lines = (f"{numbers[job.id]}\t{job.limit_seconds}\t{job.directory}\t{job.command(way)}\n" for job, way in plan)
+            (root / f"lane/plan.{name}").write_text("".join(lines))
 
         used_kib = int(subprocess.run(["du", "-sk", root], capture_output=True, text=True, check=True).stdout.split()[0])
         out.unlink(missing_ok=True)

@@ -22,8 +22,14 @@ class Job:
 
     id: str
     directory: Path
-    command: str
+    environment: dict[str, str]
+    program: list[str]
     limit_seconds: int
+
+    def command(self, way: dict[str, str]) -> str:
+        """`env` and not a shell assignment: names of variables may hold a hyphen."""
+        environment = self.environment | way
+        return shlex.join(["exec", "env", *(f"{name}={value}" for name, value in environment.items()), *self.program])
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,8 @@ def test_job(artifact: dict, package: dict, name: str, helpers: list[dict], limi
     return Job(
         id=f"{package['name']}/{artifact['target']['name']}::{name}",
         directory=package["directory"],
-        command=shell_command(environment, command),
+        environment=environment,
+        program=command,
         limit_seconds=limit,
     )
 
@@ -159,11 +166,15 @@ def demo_job(lane: dict, artifact: dict, root: Path) -> Job:
     return Job(
         id=DEMO_ID,
         directory=root,
-        command=shell_command(dict(ENVIRONMENT, PATH=path), command),
+        environment=dict(ENVIRONMENT, PATH=path),
+        program=command,
         limit_seconds=lane["demo_limit_seconds"],
     )
 
 
-def shell_command(environment: dict[str, str], command: list[str]) -> str:
-    """`env` and not a shell assignment: names of variables may hold a hyphen."""
-    return shlex.join(["exec", "env", *(f"{name}={value}" for name, value in environment.items()), *command])
+def ways_in_cell(lane: dict, jobs: list[Job], cell: int) -> dict[str, dict[str, str]]:
+    """How each job is run in cell number `cell`, by its id. Those that can be run in several ways take turns: over as many cells as
+    there are ways, each is run in every way."""
+    ways = [entry["environment"] for entry in lane["way"]]
+    turns = [job.id for job in jobs if any(fnmatch.fnmatchcase(job.id, p) for p in lane["in_every_way"])]
+    return {id: ways[(turn + cell) % len(ways)] for turn, id in enumerate(turns)}

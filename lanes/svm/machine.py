@@ -66,8 +66,8 @@ class Machines:
                 process.kill()
 
 
-def boot(machines: Machines, kernel: Path, initrd: Path, disk: Path, plan: int, npt: bool, lane: dict, out: Path) -> Outcome:
-    """Runs plan number `plan`. Leaves in `out`: console.log, qemu.log, and what `split_logs` makes."""
+def boot(machines: Machines, kernel: Path, initrd: Path, disk: Path, plan: str, npt: bool, lane: dict, out: Path) -> Outcome:
+    """Runs the plan of this name. Leaves in `out`: console.log, qemu.log, and what `split_logs` makes."""
     out.mkdir(parents=True)
     console, printed = out / "console.log", out / "printed.log"
     options = {

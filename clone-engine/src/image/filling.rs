@@ -309,6 +309,8 @@ impl MemoryImage {
                 last |= count(new_pages);
             }
             inserted.map_err(|error| insert_error(part.start, &error))?;
+            // Also what somebody else has just put in and may not have come to mark.
+            filling.present.set(&part);
         }
         if last && filling.notices.send(Notice::LastPage).is_err() {
             tracing::trace!("an image filled up after its family's end");
