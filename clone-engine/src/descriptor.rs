@@ -34,6 +34,9 @@ use crate::handed_out::HandedOut;
 use crate::identity::Identity;
 use crate::image::{Arrivals, MemoryImage, Outline, OutlineError};
 
+/// Longest descriptor: far beyond owner tables and presence maps of the largest machines.
+const MOST_BYTES: u64 = 1 << 30;
+
 /// Section of the image.
 const IMAGE: &str = "fork/image";
 /// Section of the disks.
@@ -206,6 +209,9 @@ pub(crate) fn in_memory(bytes: &[u8]) -> Result<File, DescriptorError> {
 /// What a memfd that was handed over holds.
 pub(crate) fn read(file: &File) -> Result<Vec<u8>, DescriptorError> {
     let len = file.metadata().map_err(DescriptorError::Memfd)?.len();
+    if len > MOST_BYTES {
+        return Err(DescriptorError::TooLong { len });
+    }
     let mut bytes = vec![0; len as usize];
     file.read_exact_at(&mut bytes, 0)
         .map_err(DescriptorError::Memfd)?;
@@ -331,6 +337,12 @@ pub enum DescriptorError {
     /// It came with other files than it names.
     #[error("the descriptor of a fork point came with other files than it names")]
     Files,
+    /// It is longer than any may be.
+    #[error("the descriptor of a fork point has {len} bytes, at most {MOST_BYTES} are allowed")]
+    TooLong {
+        /// Its length.
+        len: u64,
+    },
     /// A memfd could not be written or read.
     #[error("writing or reading the memory of a descriptor failed")]
     Memfd(#[source] io::Error),

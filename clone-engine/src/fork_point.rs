@@ -1,9 +1,9 @@
 //! Fork points: what clones are spawned from, now or later.
 
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
+use std::{io, mem};
 
 use forkvm_devices::Sections;
 use forkvm_vmm::{MachineState, VmConfig};
@@ -52,18 +52,30 @@ pub struct ForkPoint {
     pub(crate) handed_out: HandedOut,
 }
 
+/// Clones that run, all of which are wanted or none. Dropped, they are gone before an error is told, or a
+/// panic of the embedder's is heard of: with freeze `stop` the parent goes on in the memory that they map.
+struct Running(Vec<Arc<Member>>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|clone| clone.kill());
+        self.0.iter().for_each(|clone| drop(clone.wait()));
+    }
+}
+
 impl ForkPoint {
     /// Spawns `count` clones: all of them run, or none and an error says why. Each is expected to
     /// write as much as the spec of the fork said; the host must have room for that.
     pub fn spawn(self: &Arc<Self>, count: u32) -> Result<Vec<Arc<Member>>, ForkError> {
-        let granted = self.grant(count)?;
+        let spawner = self.family.config().spawner.as_ref();
+        spawner.check()?;
+        let granted = self.grant(count, spawner.apart())?;
         self.spawn_granted(granted)
     }
 
-    /// Whether the host has room for `count` clones of it; that many, or an error says what runs out.
-    pub(crate) fn grant(&self, count: u32) -> Result<u32, ForkError> {
-        let spawner = self.family.config().spawner.as_ref();
-        spawner.check()?;
+    /// Whether the host has room for `count` clones of it, in this process or `apart`; that many, or an error
+    /// says what runs out.
+    pub(crate) fn grant(&self, count: u32, apart: bool) -> Result<u32, ForkError> {
         let layout = self.state.layout();
         let need = Need {
             config: self.config(),
@@ -71,7 +83,7 @@ impl ForkPoint {
             pieces: self.image.mapped().len().max(layout.regions().len()) as u64,
             copy_kib: 0,
             shells: self.family.pool().ready(layout, self.config().vcpus),
-            apart: spawner.apart(),
+            apart,
         };
         Ok(limits::grant(&need, count, false)?)
     }
@@ -102,22 +114,13 @@ impl ForkPoint {
         let identities = identities.map_err(ForkError::Identity)?;
         let waiting = prepare(identities, observer.as_ref())?;
         let phase = phase::begin(observer.as_ref(), Phase::Run, None)?;
-        let mut clones = Vec::with_capacity(waiting.len());
+        let mut running = Running(Vec::with_capacity(waiting.len()));
         for clone in waiting {
-            match clone.start() {
-                Ok(member) => clones.push(member),
-                Err(error) => {
-                    // Gone before the error is told: with freeze `stop` the parent goes on in the
-                    // memory that they map.
-                    clones.iter().for_each(|clone: &Arc<Member>| clone.kill());
-                    clones.iter().for_each(|clone| drop(clone.wait()));
-                    return Err(error.into());
-                }
-            }
+            running.0.push(clone.start()?);
         }
         phase.done();
-        observer.forked(self, &clones);
-        Ok(clones)
+        observer.forked(self, &running.0);
+        Ok(mem::take(&mut running.0))
     }
 
     /// What the clones are.

@@ -116,7 +116,7 @@ fn check(way: Way, vcpus: u32, memory_mib: u64, load: Load) {
         expect_oracle_ok(&vm, vm.member(), forks);
         finish_oracle(&vm, vm.member());
     }
-    assert_eq!(point.fill_pool(1).unwrap(), 1);
+    assert!(point.fill_pool(1).unwrap() >= 1);
     let late = point.spawn(1).unwrap().remove(0);
     expect_end(&vm, &late, End::Exited(0));
 }

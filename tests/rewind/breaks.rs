@@ -117,6 +117,8 @@ impl Origin {
                 background: None,
                 ..FaultConfig::default()
             })
+            // A disk of the embedder's is of no use to a worker.
+            .here()
             .boot();
         vm.wait_ready(LONG).unwrap();
         Obedient::new(&vm, vm.member()).write(0, VALUE, PAGES);

@@ -3,14 +3,14 @@
 
 use std::fs::File;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
 use forkvm::devices::block::{Access, BlockLayer, RawFile};
 use forkvm::engine::saved::{OpenMachine, SaveTo};
-use forkvm::engine::{Family, MemberError, Phase};
-use forkvm::vmm::Kvm;
+use forkvm::engine::{Family, MemberError, Phase, Vetoed};
+use forkvm::vmm::{Kvm, PausedVm};
 use forkvm::{
     CloneSpec, DiskSource, End, FamilyConfig, Finished, FreezeKind, MemoryMode, RewindWay,
 };
@@ -19,6 +19,7 @@ use crate::common::switch::{Manner, Switch};
 
 use crate::common::{
     Guest, LONG, Obedient, Setup, expect_end, expect_oracle_ok, finish_oracle, fork_by, need_kvm,
+    with_causes,
 };
 
 macro_rules! kit {
@@ -41,6 +42,7 @@ macro_rules! kit {
         kit!(@ clones_of_a_clone_are_numbered_on_whoever_spawns_them);
         kit!(@ a_clone_that_was_forked_ends_with_all_that_it_wrote_to_its_disk);
         kit!(@ a_clone_is_rewound_with_its_forks_left_alone);
+        kit!(@ a_clone_whose_fork_is_refused_at_any_phase_goes_on_as_it_was);
         kit!(@ clones_of_a_remap_verify_all_they_know);
         kit!(@ clones_of_a_copy_verify_all_they_know);
         kit!(@ clones_of_a_stop_verify_all_they_know);
@@ -243,6 +245,50 @@ fn a_clone_that_was_forked_ends_with_all_that_it_wrote_to_its_disk(new: New) {
         .filter(|(l, a)| l == a)
         .count();
     assert!(written_before > 0 && written(&after) >= written(&left));
+}
+
+fn a_clone_whose_fork_is_refused_at_any_phase_goes_on_as_it_was(new: New) {
+    let refused: Arc<Mutex<Option<Phase>>> = Arc::default();
+    let hook = {
+        let refused = refused.clone();
+        move |phase, _: Option<&PausedVm<'_>>| match *refused.lock().unwrap() {
+            Some(at) if at == phase => Err(Vetoed("the test".into())),
+            _ => Ok(()),
+        }
+    };
+    let vm = new("job=obey pages=64").no_copier().hook(hook).boot();
+    vm.wait_ready(LONG).unwrap();
+    Obedient::new(&vm, vm.member()).write(0, 100, 64);
+    let lazy = fork_by(FreezeKind::WriteProtect, MemoryMode::Lazy, 1);
+    let clone = vm.fork(lazy).unwrap().remove(0);
+    let mut clone = Obedient::new(&vm, clone.member());
+    clone.write(0, 200, 32);
+    for freeze in [FreezeKind::Delta, FreezeKind::Stop] {
+        for phase in Phase::ALL {
+            *refused.lock().unwrap() = Some(phase);
+            let spec = fork_by(freeze, MemoryMode::Lazy, 2);
+            let mut errors = vec![clone.member.fork(spec.clone()).err()];
+            if phase <= Phase::Publish {
+                errors.push(clone.member.fork_point(spec).err());
+            }
+            for error in errors {
+                let error = with_causes(&error.expect("it is refused"));
+                assert!(error.contains("the test"), "{phase}: {error}");
+            }
+            assert_eq!(clone.member.identity().fork_count, 1);
+            assert_eq!(vm.family().running().len(), 2);
+            clone.expect(0, 200, 32);
+            clone.expect(32, 132, 32);
+        }
+    }
+    *refused.lock().unwrap() = None;
+    let stop = fork_by(FreezeKind::Stop, MemoryMode::Lazy, 1);
+    let ticket = clone.member.fork(stop).unwrap();
+    expect_end(&vm, &clone.member, End::Stopped);
+    let mut heir = Obedient::new(&vm, &ticket.clones[0]);
+    heir.expect(0, 200, 32);
+    heir.expect(32, 132, 32);
+    heir.exit();
 }
 
 fn a_clone_is_rewound_with_its_forks_left_alone(new: New) {

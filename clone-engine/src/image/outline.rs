@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use forkvm_vmm::MemoryError;
 use forkvm_vmm::memory::PAGE;
+use rustix::fs::{SealFlags, fcntl_get_seals};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -127,6 +128,11 @@ impl Outline {
             if found != self.len {
                 let needed = self.len;
                 return Err(MemoryError::Length { found, needed }.into());
+            }
+            // Whoever maps a file that shrinks dies of it.
+            let seals = fcntl_get_seals(file).map_err(|_not_sealed| OutlineError::Broken)?;
+            if !seals.contains(SealFlags::SHRINK | SealFlags::GROW) {
+                return Err(OutlineError::Broken);
             }
         }
         let known = |name: ImageName| arrivals.known(name).filter(|image| image.len == self.len);

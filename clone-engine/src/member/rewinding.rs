@@ -103,7 +103,8 @@ impl Serving {
     ) -> Result<(), RewindError> {
         // At most two VMs at a time: who rewinds faster than a VM is taken apart waits here.
         self.join_undertaker();
-        let room = origin.point.grant(1);
+        // The other VM is made here, wherever this family's clones live.
+        let room = origin.point.grant(1, false);
         room.map_err(|error| RewindError::Room(Box::new(error)))?;
         let life = self.life.next();
         let told = Told {

@@ -41,6 +41,15 @@ impl Seen {
         self.life != number || self.timeline.first_action.is_some() || self.finished.is_some()
     }
 
+    /// Who it has become elsewhere; what it is called is not for others to say.
+    fn renewed(&self, identity: Identity) -> Identity {
+        Identity {
+            name: self.identity.name.clone(),
+            depth: self.identity.depth,
+            ..identity
+        }
+    }
+
     fn begin(&mut self, life: u32, identity: Identity, timeline: Timeline) {
         self.life = life;
         self.identity = identity;
@@ -129,6 +138,7 @@ impl Watch {
     pub(crate) fn begin_next_life(&self, identity: Identity, timeline: Timeline) {
         let mut seen = self.lock();
         let life = seen.life + 1;
+        let identity = seen.renewed(identity);
         let timeline = Timeline {
             fork_requested: seen.timeline.fork_requested,
             ..timeline
@@ -156,7 +166,13 @@ impl Watch {
 
     /// Who it is has changed elsewhere.
     pub(crate) fn identify(&self, identity: Identity) {
-        self.lock().identity = identity;
+        let mut seen = self.lock();
+        seen.identity = seen.renewed(identity);
+    }
+
+    /// Who it is.
+    pub(crate) fn identity(&self) -> Identity {
+        self.lock().identity.clone()
     }
 
     /// The first KVM_RUN of this life is entered.

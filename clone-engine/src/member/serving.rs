@@ -21,7 +21,7 @@ use crate::disks::{DiskSource, DisksError};
 use crate::end::End;
 use crate::family::Family;
 use crate::fork::{CloneSpec, ForkError, Frozen, Parent, Request, Ticket};
-use crate::fork_point::ForkPoint;
+use crate::image::MemoryImage;
 use crate::limits::LimitError;
 use crate::saved::SaveError;
 use crate::spawn::SpawnError;
@@ -50,7 +50,7 @@ pub(super) struct Serving {
     last_ticket: u32,
     pub(super) joins: Vec<Join>,
     /// Where it was stopped: this VM's own memory is that image, which is sealed once the VM is gone.
-    stopped_at: Option<Arc<ForkPoint>>,
+    stopped_at: Option<Arc<MemoryImage>>,
 }
 
 /// A vCPU that waits for clones.
@@ -195,8 +195,8 @@ impl Serving {
             blk_counters: devices.iter().map(counters).collect(),
         };
         drop(devices);
-        if let Some(point) = stopped_at
-            && let Err(error) = point.image.seal()
+        if let Some(image) = stopped_at
+            && let Err(error) = image.seal()
         {
             tracing::error!(%error, "the memory of a stopped VM could not be sealed");
         }
@@ -236,14 +236,20 @@ impl Serving {
                     forker: None,
                     at,
                 };
-                let (frozen, end) = match self.freeze(&request) {
-                    Ok(frozen) => {
-                        let end = self.settle(&frozen);
-                        (Ok(frozen.point), end)
-                    }
+                let (made, end) = match self.freeze(&request) {
+                    Ok(frozen) => match self.family.config().spawner.publish(&frozen.point) {
+                        Ok(()) => {
+                            let end = self.settle(&frozen);
+                            (Ok(frozen.point), end)
+                        }
+                        Err(error) => {
+                            self.undo(&frozen);
+                            (Err(error), None)
+                        }
+                    },
                     Err(error) => (Err(error), None),
                 };
-                reply.give(frozen);
+                reply.give(made);
                 return end;
             }
             Ask::WithPaused(look) => match self.vm.pause(PAUSE_DEADLINE) {
@@ -394,20 +400,25 @@ impl Serving {
                 )
             }
             Err(error) => {
-                if !frozen.parent_goes_on
-                    && let Err(error) = self.vm.pause(PAUSE_DEADLINE).map(PausedVm::resume)
-                {
-                    tracing::error!(%error, "a parent that stands cannot be paused: a bug");
-                }
+                self.undo(&frozen);
                 (Err(error), None)
             }
+        }
+    }
+
+    /// Nothing came of the fork: a parent that was to stop goes on.
+    fn undo(&mut self, frozen: &Frozen) {
+        if !frozen.parent_goes_on
+            && let Err(error) = self.vm.pause(PAUSE_DEADLINE).map(PausedVm::resume)
+        {
+            tracing::error!(%error, "a parent that stands cannot be paused: a bug");
         }
     }
 
     /// The fork is decided: the parent learns that it was forked, or ends if it was stopped.
     fn settle(&mut self, frozen: &Frozen) -> Option<End> {
         if !frozen.parent_goes_on {
-            self.stopped_at = Some(frozen.point.clone());
+            self.stopped_at = Some(frozen.point.image.clone());
             return Some(End::Stopped);
         }
         let announcement = self.member.watch.forked().announcement();

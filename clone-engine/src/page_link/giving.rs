@@ -20,8 +20,11 @@ pub(super) struct Offer {
     image: Weak<MemoryImage>,
     /// The same, while it is mapped there.
     held: Option<Arc<MemoryImage>>,
-    /// How often it is mapped there.
-    watchers: usize,
+    /// How often it is mapped there. An image that is whole at once may leave before it says that it is
+    /// there.
+    watchers: i64,
+    /// Whether the image knows the mapper.
+    told: bool,
     /// Where first touches are recorded.
     touches: Option<Arc<Recorder>>,
     mapper: Arc<Afar>,
@@ -62,6 +65,7 @@ impl PageLink {
             image: Arc::downgrade(image),
             held: None,
             watchers: 0,
+            told: false,
             touches: None,
             mapper: Arc::new(Afar {
                 link: Arc::downgrade(self),
@@ -84,8 +88,9 @@ impl PageLink {
             offers.get_mut(&name).and_then(|offer| {
                 let image = offer.image.upgrade()?;
                 offer.watchers += 1;
-                offer.held = Some(image.clone());
-                Some((image, Arc::downgrade(&offer.mapper)))
+                offer.held = (offer.watchers > 0).then(|| image.clone());
+                let first = !mem::replace(&mut offer.told, true);
+                Some((image, first.then(|| Arc::downgrade(&offer.mapper))))
             })
         };
         let Some((image, mapper)) = watched else {
@@ -93,7 +98,9 @@ impl PageLink {
             self.say(&PageMessage::Lost { image, why });
             return;
         };
-        image.map_by(mapper);
+        if let Some(mapper) = mapper {
+            image.map_by(mapper);
+        }
         // What was so before is not told again.
         if let Some(why) = image.spoiled() {
             let (image, why) = (name, why.clone());
@@ -107,11 +114,10 @@ impl PageLink {
         let held = {
             let mut offers = lock(&self.offers);
             offers.get_mut(&name).and_then(|offer| {
-                offer.watchers = offer.watchers.saturating_sub(1);
-                if offer.watchers == 0 {
-                    offer.held.take()
-                } else {
-                    None
+                offer.watchers -= 1;
+                match offer.watchers > 0 {
+                    true => None,
+                    false => offer.held.take(),
                 }
             })
         };

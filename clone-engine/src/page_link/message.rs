@@ -11,8 +11,8 @@ use crate::source::SourceError;
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum PageMessage {
-    /// From whoever maps an image: it does so, until it says [`Leave`](PageMessage::Leave). Answered once, by
-    /// [`Whole`](PageMessage::Whole) or [`Lost`](PageMessage::Lost).
+    /// From whoever maps an image: it does so, until it says [`Leave`](PageMessage::Leave). In the end comes
+    /// [`Whole`](PageMessage::Whole) or [`Lost`](PageMessage::Lost), for all who map it there.
     Watch {
         /// Which.
         image: ImageName,

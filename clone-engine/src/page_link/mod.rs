@@ -6,8 +6,9 @@
 //! does it; whoever maps it elsewhere asks ([`taking`]), the page comes into the image's file as for a clone
 //! of that process, and the answer says that it is there ([`giving`]). Nothing is copied twice.
 //!
-//! One thread hears what comes, and waits for no page. What is said is short, an end asks for one run of
-//! an image at a time, and reads at all times: so a send waits only for a process that stands still.
+//! One thread hears what comes, and waits for no page; it may wait to answer. What is said is short, and an
+//! image is asked for a few runs at a time, so that both ends fill each other's socket, and the worker is
+//! given up as one that stands still, only with hundreds of images that fill.
 
 mod giving;
 mod message;
@@ -15,6 +16,7 @@ mod taking;
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -23,7 +25,6 @@ use std::{io, thread};
 use crate::image::ImageName;
 use crate::member::with_causes;
 use crate::source::SourceError;
-use crate::userfault::UserfaultError;
 use crate::wire::socket::{Received, Socket, SocketError};
 
 use crate::family::Family;
@@ -79,7 +80,13 @@ impl PageLink {
     pub(crate) fn serve(self: &Arc<Self>, lost: impl FnOnce() + Send + 'static) -> io::Result<()> {
         let link = self.clone();
         let serve = move || {
-            link.hear();
+            // Nobody else hears the other end: whoever waits for it must not do so for ever.
+            if catch_unwind(AssertUnwindSafe(|| link.hear())).is_err() {
+                tracing::error!(
+                    peer = link.peer,
+                    "what it said of pages made this process panic"
+                );
+            }
             link.close();
             link.forget_offers();
             link.give_up_taken();
@@ -154,8 +161,6 @@ impl PageLink {
 pub(crate) struct Landing<'a> {
     pub(crate) family: &'a Family,
     pub(crate) link: &'a Arc<PageLink>,
-    /// Called before one that still fills is taken over.
-    pub(crate) unfinished: &'a dyn Fn() -> Result<(), UserfaultError>,
 }
 
 impl Arrivals for Landing<'_> {
@@ -164,7 +169,6 @@ impl Arrivals for Landing<'_> {
     }
 
     fn arrive(&self, arriving: Arriving) -> Result<Arc<MemoryImage>, OutlineError> {
-        (self.unfinished)().map_err(OutlineError::Unwatched)?;
         self.link.take_over(self.family.faults(), arriving)
     }
 

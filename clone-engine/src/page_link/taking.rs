@@ -5,8 +5,9 @@
 use std::mem;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use super::message::PageMessage;
 use super::{PageLink, lock};
@@ -17,6 +18,9 @@ use crate::source::{PageSink, PageSource, SourceError};
 /// How much longer than the other end waits for a source it is waited for: the reason that it finds is the
 /// better one.
 const MORE_PATIENCE: u32 = 2;
+
+/// How long the other end may take to hear what was said; a process that runs hears at once.
+const STANDS_STILL: Duration = Duration::from_secs(120);
 
 /// What an image of the other end is here; it may have come twice at the same time.
 pub(super) type Taken = Vec<Weak<MemoryImage>>;
@@ -41,7 +45,7 @@ impl PageLink {
     ) -> Result<Arc<MemoryImage>, OutlineError> {
         let name = arriving.name;
         let config = FaultConfig {
-            page_deadline: arriving.config.page_deadline * MORE_PATIENCE,
+            page_deadline: arriving.config.page_deadline.saturating_mul(MORE_PATIENCE),
             ..arriving.config
         };
         let source = Arc::new(FilledThere {
@@ -65,20 +69,24 @@ impl PageLink {
     }
 
     /// Waits until the other end has heard all that was said: it keeps images from then on for as long as
-    /// they are mapped here.
+    /// they are mapped here. One that does not for long is given up.
     pub(crate) fn flush(&self) -> Result<(), SourceError> {
-        self.ask(|request| PageMessage::Flush { request })
+        let answer = self.ask(|request| PageMessage::Flush { request });
+        answer.recv_timeout(STANDS_STILL).unwrap_or_else(|_silent| {
+            self.close();
+            Err(self.gone())
+        })
     }
 
-    /// Says what has an answer, and waits for that.
-    fn ask(&self, message: impl FnOnce(u64) -> PageMessage) -> Result<(), SourceError> {
+    /// Says what has an answer, and where that comes; nothing comes from an end that has gone.
+    fn ask(&self, message: impl FnOnce(u64) -> PageMessage) -> Receiver<Result<(), SourceError>> {
         let request = self.requests.fetch_add(1, Ordering::Relaxed);
         let (asked, answer) = channel();
         lock(&self.asked).insert(request, asked);
         if !self.say(&message(request)) {
             lock(&self.asked).remove(&request);
         }
-        answer.recv().map_err(|_closed| self.gone())?
+        answer
     }
 
     pub(super) fn came(&self, request: u64, outcome: Result<(), SourceError>) {
@@ -118,11 +126,12 @@ impl PageSource for FilledThere {
     }
 
     fn fetch(&self, ranges: &[Range<u64>], sink: &mut dyn PageSink) -> Result<(), SourceError> {
-        self.link.ask(|request| PageMessage::Want {
+        let answer = self.link.ask(|request| PageMessage::Want {
             request,
             image: self.image,
             ranges: ranges.to_vec(),
-        })?;
+        });
+        answer.recv().map_err(|_closed| self.link.gone())??;
         ranges
             .iter()
             .try_for_each(|range| sink.there(range.clone()))

@@ -53,6 +53,11 @@ pub trait Spawner: Send + Sync {
         Vec::new()
     }
 
+    /// A fork point was made that nobody spawns from now. An error undoes it.
+    fn publish(&self, _point: &Arc<ForkPoint>) -> Result<(), ForkError> {
+        Ok(())
+    }
+
     /// Spawns `count` clones of `point`, for which there is room: all of them run, or none.
     fn spawn(&self, point: &Arc<ForkPoint>, count: u32) -> Result<Vec<Arc<Member>>, ForkError>;
 }

@@ -13,6 +13,9 @@ use forkvm_devices::block::{BlockLayer, Frozen, HeldSectors, Overlay, Storage};
 use forkvm_vmm::memory;
 use serde::{Deserialize, Serialize};
 
+/// Most bytes of all maps: far beyond those of the largest disks.
+const MOST_BYTES: u64 = 1 << 30;
+
 /// What an overlay holds beyond its base.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct HeldOverlay {
@@ -83,7 +86,7 @@ pub(crate) fn take_over(
         false => None,
     };
     let maps_len = match &maps {
-        Some(maps) => maps.metadata()?.len(),
+        Some(maps) => maps.metadata()?.len().min(MOST_BYTES),
         None => 0,
     };
     let mut at = 0;

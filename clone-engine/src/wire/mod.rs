@@ -190,7 +190,10 @@ pub(crate) enum Told {
     },
     /// Clones that are prepared from now on may wait for pages. With copies of the userfaultfds by which
     /// the worker answers them: should it die, the engine must.
-    Watches,
+    Watches {
+        /// Of clones of this family.
+        family: u64,
+    },
     /// Answer to [`Order::Fill`].
     Filled {
         /// The request.
@@ -328,6 +331,19 @@ pub(crate) enum Told {
         /// own, before the data files.
         disks: Vec<Vec<HeldOverlay>>,
     },
+}
+
+/// Most bytes of a reason.
+const LONG_REASON: usize = 4096;
+
+/// `why`, so that it fits into a message.
+pub(crate) fn shortened(mut why: String) -> String {
+    if why.len() > LONG_REASON {
+        let mut cuts = (0..=LONG_REASON).rev();
+        let cut = cuts.find(|cut| why.is_char_boundary(*cut));
+        why.truncate(cut.unwrap_or_default());
+    }
+    why
 }
 
 /// A fork of a clone that succeeded.

@@ -22,13 +22,13 @@ use super::home::Places;
 use crate::descriptor::{self, Description};
 use crate::end::End;
 use crate::family::Family;
-use crate::fork::{ForkError, Ticket};
+use crate::fork::ForkError;
 use crate::fork_point::ForkPoint;
 use crate::member::{Ask, Elsewhere, Finished, Member, Watch, with_causes};
 use crate::page_link::PageLink;
 use crate::phase::{Observer, Phase, Vetoed};
 use crate::spawn::{SpawnError, Spawner};
-use crate::wire::{ForkMade, NotForked, Refusal, Told};
+use crate::wire::{ForkMade, NotForked, Refusal, Told, shortened};
 
 /// The spawner of a worker's family.
 pub(super) struct Forks {
@@ -59,6 +59,10 @@ impl Spawner for Forks {
         count: u32,
     ) -> Result<u32, SpawnError> {
         Ok(family.pool().fill(state, count)?)
+    }
+
+    fn publish(&self, point: &Arc<ForkPoint>) -> Result<(), ForkError> {
+        Ok(self.hand_over(point, 0)?)
     }
 
     fn spawn(&self, point: &Arc<ForkPoint>, count: u32) -> Result<Vec<Arc<Member>>, ForkError> {
@@ -228,21 +232,21 @@ impl Answers {
 
 /// What came of a fork, as the engine is told; and what must not go before that was told.
 pub(super) fn told(
-    forked: Result<Ticket, ForkError>,
-) -> (Result<ForkMade, NotForked>, Option<Ticket>) {
+    forked: Result<(u32, Arc<ForkPoint>), ForkError>,
+) -> (Result<ForkMade, NotForked>, Option<Arc<ForkPoint>>) {
     let not_forked = match forked {
-        Ok(ticket) => {
+        Ok((ticket, point)) => {
             let made = ForkMade {
-                ticket: ticket.id,
-                point: ticket.point.handed_out.number(),
+                ticket,
+                point: point.handed_out.number(),
             };
-            return (Ok(made), Some(ticket));
+            return (Ok(made), Some(point));
         }
         Err(ForkError::Limits(limits)) => NotForked::Limits(limits),
         Err(ForkError::Spawn(SpawnError::Refused(Refusal { point, .. }))) => {
             NotForked::Refused { point }
         }
-        Err(error) => NotForked::Failed(with_causes(&error)),
+        Err(error) => NotForked::Failed(shortened(with_causes(&error))),
     };
     (Err(not_forked), None)
 }

@@ -295,21 +295,19 @@ impl Worker {
 
     fn fork(&self, clone: u64, request: u64, spec: CloneSpec, point_only: bool, at: Instant) {
         let engine = self.engine.clone();
-        let tell = move |forked: Result<Ticket, ForkError>| {
+        let tell = move |forked: Result<(u32, Arc<ForkPoint>), ForkError>| {
             let (outcome, _until_told) = forks::told(forked);
             engine.tell(&Told::Forked { request, outcome }, &[]);
         };
-        if point_only {
-            let hand_over = move |made: Result<Arc<ForkPoint>, ForkError>| {
-                tell(made.and_then(|point| {
-                    let (id, clones) = (0, point.spawn_granted(0)?);
-                    Ok(Ticket { id, clones, point })
-                }));
-            };
-            self.ask(clone, Ask::ForkPoint(spec, at, Reply::new(hand_over)));
+        let ask = if point_only {
+            let reply = move |made: Result<_, _>| tell(made.map(|point| (0, point)));
+            Ask::ForkPoint(spec, at, Reply::new(reply))
         } else {
-            self.ask(clone, Ask::Fork(spec, at, Reply::new(tell)));
-        }
+            let reply =
+                move |made: Result<Ticket, _>| tell(made.map(|ticket| (ticket.id, ticket.point)));
+            Ask::Fork(spec, at, Reply::new(reply))
+        };
+        self.ask(clone, ask);
     }
 
     fn rewind(&self, clone: u64, request: u64, way: RewindWay) {
@@ -365,9 +363,8 @@ impl Worker {
         let landing = Landing {
             family: &home.family,
             link: self.pages.as_ref().ok_or("it came before all pages")?,
-            unfinished: &|| self.watch(home),
         };
-        Ok(ForkPoint::from_description(
+        let point = ForkPoint::from_description(
             &home.family,
             &bytes,
             files.collect(),
@@ -375,7 +372,17 @@ impl Worker {
             // When it was asked for only the engine has to know.
             Instant::now(),
             &Arc::default(),
-        )?)
+        )?;
+        // Also where this worker fills it: others map it too.
+        if !point
+            .image
+            .mapped()
+            .iter()
+            .all(|(_, image)| image.is_whole())
+        {
+            self.watch(family, home)?;
+        }
+        Ok(point)
     }
 
     fn pages_by(&self, files: Files) -> Result<Arc<PageLink>, Box<dyn std::error::Error>> {
@@ -389,11 +396,11 @@ impl Worker {
 
     /// From here on clones of `home` may wait for pages, and the engine can answer them if this process
     /// dies.
-    fn watch(&self, home: &Home) -> Result<(), UserfaultError> {
+    fn watch(&self, family: u64, home: &Home) -> Result<(), UserfaultError> {
         if !home.watched.get() {
             let copies = home.family.faults().duplicates()?;
             let copies: Vec<BorrowedFd<'_>> = copies.iter().map(AsFd::as_fd).collect();
-            self.engine.tell(&Told::Watches, &copies);
+            self.engine.tell(&Told::Watches { family }, &copies);
             home.watched.set(true);
         }
         Ok(())

@@ -13,10 +13,7 @@ use crate::end::End;
 use crate::identity::Identity;
 use crate::member::{Finished, Witness};
 use crate::timeline::Timeline;
-use crate::wire::{Told, disks};
-
-/// Most bytes of a reason.
-const LONG_REASON: usize = 4096;
+use crate::wire::{Told, disks, shortened};
 
 /// See the module's text.
 pub(super) struct Teller {
@@ -83,26 +80,15 @@ impl Witness for Teller {
         };
         let told = Told::Ended {
             clone: self.clone,
-            end: shortened(end),
+            end: match end {
+                End::Failed(why) => End::Failed(shortened(why)),
+                end => end,
+            },
             counters: finished.blk_counters.clone(),
             disks,
         };
         let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
         self.engine.tell(&told, &files);
         drop(self.running.lock().remove(&self.clone));
-    }
-}
-
-/// `end` with a reason that fits into a message.
-fn shortened(end: End) -> End {
-    match end {
-        End::Failed(mut why) if why.len() > LONG_REASON => {
-            let cut = (0..=LONG_REASON)
-                .rev()
-                .find(|cut| why.is_char_boundary(*cut));
-            why.truncate(cut.unwrap_or_default());
-            End::Failed(why)
-        }
-        end => end,
     }
 }

@@ -6,6 +6,7 @@
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,14 +14,16 @@ use forkvm_abi::errno;
 
 use super::link::Link;
 use crate::descriptor::{self, DescriptorError};
+use crate::family::Family;
 use crate::fork::ForkError;
 use crate::fork_point::ForkPoint;
+use crate::identity::Identity;
 use crate::member::{Member, errno_of, with_causes};
 use crate::page_link::Landing;
 use crate::phase::Phase;
 use crate::spawn::SpawnError;
 use crate::wire::socket::SocketError;
-use crate::wire::{Order, Refusal};
+use crate::wire::{Order, Refusal, shortened};
 
 /// A fork point as a worker tells of it.
 pub(super) struct Froze {
@@ -40,6 +43,14 @@ pub(super) struct Froze {
     pub(super) files: Result<Vec<OwnedFd>, SocketError>,
 }
 
+/// What the engine has of a clone that is forked.
+pub(super) struct Parent {
+    pub(super) family: Arc<Family>,
+    /// Counts its clones.
+    pub(super) numbers: Arc<AtomicU32>,
+    pub(super) identity: Identity,
+}
+
 /// A fork point here, until the worker's fork is over.
 pub(super) struct Born {
     pub(super) point: Arc<ForkPoint>,
@@ -48,7 +59,8 @@ pub(super) struct Born {
 
 /// Spawns what is wanted, and tells the worker when it runs.
 pub(super) fn spawn(link: &Arc<Link>, froze: Froze) {
-    let (point, by_guest) = (froze.point, froze.by_guest);
+    let (clone, point, by_guest) = (froze.clone, froze.point, froze.by_guest);
+    link.state().forking.insert(clone);
     let serving = link.clone();
     let spawn = move || {
         let make = AssertUnwindSafe(|| make(&serving, froze));
@@ -60,9 +72,11 @@ pub(super) fn spawn(link: &Arc<Link>, froze: Froze) {
             })
         });
         tell(&serving, point, by_guest, born);
+        serving.state().forking.remove(&clone);
     };
     let thread = thread::Builder::new().name("fork".into());
     if let Err(error) = thread.spawn(spawn) {
+        link.state().forking.remove(&clone);
         let why = format!("no thread to spawn its clones: {error}");
         let outcome = Err(Refusal {
             why,
@@ -75,7 +89,11 @@ pub(super) fn spawn(link: &Arc<Link>, froze: Froze) {
 
 /// The fork point and its clones, which run.
 fn make(link: &Arc<Link>, froze: Froze) -> Result<Born, ForkError> {
-    let (family, numbers) = link.parent(froze.clone).ok_or(ForkError::Ended)?;
+    let Parent {
+        family,
+        numbers,
+        identity,
+    } = link.parent(froze.clone).ok_or(ForkError::Ended)?;
     let observer = family.config().observer.clone();
     for (phase, took) in froze.phases {
         observer.enter(phase, None)?;
@@ -85,7 +103,6 @@ fn make(link: &Arc<Link>, froze: Froze) -> Result<Born, ForkError> {
         observer.parent_paused(Duration::from_nanos(paused));
     }
     family.check_open()?;
-    family.config().spawner.check()?;
     let files = froze.files.map_err(|error| ForkError::InWorker {
         process: link.pid(),
         why: with_causes(&error),
@@ -96,18 +113,21 @@ fn make(link: &Arc<Link>, froze: Froze) -> Result<Born, ForkError> {
     let landing = Landing {
         family: &family,
         link: link.pages(),
-        unfinished: &|| Ok(()),
     };
     let point = bytes.and_then(|bytes| {
         let files = files.collect();
         ForkPoint::from_description(&family, &bytes, files, &landing, froze.requested, &numbers)
     });
-    let point = Arc::new(point.map_err(SpawnError::from)?);
+    let mut point = point.map_err(SpawnError::from)?;
+    // Names are given here: nobody else says what a clone of this family is called.
+    (point.parent.name, point.parent.depth) = (identity.name, identity.depth);
+    let point = Arc::new(point);
     // The worker keeps the fork point for no longer than until it is answered.
     link.pages().flush()?;
     let clones = match froze.clones {
         0 => Vec::new(),
-        clones => point.spawn_granted(clones)?,
+        // The worker has looked at its own limits, not at those of this process.
+        clones => point.spawn(clones)?,
     };
     Ok(Born { point, clones })
 }
@@ -118,7 +138,7 @@ fn tell(link: &Arc<Link>, point: u64, by_guest: bool, born: Result<Born, ForkErr
     let outcome = match &born {
         Ok(_) => Ok(()),
         Err(error) => Err(Refusal {
-            why: with_causes(error),
+            why: shortened(with_causes(error)),
             errno: errno_of(error),
             point,
         }),
@@ -140,6 +160,7 @@ fn tell(link: &Arc<Link>, point: u64, by_guest: bool, born: Result<Born, ForkErr
         Err(_) => {}
     }
     if let Err(error) = link.send(&Order::Spawned { point, outcome }) {
-        tracing::debug!(%error, "a worker died as its clone was forked");
+        tracing::debug!(%error, "a worker does not hear what became of its fork, so it ends");
+        link.close();
     }
 }

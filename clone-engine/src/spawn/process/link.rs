@@ -11,14 +11,14 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 use std::{io, mem};
 
-use super::forks::{self, Born, Froze};
+use super::forks::{self, Born, Froze, Parent};
 use super::last_faults;
 use super::resident::{Request, Resident};
 use super::{SocketError, SpawnError, WorkerError, WorkerProgram};
@@ -107,8 +107,10 @@ pub(super) struct State {
     born: HashMap<u64, Born>,
     /// Why clones of such a fork point do not run, until the host's fork is answered.
     refused: HashMap<u64, ForkError>,
-    /// Copies of its userfaultfds.
-    userfaults: Vec<OwnedFd>,
+    /// Clones whose fork is being served here: they hear of nothing else meanwhile.
+    pub(super) forking: HashSet<u64>,
+    /// Copies of its userfaultfds, by the families whose clones they are for.
+    userfaults: HashMap<u64, Vec<OwnedFd>>,
 }
 
 /// Who waits for an answer, and since when.
@@ -138,7 +140,11 @@ impl State {
             Some("it prepares no clone")
         } else if self.filling.values().any(|asked| long(&asked.since)) {
             Some("it builds no shells")
-        } else if self.killed.values().any(long) {
+        } else if self
+            .killed
+            .iter()
+            .any(|(clone, since)| long(since) && !self.forking.contains(clone))
+        {
             Some("it does not end a clone that was killed")
         } else {
             None
@@ -389,8 +395,12 @@ impl Link {
         &self.pages
     }
 
-    /// The family of a clone, and what counts its clones.
-    pub(super) fn parent(&self, clone: u64) -> Option<(Arc<Family>, Arc<AtomicU32>)> {
+    pub(super) fn close(&self) {
+        self.socket.close();
+    }
+
+    /// What is known of a clone that is forked.
+    pub(super) fn parent(&self, clone: u64) -> Option<Parent> {
         self.state().residents.get(&clone).map(Resident::as_parent)
     }
 
@@ -542,7 +552,7 @@ impl Link {
         let userfaults = mem::take(&mut self.state().userfaults);
         // Not before it is killed: a guest that still runs must not see the zero pages.
         child.kill();
-        last_faults::answer(self.pid, userfaults);
+        last_faults::answer(self.pid, userfaults.into_values().flatten().collect());
         let ended = child.end().unwrap_or_else(|| "it does not go away".into());
         let how = why.map_or(ended.clone(), |why| format!("{why}; {ended}"));
         let death = WorkerError::Died { pid: self.pid, how };
@@ -558,6 +568,7 @@ impl Link {
             requests,
             born,
             refused: _,
+            forking: _,
             death: _,
             killed: _,
             userfaults: _,
@@ -586,8 +597,8 @@ impl Link {
 
     fn told(self: &Arc<Self>, told: Told, files: Result<Vec<OwnedFd>, SocketError>) {
         match told {
-            Told::Watches => match files {
-                Ok(files) => self.state().userfaults.extend(files),
+            Told::Watches { family } => match files {
+                Ok(files) => drop(self.state().userfaults.insert(family, files)),
                 Err(error) => {
                     // Its death could cost other workers' clones their memory.
                     let (pid, error) = (self.pid, with_causes(&error));
@@ -800,16 +811,11 @@ impl Drop for HandedOver {
         let Some(link) = self.link.upgrade() else {
             return;
         };
-        match self.what {
-            Handed::Family(family) => {
-                lock(&link.families).remove(&family);
-                link.send_later(Order::ForgetFamily { family });
-            }
-            Handed::Point(point) => {
-                lock(&link.points).remove(&point);
-                link.send_later(Order::Forget { point });
-            }
-        }
+        // Whoever hands something over sends under the lock of what is there: not to be taken here.
+        link.send_later(match self.what {
+            Handed::Family(family) => Order::ForgetFamily { family },
+            Handed::Point(point) => Order::Forget { point },
+        });
     }
 }
 
@@ -819,6 +825,15 @@ fn send_in_turn(link: &Arc<Link>, unsent: Receiver<Order>) -> io::Result<()> {
     let send = move || {
         while let Ok(order) = unsent.recv() {
             let Some(link) = link.upgrade() else { return };
+            match &order {
+                Order::ForgetFamily { family } => {
+                    lock(&link.families).remove(family);
+                    // All its VMs have ended.
+                    drop(link.state().userfaults.remove(family));
+                }
+                Order::Forget { point } => drop(lock(&link.points).remove(point)),
+                _ => {}
+            }
             if let Err(error) = link.send(&order) {
                 tracing::trace!(%error, "what was to be sent comes after the worker's end");
             }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use forkvm_devices::block::BlockLayer;
 use forkvm_devices::virtio::blk::BlkCounters;
 
+use super::forks::Parent;
 use super::link::{Asked, Berth, Link};
 use super::{FIRST_PHASE, WorkerError};
 use crate::accounting::{AccountingError, VmCount};
@@ -338,9 +339,12 @@ impl Resident {
         self.watch.clone()
     }
 
-    /// Its family, and what counts its clones.
-    pub(super) fn as_parent(&self) -> (Arc<Family>, Arc<AtomicU32>) {
-        (self.family.clone(), self.numbers.clone())
+    pub(super) fn as_parent(&self) -> Parent {
+        Parent {
+            family: self.family.clone(),
+            numbers: self.numbers.clone(),
+            identity: self.watch.identity(),
+        }
     }
 
     pub(super) fn console(&self) -> Arc<Console> {
