@@ -14,7 +14,7 @@
 //! a family in its order, and its workers after it.
 //!
 //! It chooses nothing and spawns nothing: a clone that forks is frozen here, and its clones are made by the
-//! engine ([`forks`]).
+//! engine (`worker/forks.rs`).
 #![allow(unsafe_code)] // signal(2).
 
 mod console;
