@@ -78,12 +78,17 @@ impl Running {
         self.child.as_mut().unwrap()
     }
 
-    /// Waits until it has written these words to standard output. What a guest's parent says after a
-    /// fork shows that the fork is over.
+    /// Waits until the VM that was started has said these words. What a guest's parent says after a fork
+    /// shows that the fork is over.
     pub(crate) fn wait_until_said(&mut self, words: &str) -> &mut Running {
         let stdout = self.stdout.try_clone().unwrap();
+        // On a slow host whole lines of clones may stand in the middle of one of its own.
+        let said = |text: &str| -> String {
+            let lines = text.lines().filter(|line| !line.starts_with('['));
+            lines.collect()
+        };
         self.wait_until(words, || {
-            String::from_utf8_lossy(&so_far(&stdout)).contains(words)
+            said(&String::from_utf8_lossy(&so_far(&stdout))).contains(words)
         });
         self
     }
