@@ -21,7 +21,7 @@ class Verdict:
 
 @dataclass
 class Outcome:
-    """`verdicts` by job number. `lost` says why the machine did not come to its end, or is empty."""
+    """`verdicts` by job number; `deaf` jobs were run twice. `lost` says why the machine did not come to its end, or is empty."""
 
     kernel: str = "?"
     npt: str = "?"
@@ -30,6 +30,7 @@ class Outcome:
     complaints: int = 0
     lost: str = ""
     verdicts: dict[int, Verdict] = field(default_factory=dict)
+    deaf: list[int] = field(default_factory=list)
 
 
 class Machines:
@@ -120,6 +121,8 @@ def read_console(text: str) -> Outcome:
             outcome.kernel, outcome.npt = up[1], up[2]
         elif job := re.match(r"@@ JOB (\d+) status=(\d+) from=([\d.]+) to=([\d.]+) vms=(\d+)", line):
             outcome.verdicts[int(job[1])] = Verdict(int(job[2]), float(job[4]) - float(job[3]), int(job[5]))
+        elif deaf := re.match(r"@@ DEAF (\d+)", line):
+            outcome.deaf.append(int(deaf[1]))
         elif lost := re.match(r"@@ LOST (.*)", line):
             outcome.lost = lost[1]
         elif end := re.match(r"@@ END seconds=\S+ complaints=(\d+)", line):
