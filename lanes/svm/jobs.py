@@ -176,5 +176,6 @@ def ways_in_cell(lane: dict, jobs: list[Job], cell: int) -> dict[str, dict[str, 
     """How each job is run in cell number `cell`, by its id. Those that can be run in several ways take turns: over as many cells as
     there are ways, each is run in every way."""
     ways = [entry["environment"] for entry in lane["way"]]
-    turns = [job.id for job in jobs if any(fnmatch.fnmatchcase(job.id, p) for p in lane["in_every_way"])]
+    # Sorted: cargo names the binaries in any order.
+    turns = sorted(job.id for job in jobs if any(fnmatch.fnmatchcase(job.id, p) for p in lane["in_every_way"]))
     return {id: ways[(turn + cell) % len(ways)] for turn, id in enumerate(turns)}

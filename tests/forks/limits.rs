@@ -158,14 +158,14 @@ fn run_part(name: &str, before: &str) {
 /// Has a guest fork until it is granted fewer than it asks for, and then the host ask for 200: that is
 /// refused by `limit`, and what it names as possible is possible.
 fn expect_bounded_by(limit: Limit, granted: impl RangeBounds<u32>) {
-    let vm = Setup::new("job=fork n=200").here().boot();
+    let vm = Setup::new("job=fork n=200").here().pool(0).boot();
     let end = vm.join().end;
     let m = vm.log.clones().len() as u32;
     assert_eq!(end, End::Exited(m), "{}", vm.consoles.text());
     assert!(granted.contains(&m), "{m} clones");
     vm.log.clones().iter().for_each(|clone| drop(clone.wait()));
 
-    let vm = Setup::new("job=touch mib=1 idle=1").here().boot();
+    let vm = Setup::new("job=touch mib=1 idle=1").here().pool(0).boot();
     vm.wait_ready(LONG).unwrap();
     let (error, room) = refused(&vm, 200, limit);
     let text = error.to_string();
