@@ -46,9 +46,7 @@ const FORK: &str = "fork/point";
 
 /// A fork point as it crosses.
 pub(crate) struct Description {
-    /// A state file.
-    pub(crate) bytes: Vec<u8>,
-    /// The files that it names.
+    /// A memfd with the state file, which nobody can write any more, and the files that it names.
     pub(crate) files: Vec<File>,
     /// The images among them that still fill: whoever gets the description will ask for their pages.
     pub(crate) filling: Vec<Arc<MemoryImage>>,
@@ -141,36 +139,30 @@ impl ForkPoint {
         sections.push(Section::encode(IMAGE, &image)?)?;
         sections.push(Section::encode(DISKS, &DisksState(disks))?)?;
         sections.push(Section::encode(FORK, &fork)?)?;
-        let bytes = state_file::encode(&sections, None)?;
-        Ok(Description {
-            bytes,
-            files,
-            filling,
-        })
+        files.insert(0, in_memory(&state_file::encode(&sections, None)?)?);
+        Ok(Description { files, filling })
     }
 
-    /// The fork point that was described and requested at `requested`, as one of `family`. Its images arrive
-    /// at `arrivals`; `numbers` counts the clones of its parent.
+    /// The fork point that was described by `files` and requested at `requested`, as one of `family`. Its images
+    /// arrive at `arrivals`; `numbers` counts the clones of its parent.
     pub(crate) fn from_description(
         family: &Arc<Family>,
-        bytes: &[u8],
         files: Vec<OwnedFd>,
         arrivals: &dyn Arrivals,
         requested: Instant,
         numbers: &Arc<AtomicU32>,
     ) -> Result<ForkPoint, DescriptorError> {
-        let described = state_file::decode(bytes)?.sections;
+        let mut files = Files(files.into());
+        let described = state_file::decode(&read(&files.next()?)?)?.sections;
         let mut reader = described.reader();
         let image: ImageState = reader.decode(IMAGE)?;
         let disks: DisksState = reader.decode(DISKS)?;
         let fork: ForkState = reader.decode(FORK)?;
         let state = MachineState::take_from(&mut reader)?;
         reader.finish()?;
-        let mut files = Files(files.into());
         let memfds = (0..image.images).map(|_| files.next());
         let memfds = memfds.collect::<Result<_, _>>()?;
         let image = image.outline.image(memfds, arrivals)?;
-
         let restore = |disk: DiskState| Ok((restore_disk(&disk, &mut files)?, disk.read_only));
         let disks = disks.0.into_iter().map(restore);
         let disks = disks.collect::<Result<DisksAtFork, DescriptorError>>()?;
@@ -199,15 +191,17 @@ impl ForkPoint {
 }
 
 /// A memfd with `bytes`, to be handed over.
-pub(crate) fn in_memory(bytes: &[u8]) -> Result<File, DescriptorError> {
+fn in_memory(bytes: &[u8]) -> Result<File, DescriptorError> {
     let file = memory::memfd(c"forkvm-descriptor", bytes.len() as u64)?;
     file.write_all_at(bytes, 0)
         .map_err(DescriptorError::Memfd)?;
+    // Several may get it, and none is to tell another something.
+    memory::seal(&file, libc::F_SEAL_WRITE)?;
     Ok(file)
 }
 
 /// What a memfd that was handed over holds.
-pub(crate) fn read(file: &File) -> Result<Vec<u8>, DescriptorError> {
+fn read(file: &File) -> Result<Vec<u8>, DescriptorError> {
     let len = file.metadata().map_err(DescriptorError::Memfd)?.len();
     if len > MOST_BYTES {
         return Err(DescriptorError::TooLong { len });

@@ -179,7 +179,7 @@ impl Member {
 
     /// Who it is.
     pub fn identity(&self) -> Identity {
-        self.watch.lock().identity.clone()
+        self.watch.identity()
     }
 
     /// What it is.

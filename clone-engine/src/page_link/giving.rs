@@ -145,7 +145,7 @@ impl PageLink {
                 }
                 match self.bring(request, &image, &ranges) {
                     Ok(()) => return,
-                    Err(why) => Err(why),
+                    failed => failed,
                 }
             }
         };

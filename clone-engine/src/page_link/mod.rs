@@ -22,13 +22,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use std::{io, thread};
 
-use crate::image::ImageName;
+use crate::family::Family;
+use crate::image::{Arrivals, Arriving, ImageName, MemoryImage, OutlineError};
 use crate::member::with_causes;
 use crate::source::SourceError;
 use crate::wire::socket::{Received, Socket, SocketError};
-
-use crate::family::Family;
-use crate::image::{Arrivals, Arriving, MemoryImage, OutlineError};
 
 use giving::Offer;
 use message::PageMessage;

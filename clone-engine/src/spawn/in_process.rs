@@ -10,11 +10,10 @@ use std::time::Instant;
 use forkvm_abi::errno;
 use forkvm_devices::DeviceError;
 use forkvm_devices::doorbell::{Answer, Doorbell};
-use forkvm_vmm::{Backing, MachineState, Peripherals, ReadyVm};
+use forkvm_vmm::{Backing, Peripherals, ReadyVm};
 
 use super::{Prepared, SpawnError, Spawner};
 use crate::disks::DiskSource;
-use crate::family::Family;
 use crate::fork::ForkError;
 use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
@@ -32,19 +31,6 @@ pub struct InProcess;
 impl Spawner for InProcess {
     fn name(&self) -> &'static str {
         "in-process"
-    }
-
-    fn check(&self) -> Result<(), SpawnError> {
-        Ok(())
-    }
-
-    fn fill(
-        &self,
-        family: &Family,
-        state: &Arc<MachineState>,
-        count: u32,
-    ) -> Result<u32, SpawnError> {
-        Ok(family.pool().fill(state, count)?)
     }
 
     fn spawn(&self, point: &Arc<ForkPoint>, count: u32) -> Result<Vec<Arc<Member>>, ForkError> {

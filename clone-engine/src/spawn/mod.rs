@@ -32,7 +32,9 @@ pub trait Spawner: Send + Sync {
     fn name(&self) -> &'static str;
 
     /// Whether clones can be made at all. Asked before a fork does anything.
-    fn check(&self) -> Result<(), SpawnError>;
+    fn check(&self) -> Result<(), SpawnError> {
+        Ok(())
+    }
 
     /// Whether clones live in other processes than this one.
     fn apart(&self) -> bool {
@@ -46,7 +48,9 @@ pub trait Spawner: Send + Sync {
         family: &Family,
         state: &Arc<MachineState>,
         count: u32,
-    ) -> Result<u32, SpawnError>;
+    ) -> Result<u32, SpawnError> {
+        Ok(family.pool().fill(state, count)?)
+    }
 
     /// Processes beside this one that clones live in, by their ids.
     fn processes(&self) -> Vec<u32> {

@@ -15,13 +15,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use forkvm_abi::errno;
-use forkvm_vmm::{MachineState, PausedVm};
+use forkvm_vmm::PausedVm;
 
 use super::Engine;
 use super::home::Places;
-use crate::descriptor::{self, Description};
+use crate::descriptor::Description;
 use crate::end::End;
-use crate::family::Family;
 use crate::fork::ForkError;
 use crate::fork_point::ForkPoint;
 use crate::member::{Ask, Elsewhere, Finished, Member, Watch, with_causes};
@@ -43,22 +42,8 @@ impl Spawner for Forks {
         "engine"
     }
 
-    /// The engine says when it comes to that.
-    fn check(&self) -> Result<(), SpawnError> {
-        Ok(())
-    }
-
     fn apart(&self) -> bool {
         true
-    }
-
-    fn fill(
-        &self,
-        family: &Family,
-        state: &Arc<MachineState>,
-        count: u32,
-    ) -> Result<u32, SpawnError> {
-        Ok(family.pool().fill(state, count)?)
     }
 
     fn publish(&self, point: &Arc<ForkPoint>) -> Result<(), ForkError> {
@@ -87,27 +72,21 @@ impl Spawner for Forks {
 impl Forks {
     /// Has the engine make `clones` clones of `point`, and waits until they run.
     fn hand_over(&self, point: &ForkPoint, clones: u32) -> Result<(), SpawnError> {
+        let number = point.handed_out.number();
         let gone = |why: &str| {
             SpawnError::Refused(Refusal {
                 why: why.into(),
                 errno: errno::EIO,
-                point: point.handed_out.number(),
+                point: number,
             })
         };
         let clone = self.places.number_of(&point.parent);
         let clone = clone.ok_or_else(|| gone("the engine knows no such clone"))?;
-        let Description {
-            bytes,
-            files,
-            filling,
-        } = point.describe()?;
+        let Description { files, filling } = point.describe()?;
         for image in &filling {
             self.pages.offer(image, point.touches.clone());
         }
-        let descriptor = descriptor::in_memory(&bytes)?;
-        let files = std::iter::once(&descriptor).chain(&files);
-        let files: Vec<BorrowedFd<'_>> = files.map(AsFd::as_fd).collect();
-        let number = point.handed_out.number();
+        let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
         let (answer, outcome) = channel();
         self.answers.await_outcome(number, answer);
         let Making { phases, paused } = MAKING.take();

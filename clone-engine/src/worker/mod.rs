@@ -356,9 +356,6 @@ impl Worker {
         family: u64,
         files: Files,
     ) -> Result<ForkPoint, Box<dyn std::error::Error>> {
-        let mut files = files?.into_iter();
-        let descriptor = files.next().ok_or("it came without its descriptor")?;
-        let bytes = descriptor::read(&descriptor.into())?;
         let home = self.home(family)?;
         let landing = Landing {
             family: &home.family,
@@ -366,8 +363,7 @@ impl Worker {
         };
         let point = ForkPoint::from_description(
             &home.family,
-            &bytes,
-            files.collect(),
+            files?,
             &landing,
             // When it was asked for only the engine has to know.
             Instant::now(),

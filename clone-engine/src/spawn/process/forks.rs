@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 use forkvm_abi::errno;
 
 use super::link::Link;
-use crate::descriptor::{self, DescriptorError};
 use crate::family::Family;
 use crate::fork::ForkError;
 use crate::fork_point::ForkPoint;
@@ -107,17 +106,11 @@ fn make(link: &Arc<Link>, froze: Froze) -> Result<Born, ForkError> {
         process: link.pid(),
         why: with_causes(&error),
     })?;
-    let mut files = files.into_iter();
-    let descriptor = files.next().ok_or(DescriptorError::Files);
-    let bytes = descriptor.and_then(|descriptor| descriptor::read(&descriptor.into()));
     let landing = Landing {
         family: &family,
         link: link.pages(),
     };
-    let point = bytes.and_then(|bytes| {
-        let files = files.collect();
-        ForkPoint::from_description(&family, &bytes, files, &landing, froze.requested, &numbers)
-    });
+    let point = ForkPoint::from_description(&family, files, &landing, froze.requested, &numbers);
     let mut point = point.map_err(SpawnError::from)?;
     // Names are given here: nobody else says what a clone of this family is called.
     (point.parent.name, point.parent.depth) = (identity.name, identity.depth);

@@ -23,7 +23,7 @@ use super::last_faults;
 use super::resident::{Request, Resident};
 use super::{SocketError, SpawnError, WorkerError, WorkerProgram};
 use crate::accounting::{AccountingError, VmCount};
-use crate::descriptor::{self, Description};
+use crate::descriptor::Description;
 use crate::family::Family;
 use crate::fork::{ForkError, Ticket};
 use crate::fork_point::ForkPoint;
@@ -458,11 +458,7 @@ impl Link {
         if points.contains(&number) {
             return Ok(());
         }
-        let Description {
-            bytes,
-            files,
-            filling,
-        } = match description.get() {
+        let Description { files, filling } = match description.get() {
             Some(description) => description,
             None => {
                 let described = point.describe()?;
@@ -472,9 +468,7 @@ impl Link {
         for image in filling {
             self.pages.offer(image, point.touches.clone());
         }
-        let descriptor = descriptor::in_memory(bytes)?;
-        let files = std::iter::once(&descriptor).chain(files);
-        let files: Vec<BorrowedFd<'_>> = files.map(AsFd::as_fd).collect();
+        let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
         let order = Order::ForkPoint {
             point: number,
             family: point.family.handed_out.number(),
