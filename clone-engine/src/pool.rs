@@ -2,7 +2,7 @@
 //!
 //! A shell is a VM with its vCPUs, their CPUID, its memory slots over reserved addresses, and all
 //! threads that it will need, waiting. What is built depends on the machine's shape only (where RAM
-//! lies, how many vCPUs), so a shell serves every fork point of that shape. A thread of the pool
+//! lies, how many vCPUs, their CPUID), so a shell serves every fork point of that shape. A thread of the pool
 //! builds what was taken anew, once nobody takes any more. A shell is used once.
 //!
 //! Spawners take from here; an empty pool builds on the spot. Whoever wants the best latency fills it
@@ -62,12 +62,6 @@ struct Shelf {
     shells: Vec<Pooled>,
     /// The last attempt at one more failed: not tried again until one is asked for.
     stuck: bool,
-}
-
-impl Shelf {
-    fn fits(&self, layout: &MemoryLayout, vcpus: u32) -> bool {
-        self.model.layout() == layout && self.model.config().vcpus == vcpus
-    }
 }
 
 /// A shell, and the thread that will serve its VM.
@@ -130,7 +124,10 @@ impl Pool {
     /// Has `count` shells ready for the shape of `state`, if the host has room for them; those that
     /// are there count. Returns how many are there then.
     pub(crate) fn fill(&self, state: &Arc<MachineState>, count: u32) -> Result<u32, PoolError> {
-        let ready = || self.ready(state.layout(), state.config().vcpus);
+        let ready = || {
+            let mut shelves = self.shared.lock();
+            shelves.find(state).map_or(0, |shelf| shelf.shells.len() as u32)
+        };
         if ready() < count {
             limits::grant(&Need::of_shells(state), count - ready(), false)?;
         }
@@ -144,11 +141,14 @@ impl Pool {
         }
     }
 
-    /// Shells that wait for machines of this shape.
+    /// Shells that wait for machines with this RAM and so many vCPUs.
     pub(crate) fn ready(&self, layout: &MemoryLayout, vcpus: u32) -> u32 {
-        let mut shelves = self.shared.lock();
-        let shelf = shelves.find(layout, vcpus);
-        shelf.map_or(0, |shelf| shelf.shells.len() as u32)
+        let shelves = self.shared.lock();
+        let like = |shelf: &&Shelf| {
+            shelf.model.layout() == layout && shelf.model.config().vcpus == vcpus
+        };
+        let shells = shelves.list.iter().filter(like).map(|shelf| shelf.shells.len());
+        shells.sum::<usize>() as u32
     }
 
     /// Shells that wait, of all shapes.
@@ -173,16 +173,17 @@ impl Pool {
 }
 
 impl Shelves {
-    /// Those of this shape, if there ever were any.
-    fn find(&mut self, layout: &MemoryLayout, vcpus: u32) -> Option<&mut Shelf> {
-        self.list.iter_mut().find(|shelf| shelf.fits(layout, vcpus))
+    /// Those of the shape of `state`, if there ever were any.
+    fn find(&mut self, state: &MachineState) -> Option<&mut Shelf> {
+        let mut shelves = self.list.iter_mut();
+        shelves.find(|shelf| state.has_shape_of(&shelf.model))
     }
 
     /// Those of the shape of `state`, which is what they are primed with from now on: the newest is
     /// likely to be the most like the next.
     fn of(&mut self, state: &Arc<MachineState>) -> &mut Shelf {
-        let (layout, vcpus) = (state.layout(), state.config().vcpus);
-        let found = self.list.iter().position(|shelf| shelf.fits(layout, vcpus));
+        let mut shelves = self.list.iter();
+        let found = shelves.position(|shelf| state.has_shape_of(&shelf.model));
         let index = found.unwrap_or_else(|| {
             self.list.push(Shelf {
                 model: state.clone(),
@@ -230,8 +231,7 @@ impl Shared {
             let built = self.build_one(&model);
             shelves = self.lock();
             // One of its shape is there: shelves stay.
-            let (layout, vcpus) = (model.layout(), model.config().vcpus);
-            let Some(shelf) = shelves.find(layout, vcpus) else {
+            let Some(shelf) = shelves.find(&model) else {
                 continue;
             };
             match built {

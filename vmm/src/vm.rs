@@ -317,6 +317,15 @@ pub enum VmError {
     /// A section of the state.
     #[error(transparent)]
     Section(#[from] SectionError),
+    /// A vCPU did not come back from its first entry as one without memory does.
+    #[error("a vCPU of a shell cannot be warmed up")]
+    Run(#[source] RunError),
+    /// A shell cannot be primed.
+    #[error("a shell cannot be warmed up: it has {what}; this is a bug in forkvm")]
+    NotWarmed {
+        /// What is in the way.
+        what: String,
+    },
     /// The state comes from another kind of host.
     #[error(transparent)]
     Host(#[from] HostError),

@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use forkvm_devices::Effect;
 use kvm_bindings::{
-    KVM_INTERNAL_ERROR_EMULATION, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
+    KVM_INTERNAL_ERROR_EMULATION, KVM_MP_STATE_RUNNABLE, KVM_SYSTEM_EVENT_RESET,
+    KVM_SYSTEM_EVENT_SHUTDOWN, kvm_mp_state,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use thiserror::Error;
@@ -112,7 +113,40 @@ impl Vcpu {
         Ok(())
     }
 
-    /// Takes over a state. The vCPU has not run yet.
+    /// Enters guest mode once, so that KVM makes now what it makes for a first entry: its caches for
+    /// page tables, the roots of these, the thread's place. There must be no memory: whatever the
+    /// registers say, no instruction is completed, and KVM_RUN comes back at once.
+    pub(crate) fn warm_up(&mut self) -> Result<(), RunError> {
+        let vcpu = self.index;
+        let failed = |source: kvm_ioctls::Error| RunError::Call {
+            vcpu,
+            source: source.into(),
+        };
+        // Else it may wait for an interrupt or for its SIPI.
+        let runnable = kvm_mp_state {
+            mp_state: KVM_MP_STATE_RUNNABLE,
+        };
+        self.fd.set_mp_state(runnable).map_err(failed)?;
+        let exit = match self.fd.run() {
+            Ok(exit) => exit,
+            // A kick, which came too early to mean anything. The vCPU is colder, not wrong.
+            Err(error) if error.errno() == libc::EINTR => return Ok(()),
+            // Two-dimensional paging: the first fetch finds no host memory.
+            Err(error) if error.errno() == libc::EFAULT => return Ok(()),
+            Err(error) => return Err(failed(error)),
+        };
+        match exit {
+            // Shadow paging: the page tables cannot be read, nor can those of the fault's handler.
+            VcpuExit::Shutdown | VcpuExit::InternalError => Ok(()),
+            // An access, say, whose completion would be left over.
+            other => Err(RunError::Unexpected {
+                vcpu,
+                exit: format!("{other:?}"),
+            }),
+        }
+    }
+
+    /// Takes over a state. The vCPU has not run yet, but to be warmed up.
     pub(crate) fn restore(
         &mut self,
         state: &VcpuState,

@@ -232,7 +232,7 @@ impl VcpuState {
     }
 
     /// Whether a vCPU with this state has the CPUID of `other`.
-    pub(super) fn has_cpuid_of(&self, other: &VcpuState) -> bool {
+    pub(crate) fn has_cpuid_of(&self, other: &VcpuState) -> bool {
         self.cpuid == other.cpuid
     }
 

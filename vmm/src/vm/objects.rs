@@ -5,7 +5,7 @@
 
 use std::ffi::c_ulong;
 use std::sync::atomic::AtomicBool;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
@@ -20,8 +20,8 @@ use super::runner::Runner;
 use super::{EventSink, VmError, call};
 use crate::gate::Gate;
 use crate::kvm::Kvm;
-use crate::machine::Machine;
-use crate::memory::{Ram, RamRegion};
+use crate::machine::{Machine, lock};
+use crate::memory::{Backing, Ram, RamRegion};
 use crate::vcpu::{Abilities, Kick, Vcpu, allow_kicks, prepare_signal};
 
 /// Three pages that real-mode emulation on Intel needs, out of the way of RAM and devices
@@ -48,9 +48,12 @@ pub(super) struct KvmObjects {
 struct VcpuThread {
     join: Option<JoinHandle<()>>,
     kick: Kick,
-    /// Where it waits for what to run.
-    start: Option<Sender<Box<Runner>>>,
+    /// Where it waits for something to do; it ends when this is gone.
+    tasks: Option<Sender<Task>>,
 }
+
+/// What a vCPU's thread is to do.
+type Task = Box<dyn FnOnce() + Send>;
 
 impl KvmObjects {
     /// Builds them. The order is the point of this function, see the comments.
@@ -116,6 +119,34 @@ impl KvmObjects {
         Ok(())
     }
 
+    /// Has each vCPU enter guest mode once, where it finds no memory, and waits until all have. In the
+    /// threads that will run them: up to Linux 6.12 a KVM_RUN in another thread than the last one
+    /// waits for a grace period of RCU, which takes milliseconds.
+    pub(super) fn warm_up(&mut self) -> Result<(), VmError> {
+        if !matches!(self.ram.backing(), Backing::Reserved) {
+            let what = "memory, in which its vCPUs would run".to_owned();
+            return Err(VmError::NotWarmed { what });
+        }
+        let warming = self.threads.iter().zip(&self.vcpus).map(|(thread, vcpu)| {
+            let (warm, warmed) = channel();
+            let vcpu = vcpu.clone();
+            thread.does(Box::new(move || {
+                let sent = warm.send(lock(&vcpu).warm_up());
+                debug_assert!(sent.is_ok(), "all are waited for");
+            }));
+            warmed
+        });
+        let warming: Vec<Receiver<_>> = warming.collect();
+        let warmed: Vec<_> = warming.iter().map(Receiver::recv).collect();
+        for warmed in warmed {
+            let panicked = |_gone| VmError::NotWarmed {
+                what: "a vCPU thread that panicked".into(),
+            };
+            warmed.map_err(panicked)?.map_err(VmError::Run)?;
+        }
+        Ok(())
+    }
+
     /// Has the threads run their vCPUs on the devices of `machine`, as far as the gate lets them.
     pub(super) fn start_threads(&mut self, machine: &Machine, events: &EventSink) {
         for (index, (thread, vcpu)) in (0..).zip(self.threads.iter_mut().zip(&self.vcpus)) {
@@ -128,11 +159,9 @@ impl KvmObjects {
                 buses: machine.buses.clone(),
                 devices: machine.devices.clone(),
             });
-            let started = thread.start.take().map(|start| start.send(runner));
-            debug_assert!(
-                started.is_some_and(|sent| sent.is_ok()),
-                "a thread waits for this"
-            );
+            thread.does(Box::new(|| runner.run()));
+            // It ends after that.
+            thread.tasks = None;
         }
     }
 
@@ -151,8 +180,8 @@ impl KvmObjects {
         self.brake.pull();
         self.gate.end(|vcpu| self.kick(vcpu));
         for thread in &mut self.threads {
-            // One that was never started ends for want of a sender.
-            thread.start = None;
+            // One that was never started ends for want of a task.
+            thread.tasks = None;
             // A panic of the thread was already told as the VM's end.
             if let Some(Err(_panic)) = thread.join.take().map(JoinHandle::join) {
                 tracing::error!("a vCPU thread panicked");
@@ -172,13 +201,13 @@ impl Drop for KvmObjects {
 
 impl VcpuThread {
     fn new(index: u32) -> Result<VcpuThread, VmError> {
-        let (start, started) = channel::<Box<Runner>>();
+        let (tasks, given) = channel::<Task>();
         let join = thread::Builder::new()
             .name(format!("vcpu{index}"))
             .spawn(move || {
                 allow_kicks();
-                if let Ok(runner) = started.recv() {
-                    runner.run();
+                for task in given {
+                    task();
                 }
             })
             .map_err(|source| VmError::Call {
@@ -188,8 +217,16 @@ impl VcpuThread {
         Ok(VcpuThread {
             kick: Kick::of(&join),
             join: Some(join),
-            start: Some(start),
+            tasks: Some(tasks),
         })
+    }
+
+    fn does(&self, task: Task) {
+        let sent = self.tasks.as_ref().map(|tasks| tasks.send(task));
+        debug_assert!(
+            sent.is_some_and(|sent| sent.is_ok()),
+            "a thread waits for this"
+        );
     }
 }
 

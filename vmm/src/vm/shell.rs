@@ -27,14 +27,24 @@ impl Shell {
         Ok(Shell { objects })
     }
 
-    /// Does ahead what a [`restore`](Shell::restore) of `state`, or of one like it, would do later:
-    /// gives the vCPUs their CPUID, and learns what else they have already. A restore of any other
-    /// state is as right as without.
+    /// Does ahead what a [`restore`](Shell::restore) of `state`, or of one like it, and a start would
+    /// do later: gives the vCPUs their CPUID, has KVM make what it needs to run them, and learns what
+    /// else they have already. Its memory must be [reserved](Ram::reserve) only.
+    ///
+    /// From then on the shell is for states of the [same shape](MachineState::has_shape_of) alone: KVM
+    /// fixes the CPUID of a vCPU that has run. For those a restore is as right as without.
     pub fn prime(&mut self, state: &MachineState) -> Result<(), VmError> {
-        for (vcpu, state) in self.objects.vcpus.iter().zip(&state.vcpus) {
-            lock(vcpu).prime(state)?;
-        }
-        Ok(())
+        let prime = |objects: &KvmObjects| -> Result<(), VmError> {
+            for (vcpu, state) in objects.vcpus.iter().zip(&state.vcpus) {
+                lock(vcpu).prime(state)?;
+            }
+            Ok(())
+        };
+        // Twice: registers that are like the machine's make KVM build more of what will be needed, and
+        // the exit for want of memory may have reset them.
+        prime(&self.objects)?;
+        self.objects.warm_up()?;
+        prime(&self.objects)
     }
 
     /// vCPUs.

@@ -95,6 +95,15 @@ pub struct MachineState {
 }
 
 impl MachineState {
+    /// Whether a shell that was primed with `other` can take this state: RAM of the same layout, and as
+    /// many vCPUs with the same CPUID.
+    pub fn has_shape_of(&self, other: &MachineState) -> bool {
+        let cpuids = || self.vcpus.iter().zip(&other.vcpus);
+        self.layout == other.layout
+            && self.vcpus.len() == other.vcpus.len()
+            && cpuids().all(|(one, other)| one.has_cpuid_of(other))
+    }
+
     /// Takes a machine's part out of a state: all but the sections of others.
     pub fn take_from(state: &mut SectionsReader<'_>) -> Result<MachineState, VmError> {
         let config: VmConfig = state.decode(CONFIG)?;
