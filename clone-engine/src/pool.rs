@@ -126,7 +126,9 @@ impl Pool {
     pub(crate) fn fill(&self, state: &Arc<MachineState>, count: u32) -> Result<u32, PoolError> {
         let ready = || {
             let mut shelves = self.shared.lock();
-            shelves.find(state).map_or(0, |shelf| shelf.shells.len() as u32)
+            shelves
+                .find(state)
+                .map_or(0, |shelf| shelf.shells.len() as u32)
         };
         if ready() < count {
             limits::grant(&Need::of_shells(state), count - ready(), false)?;
@@ -144,10 +146,13 @@ impl Pool {
     /// Shells that wait for machines with this RAM and so many vCPUs.
     pub(crate) fn ready(&self, layout: &MemoryLayout, vcpus: u32) -> u32 {
         let shelves = self.shared.lock();
-        let like = |shelf: &&Shelf| {
-            shelf.model.layout() == layout && shelf.model.config().vcpus == vcpus
-        };
-        let shells = shelves.list.iter().filter(like).map(|shelf| shelf.shells.len());
+        let like =
+            |shelf: &&Shelf| shelf.model.layout() == layout && shelf.model.config().vcpus == vcpus;
+        let shells = shelves
+            .list
+            .iter()
+            .filter(like)
+            .map(|shelf| shelf.shells.len());
         shells.sum::<usize>() as u32
     }
 

@@ -10,6 +10,7 @@ use kvm_ioctls::Cap;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::software_kvm::Promises;
 use crate::vcpu::MsrCatalogue;
 use crate::vm::{self, VmError};
 
@@ -26,6 +27,7 @@ pub struct Kvm {
     /// Filled by the first vCPU: which MSRs can be read depends on the CPUID that a vCPU has.
     msrs: OnceLock<MsrCatalogue>,
     sees_rewritten_tables: OnceLock<bool>,
+    promises: OnceLock<Promises>,
 }
 
 impl Kvm {
@@ -62,6 +64,7 @@ impl Kvm {
             tsc_deadline,
             msrs: OnceLock::new(),
             sees_rewritten_tables: OnceLock::new(),
+            promises: OnceLock::new(),
         })
     }
 
@@ -79,6 +82,15 @@ impl Kvm {
         }
         let found = vm::sees_rewritten_tables(self)?;
         Ok(*self.sees_rewritten_tables.get_or_init(|| found))
+    }
+
+    /// What a guest's ring 0 can rely on here. Found out with VMs of its own the first time, as above.
+    pub fn promises(self: &Arc<Self>) -> Result<Promises, VmError> {
+        if let Some(known) = self.promises.get() {
+            return Ok(*known);
+        }
+        let found = Promises::ask(self)?;
+        Ok(*self.promises.get_or_init(|| found))
     }
 
     pub(crate) fn fd(&self) -> &kvm_ioctls::Kvm {

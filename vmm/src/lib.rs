@@ -17,6 +17,7 @@ mod machine;
 pub mod memory;
 pub mod memory_file;
 pub mod saved_machine;
+mod software_kvm;
 pub mod state_file;
 mod tsc;
 mod vcpu;
@@ -26,6 +27,7 @@ pub use gate::PauseError;
 pub use kvm::{Kvm, KvmError, KvmFlavour};
 pub use machine::{Disk, DiskConfig, MachineError, Peripherals, VmConfig};
 pub use memory::{Backing, MemoryError, MemoryLayout, Ram, RamRegion};
+pub use software_kvm::{FallbackCounts, Promises, SoftwareKvmError};
 pub use vcpu::kick;
 pub use vcpu::{RunError, StateError};
 pub use vm::{

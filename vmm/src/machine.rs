@@ -121,6 +121,8 @@ pub(crate) struct Machine {
     pub(crate) serial: Arc<Mutex<Serial>>,
     pub(crate) doorbell: Arc<Mutex<Doorbell>>,
     pub(crate) disks: Vec<Disk>,
+    /// Those of [`slot`] in which there is a device.
+    pub(crate) slots: Vec<u32>,
     pub(crate) devices: Devices,
 }
 
@@ -174,6 +176,7 @@ impl Machine {
             serial: serial.clone(),
             doorbell: doorbell.clone(),
             disks: Vec::new(),
+            slots: Vec::new(),
             devices: Devices {
                 list: Vec::new(),
                 brake: brake.clone(),
@@ -226,6 +229,7 @@ impl Machine {
         self.buses
             .mmio
             .insert(slot::base(index), slot::MMIO_STRIDE, device.clone())?;
+        self.slots.push(index);
         self.devices.list.push(device);
         Ok(())
     }

@@ -13,9 +13,11 @@ use crate::boot::BootError;
 use crate::gate::PauseError;
 use crate::machine::{Disk, Machine, MachineError, VmConfig, lock};
 use crate::memory::{MemoryError, Ram};
+use crate::software_kvm::FallbackCounts;
 use crate::vcpu::{RunError, StateError};
 
 mod objects;
+pub(crate) mod probe_guest;
 mod rewind;
 mod runner;
 mod shell;
@@ -132,6 +134,13 @@ impl ReadyVm {
 }
 
 impl Vm {
+    /// How often each instruction was carried out for a software KVM in this VM; `None` where KVM needs
+    /// no such help, or the machine was started without a kernel.
+    pub fn fallback_counts(&self) -> Option<FallbackCounts> {
+        let counts = self.inner.objects.fallbacks.as_ref()?;
+        Some(lock(counts).clone())
+    }
+
     /// Brings all vCPUs to the barrier. On an error the VM runs on.
     pub fn pause(&mut self, deadline: Duration) -> Result<PausedVm<'_>, PauseError> {
         let objects = &self.inner.objects;
@@ -280,7 +289,7 @@ impl Drop for Inner {
     }
 }
 
-fn call(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> VmError {
+pub(crate) fn call(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> VmError {
     move |error| VmError::Call {
         call,
         source: error.into(),

@@ -149,7 +149,7 @@ fn read(vcpu: &VcpuFd, indices: &[u32]) -> io::Result<Vec<(u32, u64)>> {
 
 /// Sets `values`. KVM_SET_MSRS stops at the first MSR that it refuses: one that already has its
 /// value (some are read-only) is passed over, any other is an error that names it.
-pub(super) fn restore(vcpu: &VcpuFd, values: &[(u32, u64)]) -> Result<(), MsrError> {
+pub(crate) fn restore(vcpu: &VcpuFd, values: &[(u32, u64)]) -> Result<(), MsrError> {
     let mut rest = values;
     while !rest.is_empty() {
         let batch = &rest[..rest.len().min(BATCH)];

@@ -2,9 +2,9 @@
 #![allow(unsafe_code)] // A pointer to kvm_run's immediate_exit, for the kick.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-use forkvm_devices::Effect;
+use forkvm_devices::{Effect, GuestMemory};
 use kvm_bindings::{
     KVM_INTERNAL_ERROR_EMULATION, KVM_MP_STATE_RUNNABLE, KVM_SYSTEM_EVENT_RESET,
     KVM_SYSTEM_EVENT_SHUTDOWN, kvm_mp_state,
@@ -17,6 +17,7 @@ use super::kick::Kickable;
 use super::state::{Abilities, Clock, StateError, VcpuState, disarm, flush_tlb, writing};
 use crate::kvm::Kvm;
 use crate::machine::Buses;
+use crate::software_kvm::{FallbackCounts, Outcome, Relay, SoftwareKvm, SoftwareKvmError};
 
 /// One vCPU.
 pub(crate) struct Vcpu {
@@ -26,6 +27,8 @@ pub(crate) struct Vcpu {
     abilities: Abilities,
     /// What it has been given ahead of its state.
     has: Option<VcpuState>,
+    /// Stands in for what this KVM lacks, where the machine needs that.
+    software: Option<SoftwareKvm>,
 }
 
 /// Why [`Vcpu::run`] came back.
@@ -44,6 +47,17 @@ pub(crate) enum Stop {
     },
 }
 
+/// An exit that only a [`SoftwareKvm`] can serve.
+enum ForSoftware {
+    Syscall,
+    MsrWrite {
+        msr: u32,
+        value: u64,
+    },
+    /// KVM gave up.
+    Refused,
+}
+
 impl Vcpu {
     pub(crate) fn new(fd: VcpuFd, index: u32, kvm: Arc<Kvm>, abilities: Abilities) -> Vcpu {
         Vcpu {
@@ -52,6 +66,7 @@ impl Vcpu {
             kvm,
             abilities,
             has: None,
+            software: None,
         }
     }
 
@@ -74,6 +89,22 @@ impl Vcpu {
         // SAFETY: the kvm_run mapping lives as long as the descriptor; the thread drops the value
         // before it gives up its share of the vCPU.
         unsafe { Kickable::new(flag) }
+    }
+
+    /// Has the vCPU's machine do with less than a hardware KVM; `relay` is how that stood.
+    pub(crate) fn use_software_kvm(
+        &mut self,
+        memory: GuestMemory,
+        relay: Relay,
+        counts: Arc<Mutex<FallbackCounts>>,
+    ) {
+        let size = self.abilities.xsave_size;
+        self.software = Some(SoftwareKvm::new(memory, size, relay, counts));
+    }
+
+    /// How that stands, if it is so.
+    pub(crate) fn relay(&self) -> Option<Relay> {
+        Some(self.software.as_ref()?.relay().clone())
     }
 
     /// Gives the vCPU its CPUID.
@@ -216,6 +247,7 @@ impl Vcpu {
         // SAFETY: the mapping lives as long as `self.fd`. The member is `io` after an I/O exit, which
         // is the only time that this is called, and `run` leaves a shared view of it alone.
         let io_width = || usize::from(unsafe { (*kvm_run).__bindgen_anon_1.io.size });
+        let has_software = self.software.is_some();
         let exit = match self.fd.run() {
             Ok(exit) => exit,
             Err(error) => match error.errno() {
@@ -233,38 +265,56 @@ impl Vcpu {
                 }
             },
         };
-        Ok(match exit {
+        let for_software = match exit {
             VcpuExit::IoIn(port, data) => {
                 buses.pio.read_repeated(u64::from(port), io_width(), data);
-                None
+                return Ok(None);
             }
-            VcpuExit::IoOut(port, data) => Some(Stop::Effect(buses.pio.write_repeated(
-                u64::from(port),
-                io_width(),
-                data,
-            ))),
+            VcpuExit::IoOut(port, data) => {
+                let effect = buses.pio.write_repeated(u64::from(port), io_width(), data);
+                return Ok(Some(Stop::Effect(effect)));
+            }
             VcpuExit::MmioRead(address, data) => {
                 buses.mmio.read(address, data);
-                None
+                return Ok(None);
+            }
+            VcpuExit::MmioWrite(address, _) if has_software && SoftwareKvm::is_syscall(address) => {
+                ForSoftware::Syscall
             }
             VcpuExit::MmioWrite(address, data) => {
-                Some(Stop::Effect(buses.mmio.write(address, data)))
+                return Ok(Some(Stop::Effect(buses.mmio.write(address, data))));
             }
-            VcpuExit::Shutdown => Some(Stop::TripleFault),
+            VcpuExit::X86Wrmsr(write) => {
+                *write.error = 0;
+                ForSoftware::MsrWrite {
+                    msr: write.index,
+                    value: write.data,
+                }
+            }
+            VcpuExit::X86Rdmsr(read) => {
+                let value = self
+                    .software
+                    .as_ref()
+                    .and_then(|it| it.msr_read(read.index));
+                *read.error = u8::from(value.is_none());
+                *read.data = value.unwrap_or(0);
+                return Ok(None);
+            }
+            VcpuExit::Shutdown => return Ok(Some(Stop::TripleFault)),
             VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => {
-                Some(Stop::SystemEvent { reset: true })
+                return Ok(Some(Stop::SystemEvent { reset: true }));
             }
             VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => {
-                Some(Stop::SystemEvent { reset: false })
+                return Ok(Some(Stop::SystemEvent { reset: false }));
             }
-            VcpuExit::Intr | VcpuExit::IrqWindowOpen => None,
+            VcpuExit::Intr | VcpuExit::IrqWindowOpen => return Ok(None),
             VcpuExit::FailEntry(reason, _cpu) => {
                 return Err(RunError::FailEntry {
                     vcpu: self.index,
                     reason,
                 });
             }
-            VcpuExit::InternalError => return Err(self.internal_error()),
+            VcpuExit::InternalError => ForSoftware::Refused,
             other => {
                 let exit = format!("{other:?}");
                 return Err(RunError::Unexpected {
@@ -272,23 +322,53 @@ impl Vcpu {
                     exit,
                 });
             }
-        })
+        };
+        self.by_software(for_software).map(|()| None)
+    }
+
+    /// What a KVM that is software leaves to us.
+    fn by_software(&mut self, what: ForSoftware) -> Result<(), RunError> {
+        let vcpu = self.index;
+        let refused = matches!(what, ForSoftware::Refused);
+        if refused && self.suberror() != KVM_INTERNAL_ERROR_EMULATION {
+            return Err(self.internal_error());
+        }
+        let Some(software) = &mut self.software else {
+            return Err(self.internal_error());
+        };
+        let done = match what {
+            ForSoftware::Syscall => software.syscall(&self.fd),
+            ForSoftware::MsrWrite { msr, value } => software.msr_written(&self.fd, msr, value),
+            ForSoftware::Refused => match software.instruction(&self.fd) {
+                Ok(Outcome::Done { .. }) => Ok(()),
+                Ok(Outcome::Unknown { code }) => return Err(self.cannot_emulate(&code)),
+                Err(error) => Err(error),
+            },
+        };
+        done.map_err(|source| RunError::SoftwareKvm { vcpu, source })
+    }
+
+    /// Of a KVM_EXIT_INTERNAL_ERROR.
+    fn suberror(&mut self) -> u32 {
+        let run = self.fd.get_kvm_run();
+        // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, for which this is the union's member.
+        unsafe { run.__bindgen_anon_1.internal.suberror }
     }
 
     /// KVM gave up: most often it met an instruction that it cannot emulate.
     fn internal_error(&mut self) -> RunError {
-        let vcpu = self.index;
-        let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
-        let run = self.fd.get_kvm_run();
-        // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, for which this is the union's member.
-        let failure = unsafe { run.__bindgen_anon_1.emulation_failure };
-        if failure.suberror != KVM_INTERNAL_ERROR_EMULATION {
+        let suberror = self.suberror();
+        if suberror != KVM_INTERNAL_ERROR_EMULATION {
             return RunError::Internal {
-                vcpu,
-                suberror: failure.suberror,
-                rip,
+                vcpu: self.index,
+                suberror,
+                rip: self.rip(),
             };
         }
+        let run = self.fd.get_kvm_run();
+        // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR with this suberror, for which this is the
+        // union's member.
+        let failure = unsafe { run.__bindgen_anon_1.emulation_failure };
         // SAFETY: the member is plain bytes, present when ndata counts them.
         let bytes = unsafe { failure.__bindgen_anon_1.__bindgen_anon_1 };
         let len = if failure.ndata >= 3 {
@@ -296,15 +376,20 @@ impl Vcpu {
         } else {
             0
         };
-        let code = bytes.insn_bytes[..len]
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect::<Vec<_>>();
+        self.cannot_emulate(&bytes.insn_bytes[..len])
+    }
+
+    fn cannot_emulate(&self, code: &[u8]) -> RunError {
+        let code: Vec<_> = code.iter().map(|byte| format!("{byte:02x}")).collect();
         RunError::Emulation {
-            vcpu,
-            rip,
+            vcpu: self.index,
+            rip: self.rip(),
             code: code.join(" "),
         }
+    }
+
+    fn rip(&self) -> u64 {
+        self.fd.get_regs().map_or(0, |regs| regs.rip)
     }
 }
 
@@ -355,6 +440,15 @@ pub enum RunError {
         vcpu: u32,
         /// The exit.
         exit: String,
+    },
+    /// What this software KVM lacks could not be made up for.
+    #[error("vCPU {vcpu}: this KVM is software, and what it lacks could not be made up for")]
+    SoftwareKvm {
+        /// The vCPU.
+        vcpu: u32,
+        /// Why.
+        #[source]
+        source: SoftwareKvmError,
     },
     /// The thread that ran it panicked.
     #[error("vCPU {vcpu}: its thread panicked; this is a bug in forkvm")]

@@ -436,7 +436,7 @@ pub(crate) fn reading(class: &'static str) -> impl Fn(kvm_ioctls::Error) -> Stat
     }
 }
 
-fn reading_io(class: &'static str) -> impl Fn(io::Error) -> StateError {
+pub(crate) fn reading_io(class: &'static str) -> impl Fn(io::Error) -> StateError {
     move |source| StateError::Read { class, source }
 }
 
@@ -447,6 +447,6 @@ pub(crate) fn writing(class: &'static str) -> impl Fn(kvm_ioctls::Error) -> Stat
     }
 }
 
-fn writing_io(class: &'static str) -> impl Fn(io::Error) -> StateError {
+pub(crate) fn writing_io(class: &'static str) -> impl Fn(io::Error) -> StateError {
     move |source| StateError::Write { class, source }
 }

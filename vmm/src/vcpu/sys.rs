@@ -49,7 +49,7 @@ pub(super) fn xsave_area(size: usize) -> io::Result<Xsave> {
 }
 
 /// KVM_GET_XSAVE2 (KVM API 4.134), or KVM_GET_XSAVE where the area is of the old size.
-pub(super) fn get_xsave(vcpu: &VcpuFd, size: usize) -> io::Result<Vec<u8>> {
+pub(crate) fn get_xsave(vcpu: &VcpuFd, size: usize) -> io::Result<Vec<u8>> {
     if size <= size_of::<kvm_xsave>() {
         let area = vcpu.get_xsave()?;
         return Ok(area
@@ -74,7 +74,7 @@ pub(super) fn get_xsave(vcpu: &VcpuFd, size: usize) -> io::Result<Vec<u8>> {
 
 /// KVM_SET_XSAVE. `bytes` may be shorter than the area; the rest is zero, which the area's header
 /// marks as initial state. Longer is `InvalidInput`.
-pub(super) fn set_xsave(vcpu: &VcpuFd, size: usize, bytes: &[u8]) -> io::Result<()> {
+pub(crate) fn set_xsave(vcpu: &VcpuFd, size: usize, bytes: &[u8]) -> io::Result<()> {
     let mut area = xsave_area(size)?;
     let room = size_of::<kvm_xsave>() + size_of_val(area.as_slice());
     if bytes.len() > room {

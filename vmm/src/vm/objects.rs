@@ -4,6 +4,7 @@
 #![allow(unsafe_code)] // KVM_SET_USER_MEMORY_REGION takes host addresses.
 
 use std::ffi::c_ulong;
+use std::iter::repeat;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -22,6 +23,7 @@ use crate::gate::Gate;
 use crate::kvm::Kvm;
 use crate::machine::{Machine, lock};
 use crate::memory::{Backing, Ram, RamRegion};
+use crate::software_kvm::{FallbackCounts, SoftwareKvm, SoftwareState};
 use crate::vcpu::{Abilities, Kick, Vcpu, allow_kicks, prepare_signal};
 
 /// Three pages that real-mode emulation on Intel needs, out of the way of RAM and devices
@@ -41,6 +43,8 @@ pub(super) struct KvmObjects {
     pub(super) brake: Brake,
     pub(super) vcpus: Vec<Arc<Mutex<Vcpu>>>,
     pub(super) vm: Arc<VmFd>,
+    /// What was done for KVM, if it is one that needs that.
+    pub(super) fallbacks: Option<Arc<Mutex<FallbackCounts>>>,
     // After everything that reaches it: fields are dropped in this order.
     pub(super) ram: Ram,
 }
@@ -87,6 +91,7 @@ impl KvmObjects {
             brake: Brake::default(),
             vcpus: Vec::new(),
             vm,
+            fallbacks: None,
             ram,
         };
         for index in 0..vcpus {
@@ -100,6 +105,26 @@ impl KvmObjects {
             objects.threads.push(VcpuThread::new(index)?);
         }
         Ok(objects)
+    }
+
+    /// Makes up for what a software KVM lacks. `state` is how that stood; that of a machine that has not
+    /// run is empty.
+    pub(super) fn use_software_kvm(&mut self, state: &SoftwareState) -> Result<(), VmError> {
+        SoftwareKvm::prepare(&self.vm)?;
+        let counts = self.fallbacks.get_or_insert_default();
+        let relays = state.vcpus.iter().cloned().map(Some).chain(repeat(None));
+        for (vcpu, relay) in self.vcpus.iter().zip(relays) {
+            let memory = self.ram.guest().clone();
+            lock(vcpu).use_software_kvm(memory, relay.unwrap_or_default(), counts.clone());
+        }
+        Ok(())
+    }
+
+    /// How that stands.
+    pub(super) fn software_state(&self) -> Option<SoftwareState> {
+        let relays = self.vcpus.iter().map(|vcpu| lock(vcpu).relay());
+        let vcpus: Option<_> = relays.collect();
+        Some(SoftwareState { vcpus: vcpus? })
     }
 
     /// Deletes the memory slots and adds them again: whatever KVM has derived from the guest's memory,

@@ -6,11 +6,12 @@ use forkvm_devices::Brake;
 
 use super::objects::KvmObjects;
 use super::{EventSink, Inner, MachineState, ReadyVm, VmError};
-use crate::boot::{self, Payload};
+use crate::boot::{self, Payload, Surroundings};
 use crate::cpuid;
 use crate::kvm::Kvm;
 use crate::machine::{Machine, Peripherals, VmConfig, lock};
 use crate::memory::Ram;
+use crate::software_kvm::SoftwareState;
 
 /// A VM with vCPUs and memory slots, but without devices and without a state. Its threads wait.
 /// Nothing in it is of the machine that it will be, so it can be built long before that is known.
@@ -77,11 +78,26 @@ impl Shell {
         payload: &Payload,
         cmdline: &str,
     ) -> Result<ReadyVm, VmError> {
-        let inner = self.furnish(config, peripherals)?;
+        let mut inner = self.furnish(config, peripherals)?;
+        // Programs that bring no kernel of their own do without ring 0 where it is interpreted.
+        let is_kernel = matches!(payload, Payload::Kernel { .. });
+        let software_kvm = is_kernel && !inner.objects.kvm.promises()?.all();
+        if software_kvm {
+            inner.objects.use_software_kvm(&SoftwareState::default())?;
+        }
         let Inner {
-            config, objects, ..
+            config,
+            objects,
+            machine,
         } = &inner;
-        let entry = boot::load(objects.ram.guest(), objects.ram.layout(), payload, cmdline)?;
+        let around = Surroundings {
+            memory: objects.ram.guest(),
+            layout: objects.ram.layout(),
+            vcpus: config.vcpus,
+            slots: &machine.slots,
+            software_kvm,
+        };
+        let entry = boot::load(&around, payload, cmdline)?;
         for vcpu in &objects.vcpus {
             let mut vcpu = lock(vcpu);
             let cpuid = cpuid::for_vcpu(

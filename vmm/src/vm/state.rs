@@ -12,12 +12,14 @@ use serde::{Deserialize, Serialize};
 use super::*;
 use crate::kvm::{Kvm, KvmFlavour};
 use crate::memory::MemoryLayout;
+use crate::software_kvm::SoftwareState;
 use crate::vcpu::{Clock, Vcpu, VcpuState, named_pages, reading, writing};
 
 pub(super) const CONFIG: &str = "config";
 pub(super) const HOST: &str = "host";
 pub(super) const MEMORY: &str = "memory";
 const KVM_VM: &str = "kvm/vm";
+const KVM_SOFTWARE: &str = "kvm/software";
 
 pub(super) fn vcpu_section(index: u32) -> String {
     format!("kvm/vcpu/{index}")
@@ -90,6 +92,8 @@ pub struct MachineState {
     layout: MemoryLayout,
     vm: KvmVmState,
     pub(super) vcpus: Vec<VcpuState>,
+    /// What stood in for parts of KVM, if something did.
+    software: Option<SoftwareState>,
     /// One section a device.
     devices: Vec<Section>,
 }
@@ -122,6 +126,10 @@ impl MachineState {
             host,
             layout,
             vm,
+            software: match state.take_all(KVM_SOFTWARE).first() {
+                Some(section) => Some(section.decode()?),
+                None => None,
+            },
             devices: state.take_all(DEVICES).into_iter().cloned().collect(),
         })
     }
@@ -136,6 +144,9 @@ impl MachineState {
         sections.push(Section::encode(KVM_VM, &self.vm)?)?;
         for (index, vcpu) in (0..).zip(&self.vcpus) {
             sections.push(Section::encode(vcpu_section(index), vcpu)?)?;
+        }
+        if let Some(software) = &self.software {
+            sections.push(Section::encode(KVM_SOFTWARE, software)?)?;
         }
         for device in &self.devices {
             sections.push(device.clone())?;
@@ -171,6 +182,7 @@ impl Inner {
             layout: self.objects.ram.layout().clone(),
             vm: self.save_vm()?,
             vcpus: vcpus.collect::<Result<_, _>>()?,
+            software: self.objects.software_state(),
             devices: Vec::new(),
         };
         self.machine.devices.each(|device| -> Result<(), VmError> {
@@ -200,6 +212,9 @@ impl Inner {
         restore: impl Fn(&mut Vcpu, &VcpuState, Clock, Clock) -> Result<(), StateError>,
     ) -> Result<(), VmError> {
         self.restore_vm(&state.vm)?;
+        if let Some(software) = &state.software {
+            self.objects.use_software_kvm(software)?;
+        }
         let now = Clock::now();
         for (vcpu, saved) in self.objects.vcpus.iter().zip(&state.vcpus) {
             restore(&mut lock(vcpu), saved, state.vm.saved, now)?;

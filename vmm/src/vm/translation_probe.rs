@@ -8,31 +8,13 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
-use kvm_ioctls::VcpuExit;
-use vm_memory::{ByteValued, Bytes, GuestAddress};
-
-use super::objects::KvmObjects;
-use super::{VmError, call};
-use crate::cpuid;
+use super::VmError;
+use super::probe_guest::{FREE, PORT, ProbeGuest, Ring};
 use crate::kvm::Kvm;
-use crate::machine::lock;
-use crate::memory::{MIN_MIB, MemoryLayout, PAGE, Ram};
-use crate::vcpu::{Vcpu, flush_tlb};
+use crate::vcpu::flush_tlb;
 
-// Guest-physical pages of the guest.
-const PML4: u64 = 0x1000;
-const PDPT: u64 = 0x2000;
-const DIRECTORY: u64 = 0x3000;
-const TABLE: u64 = 0x4000;
-/// Mapped where they are: the program, and a task state segment whose I/O bitmap allows all ports. Some
-/// KVM goes by that and not by the I/O privilege level.
-const CODE: u64 = 0x5000;
-const TASK: u64 = 0x9000;
-/// Where its I/O bitmap begins, which is told at offset 102 (Intel SDM volume 3, section 8.7).
-const IO_BITMAP: u16 = 104;
 /// Where [`DATA`] leads to at first, and where it leads to afterwards. Each holds its index.
-const PAGES: [u64; 2] = [0x6000, 0x7000];
+const PAGES: [u64; 2] = [FREE, FREE + 0x1000];
 /// Virtual address that the guest reads.
 const DATA: u64 = 0x8000;
 
@@ -40,49 +22,21 @@ const DATA: u64 = 0x8000;
 const PROGRAM: [u8; 11] = [
     0x8a, 0x04, 0x25, 0x00, 0x80, 0x00, 0x00, 0xe6, PORT, 0xeb, 0xf5,
 ];
-const PORT: u8 = 0x80;
-
-/// Of an entry of any table: present, writable, user, accessed, dirty. No walk has to write.
-const ENTRY: u64 = 0x67;
-
-const CR0_PE: u64 = 1;
-const CR0_NE: u64 = 1 << 5;
-const CR0_PG: u64 = 1 << 31;
-const CR4_PAE: u64 = 1 << 5;
-const EFER_LME: u64 = 1 << 8;
-const EFER_LMA: u64 = 1 << 10;
-/// Flags with I/O privilege level 3: the guest may use its port.
-const RFLAGS: u64 = 2 | 3 << 12;
-
-/// Exits without a word of the guest, after which it is given up.
-const MOST_EXITS: u32 = 1000;
 
 /// Whether the guest reads what its page tables say once the host has changed them and flushed the TLB.
 ///
 /// It runs at privilege level 3: there every KVM lets the CPU translate, also one that interprets what
 /// runs at level 0.
 pub(crate) fn sees_rewritten_tables(kvm: &Arc<Kvm>) -> Result<bool, VmError> {
-    let ram = Ram::new(MemoryLayout::new(MIN_MIB)?)?;
-    let data_entry = TABLE + DATA / PAGE * 8;
-    write(&ram, PML4, PDPT | ENTRY)?;
-    write(&ram, PDPT, DIRECTORY | ENTRY)?;
-    write(&ram, DIRECTORY, TABLE | ENTRY)?;
-    for page in [CODE, TASK] {
-        write(&ram, TABLE + page / PAGE * 8, page | ENTRY)?;
-    }
-    write(&ram, TASK + 102, IO_BITMAP)?;
-    write(&ram, data_entry, PAGES[0] | ENTRY)?;
-    write(&ram, CODE, PROGRAM)?;
+    let guest = ProbeGuest::build(kvm, &PROGRAM, Ring::User)?;
     for (page, index) in PAGES.into_iter().zip(0u8..) {
-        write(&ram, page, index)?;
+        guest.write(page, index)?;
     }
-    let objects = KvmObjects::build(kvm, 1, ram)?;
-    let mut vcpu = lock(&objects.vcpus[0]);
-    let sregs = enter(&mut vcpu, kvm)?;
-    let before = next_word(&mut vcpu)?;
-    write(&objects.ram, data_entry, PAGES[1] | ENTRY)?;
-    flush_tlb(vcpu.fd(), &sregs)?;
-    let after = next_word(&mut vcpu)?;
+    guest.map(DATA, PAGES[0])?;
+    let before = guest.next_word()?;
+    guest.map(DATA, PAGES[1])?;
+    flush_tlb(guest.vcpu().fd(), guest.sregs())?;
+    let after = guest.next_word()?;
     match (before, after) {
         (0, 1) => Ok(true),
         (0, 0) => Ok(false),
@@ -91,79 +45,6 @@ pub(crate) fn sees_rewritten_tables(kvm: &Arc<Kvm>) -> Result<bool, VmError> {
             Err(VmError::Probe { what })
         }
     }
-}
-
-fn write(ram: &Ram, at: u64, value: impl ByteValued) -> Result<(), VmError> {
-    let written = ram.guest().write_obj(value, GuestAddress(at));
-    written.map_err(|error| {
-        let what = format!("writing its memory at {at:#x}: {error}");
-        VmError::Probe { what }
-    })
-}
-
-/// Puts the vCPU at the program, in long mode at privilege level 3, and says what SREGS it has then.
-fn enter(vcpu: &mut Vcpu, kvm: &Kvm) -> Result<kvm_sregs, VmError> {
-    let cpuid = cpuid::for_vcpu(kvm.supported_cpuid(), 0, 1, kvm.tsc_deadline());
-    vcpu.set_cpuid(&cpuid)?;
-    let fd = vcpu.fd();
-    let mut sregs = fd.get_sregs().map_err(call("KVM_GET_SREGS"))?;
-    let flat = |selector, type_| kvm_segment {
-        limit: 0xffff_ffff,
-        selector,
-        type_,
-        present: 1,
-        dpl: 3,
-        s: 1,
-        g: 1,
-        ..Default::default()
-    };
-    sregs.cs = kvm_segment {
-        l: 1,
-        ..flat(0x13, 0xb)
-    };
-    let data = kvm_segment {
-        db: 1,
-        ..flat(0x1b, 0x3)
-    };
-    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
-    sregs.tr = kvm_segment {
-        base: TASK,
-        limit: PAGE as u32 - 1,
-        selector: 0x20,
-        type_: 0xb,
-        present: 1,
-        ..Default::default()
-    };
-    sregs.cr3 = PML4;
-    sregs.cr4 |= CR4_PAE;
-    sregs.cr0 = CR0_PE | CR0_NE | CR0_PG;
-    sregs.efer |= EFER_LME | EFER_LMA;
-    fd.set_sregs(&sregs).map_err(call("KVM_SET_SREGS"))?;
-    let regs = kvm_regs {
-        rip: CODE,
-        rflags: RFLAGS,
-        ..Default::default()
-    };
-    fd.set_regs(&regs).map_err(call("KVM_SET_REGS"))?;
-    Ok(sregs)
-}
-
-/// Runs the guest until it says what it read.
-fn next_word(vcpu: &mut Vcpu) -> Result<u8, VmError> {
-    for _ in 0..MOST_EXITS {
-        match vcpu.fd_mut().run() {
-            Ok(VcpuExit::IoOut(port, &[word])) if port == u16::from(PORT) => return Ok(word),
-            Ok(VcpuExit::Intr) => {}
-            Err(error) if error.errno() == libc::EINTR => {}
-            Ok(exit) => {
-                let what = format!("the guest ended in {exit:?}");
-                return Err(VmError::Probe { what });
-            }
-            Err(error) => return Err(call("KVM_RUN")(error)),
-        }
-    }
-    let what = format!("the guest says nothing in {MOST_EXITS} runs");
-    Err(VmError::Probe { what })
 }
 
 #[cfg(test)]

@@ -3,12 +3,15 @@
 //! The payload is loaded by linux-loader; this module adds what the protocol asks for around it
 //! (Documentation/arch/x86/boot.rst, "64-bit boot protocol"): the zero page with memory map and
 //! command line, an identity map of the first GiB, flat segments, and the first vCPU in long mode
-//! at the entry with RSI at the zero page. A PVH note in an ELF file is for other VMMs.
+//! at the entry with RSI at the zero page. A PVH note in an ELF file is for other VMMs. A kernel finds
+//! its CPUs and interrupt lines in an MP table and its virtio devices on the command line; there is no
+//! ACPI.
 
 use std::fs::File;
 use std::io::{self, Cursor, Read, Seek};
 use std::path::{Path, PathBuf};
 
+use forkvm_abi::slot;
 use forkvm_devices::GuestMemory;
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
@@ -21,7 +24,10 @@ use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, ReadVolatile};
 
 use crate::memory::MemoryLayout;
+use crate::software_kvm;
 use crate::vcpu::{StateError, reading, writing};
+
+mod mp_table;
 
 // Low memory, as the boot protocol leaves it to the loader.
 const GDT: u64 = 0x500;
@@ -35,7 +41,7 @@ const CMDLINE: u64 = 0x2_0000;
 /// Longest command line, its NUL included.
 const CMDLINE_MAX: usize = 4096;
 /// End of conventional memory; above it are firmware tables on a PC.
-const CONVENTIONAL_END: u64 = 0x9_fc00;
+const CONVENTIONAL_END: u64 = mp_table::ADDRESS;
 /// Payloads are loaded from here on.
 const HIGH_MEMORY: u64 = 0x10_0000;
 /// The 64-bit entry of a bzImage, from where its protected-mode part is loaded.
@@ -59,13 +65,24 @@ pub enum Payload {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Entry(u64);
 
+/// The machine that a payload is to find.
+pub(crate) struct Surroundings<'a> {
+    pub(crate) memory: &'a GuestMemory,
+    pub(crate) layout: &'a MemoryLayout,
+    pub(crate) vcpus: u32,
+    /// Slots with a virtio device.
+    pub(crate) slots: &'a [u32],
+    /// KVM lacks a part of ring 0.
+    pub(crate) software_kvm: bool,
+}
+
 /// Loads `payload` and everything around it.
 pub(crate) fn load(
-    memory: &GuestMemory,
-    layout: &MemoryLayout,
+    around: &Surroundings<'_>,
     payload: &Payload,
     cmdline: &str,
 ) -> Result<Entry, BootError> {
+    let Surroundings { memory, layout, .. } = *around;
     let (loaded, initrd, name) = match payload {
         Payload::Bytes(bytes) => {
             let name = PathBuf::from("(embedded guest)");
@@ -92,8 +109,13 @@ pub(crate) fn load(
     if let Some(initrd) = initrd {
         load_initrd(memory, layout, initrd, loaded.kernel_end, header)?;
     }
-    load_cmdline(memory, cmdline, header)?;
-    e820(layout, &mut params);
+    let mut cmdline = cmdline.to_owned();
+    if let Payload::Kernel { .. } = payload {
+        mp_table::write(memory, around.vcpus)?;
+        cmdline.push_str(&kernel_options(around));
+    }
+    load_cmdline(memory, &cmdline, header)?;
+    e820(around, &mut params);
     write_tables(memory)?;
     let params = BootParams::new(&params, GuestAddress(ZERO_PAGE));
     LinuxBootConfigurator::write_bootparams(&params, memory).map_err(|error| BootError::Write {
@@ -206,11 +228,28 @@ fn load_cmdline(
     Ok(())
 }
 
-/// The memory map: conventional memory, then everything from 1 MiB on.
-fn e820(layout: &MemoryLayout, params: &mut boot_params) {
+/// What a kernel cannot find out by itself, to be added to its command line.
+fn kernel_options(around: &Surroundings<'_>) -> String {
+    let mut options = String::new();
+    for &index in around.slots {
+        let (size, base, gsi) = (slot::MMIO_STRIDE, slot::base(index), slot::gsi(index));
+        options += &format!(" virtio_mmio.device={size}@{base:#x}:{gsi}");
+    }
+    if around.software_kvm {
+        options += software_kvm::KERNEL_OPTIONS;
+    }
+    options
+}
+
+/// The memory map: conventional memory, then everything from 1 MiB on. What is left out is reserved.
+fn e820(around: &Surroundings<'_>, params: &mut boot_params) {
     const RAM: u32 = 1;
-    let low = (0, CONVENTIONAL_END);
-    let rest = layout.regions().iter().map(|region| {
+    let low_end = match around.software_kvm {
+        true => software_kvm::RESERVED.start,
+        false => CONVENTIONAL_END,
+    };
+    let low = (0, low_end);
+    let rest = around.layout.regions().iter().map(|region| {
         let start = region.start.max(HIGH_MEMORY);
         (start, region.start + region.len - start)
     });

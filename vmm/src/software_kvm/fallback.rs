@@ -1,0 +1,214 @@
+//! Instructions that kernels use in ring 0 and KVM's interpreter lacks.
+//!
+//! Each is carried out on the registers that KVM shows and on guest memory (Intel SDM volume 2). An
+//! instruction that is not here stays KVM's refusal, with its bytes. What needs a whole interpreter is
+//! not here either: a kernel that uses SIMD in ring 0 must be built or booted without.
+
+use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
+use kvm_bindings::kvm_fpu;
+
+use super::cpu::Cpu;
+use super::fault::Fault;
+use super::xsave;
+use crate::vcpu::{StateError, reading, writing};
+
+/// What became of a refused instruction.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// It, or the exception that it raises, is in the vCPU's state.
+    Done {
+        /// Lower case, as assemblers write it.
+        mnemonic: String,
+    },
+    /// Not one of those that are known here.
+    Unknown {
+        /// Its bytes, and some of what follows.
+        code: Vec<u8>,
+    },
+}
+
+const CF: u64 = 1;
+const PF: u64 = 1 << 2;
+const AF: u64 = 1 << 4;
+const ZF: u64 = 1 << 6;
+const SF: u64 = 1 << 7;
+const OF: u64 = 1 << 11;
+const AC: u64 = 1 << 18;
+
+/// How an instruction ends.
+enum End {
+    /// RIP moves on.
+    Retired,
+    /// RIP stays.
+    Fault(Fault),
+    /// RIP moves on, and the exception is raised there.
+    Trap(Fault),
+    Unknown,
+}
+
+impl From<Fault> for End {
+    fn from(fault: Fault) -> End {
+        End::Fault(fault)
+    }
+}
+
+/// Carries out the one at RIP.
+pub(super) fn instruction(cpu: &mut Cpu<'_>) -> Result<Outcome, StateError> {
+    if !cpu.is_in_long_mode() {
+        return Ok(Outcome::Unknown { code: Vec::new() });
+    }
+    let code = match cpu.fetch() {
+        Ok(code) => code,
+        Err(fault) => {
+            fault.raise(cpu.fd)?;
+            let mnemonic = "fetch".to_owned();
+            return Ok(Outcome::Done { mnemonic });
+        }
+    };
+    let mut decoder = Decoder::with_ip(64, &code, cpu.regs.rip, DecoderOptions::NONE);
+    let instruction = decoder.decode();
+    match execute(cpu, &instruction)? {
+        End::Retired => cpu.retire(&instruction)?,
+        End::Fault(fault) => fault.raise(cpu.fd)?,
+        End::Trap(fault) => {
+            cpu.retire(&instruction)?;
+            fault.raise(cpu.fd)?;
+        }
+        End::Unknown => return Ok(Outcome::Unknown { code }),
+    }
+    let mnemonic = format!("{:?}", instruction.mnemonic()).to_lowercase();
+    Ok(Outcome::Done { mnemonic })
+}
+
+fn execute(cpu: &mut Cpu<'_>, instruction: &Instruction) -> Result<End, StateError> {
+    use Mnemonic::*;
+    let end = match instruction.mnemonic() {
+        Int3 => End::Trap(Fault::Breakpoint),
+        Ud0 | Ud1 | Ud2 => End::Fault(Fault::InvalidOpcode),
+        Clac => {
+            cpu.regs.rflags &= !AC;
+            End::Retired
+        }
+        Stac => {
+            cpu.regs.rflags |= AC;
+            End::Retired
+        }
+        Cmpxchg16b => retired(compare_exchange(cpu, instruction)),
+        Popcnt | Tzcnt | Lzcnt => retired(count_bits(cpu, instruction)),
+        // A pending x87 exception is raised by the next instruction that computes.
+        Wait => End::Retired,
+        Fninit | Fnclex | Ldmxcsr | Stmxcsr | Fldcw | Fnstcw => return fpu(cpu, instruction),
+        Xsave | Xsave64 => xsave::save(cpu, instruction, xsave::Form::Standard)?.into(),
+        Xsaveopt | Xsaveopt64 => xsave::save(cpu, instruction, xsave::Form::Optimized)?.into(),
+        Xsavec | Xsavec64 | Xsaves | Xsaves64 => {
+            xsave::save(cpu, instruction, xsave::Form::Compacted)?.into()
+        }
+        Xrstor | Xrstor64 | Xrstors | Xrstors64 => xsave::restore(cpu, instruction)?.into(),
+        _ => End::Unknown,
+    };
+    Ok(end)
+}
+
+impl From<Result<(), Fault>> for End {
+    fn from(result: Result<(), Fault>) -> End {
+        retired(result)
+    }
+}
+
+fn retired(result: Result<(), Fault>) -> End {
+    match result {
+        Ok(()) => End::Retired,
+        Err(fault) => End::Fault(fault),
+    }
+}
+
+/// CMPXCHG16B, with or without LOCK: always atomic here.
+fn compare_exchange(cpu: &mut Cpu<'_>, instruction: &Instruction) -> Result<(), Fault> {
+    let address = cpu.address(instruction, 0).ok_or(Fault::Protection)?;
+    if address % 16 != 0 {
+        return Err(Fault::Protection);
+    }
+    let wide = |high: u64, low: u64| u128::from(high) << 64 | u128::from(low);
+    let old = wide(cpu.regs.rdx, cpu.regs.rax);
+    let new = wide(cpu.regs.rcx, cpu.regs.rbx);
+    match cpu.compare_exchange(address, old, new)? {
+        Ok(()) => cpu.regs.rflags |= ZF,
+        Err(found) => {
+            cpu.regs.rflags &= !ZF;
+            (cpu.regs.rdx, cpu.regs.rax) = ((found >> 64) as u64, found as u64);
+        }
+    }
+    Ok(())
+}
+
+/// POPCNT, TZCNT, LZCNT.
+fn count_bits(cpu: &mut Cpu<'_>, instruction: &Instruction) -> Result<(), Fault> {
+    let target = instruction.op0_register();
+    let size = target.size();
+    let bits = 8 * size as u32;
+    let source = if instruction.op1_kind() == OpKind::Register {
+        cpu.get(instruction.op1_register())
+    } else {
+        let address = cpu.address(instruction, 1).ok_or(Fault::Protection)?;
+        let mut word = [0; 8];
+        cpu.load(address, &mut word[..size])?;
+        u64::from_le_bytes(word)
+    };
+    let flag = |flag, set: bool| if set { flag } else { 0 };
+    let (count, flags) = match instruction.mnemonic() {
+        Mnemonic::Popcnt => (source.count_ones(), flag(ZF, source == 0)),
+        mnemonic => {
+            let zeros = match mnemonic {
+                Mnemonic::Tzcnt => source.trailing_zeros().min(bits),
+                _ => source.leading_zeros() - (64 - bits),
+            };
+            (zeros, flag(CF, source == 0) | flag(ZF, zeros == 0))
+        }
+    };
+    cpu.set(target, u64::from(count));
+    cpu.regs.rflags = cpu.regs.rflags & !(CF | PF | AF | ZF | SF | OF) | flags;
+    Ok(())
+}
+
+/// Instructions on the control registers of x87 and SSE.
+fn fpu(cpu: &mut Cpu<'_>, instruction: &Instruction) -> Result<End, StateError> {
+    let mut fpu: kvm_fpu = cpu.fd.get_fpu().map_err(reading("FPU"))?;
+    let Some(end) = change_fpu(cpu, instruction, &mut fpu) else {
+        return Ok(End::Fault(Fault::Protection));
+    };
+    if end.is_ok() {
+        cpu.fd.set_fpu(&fpu).map_err(writing("FPU"))?;
+    }
+    Ok(retired(end))
+}
+
+/// `None` for a memory operand that has no address.
+fn change_fpu(
+    cpu: &Cpu<'_>,
+    instruction: &Instruction,
+    fpu: &mut kvm_fpu,
+) -> Option<Result<(), Fault>> {
+    const EXCEPTIONS: u16 = 0x80ff;
+    let mut half = [0; 2];
+    let mut word = [0; 4];
+    Some(match instruction.mnemonic() {
+        Mnemonic::Fninit => {
+            (fpu.fcw, fpu.fsw, fpu.ftwx) = (0x37f, 0, 0);
+            Ok(())
+        }
+        Mnemonic::Fnclex => {
+            fpu.fsw &= !EXCEPTIONS;
+            Ok(())
+        }
+        Mnemonic::Fldcw => {
+            let loaded = cpu.load(cpu.address(instruction, 0)?, &mut half);
+            loaded.map(|()| fpu.fcw = u16::from_le_bytes(half))
+        }
+        Mnemonic::Fnstcw => cpu.store(cpu.address(instruction, 0)?, &fpu.fcw.to_le_bytes()),
+        Mnemonic::Ldmxcsr => {
+            let loaded = cpu.load(cpu.address(instruction, 0)?, &mut word);
+            loaded.map(|()| fpu.mxcsr = u32::from_le_bytes(word))
+        }
+        _ => cpu.store(cpu.address(instruction, 0)?, &fpu.mxcsr.to_le_bytes()),
+    })
+}
