@@ -67,10 +67,11 @@ impl ForkPoint {
     /// Spawns `count` clones: all of them run, or none and an error says why. Each is expected to
     /// write as much as the spec of the fork said; the host must have room for that.
     pub fn spawn(self: &Arc<Self>, count: u32) -> Result<Vec<Arc<Member>>, ForkError> {
+        let asked = Instant::now();
         let spawner = self.family.config().spawner.as_ref();
         spawner.check()?;
         let granted = self.grant(count, spawner.apart())?;
-        self.spawn_granted(granted)
+        spawner.spawn(self, granted, asked)
     }
 
     /// Whether the host has room for `count` clones of it, in this process or `apart`; that many, or an error
@@ -93,7 +94,8 @@ impl ForkPoint {
         self: &Arc<Self>,
         count: u32,
     ) -> Result<Vec<Arc<Member>>, ForkError> {
-        self.family.config().spawner.spawn(self, count)
+        let spawner = &self.family.config().spawner;
+        spawner.spawn(self, count, Instant::now())
     }
 
     /// Has `prepare` make `count` clones with identities of their own, and lets them run together. For

@@ -8,7 +8,7 @@ use std::time::Instant;
 pub struct Timeline {
     /// The fork was asked for: for a guest's call, when its exit was seen.
     pub fork_requested: Option<Instant>,
-    /// The spawn of this clone was begun.
+    /// It was asked for: by a call for its fork point, or as the fork point that its fork made was there.
     pub spawn_requested: Option<Instant>,
     /// The VM object exists.
     pub built: Option<Instant>,

@@ -10,6 +10,7 @@ mod descriptors;
 pub(crate) mod host;
 pub(crate) mod mappings;
 mod memory;
+mod reading;
 mod threads;
 
 use std::fmt;
@@ -20,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::accounting::idle;
+use reading::Amounts;
 
 pub use descriptors::raise_nofile;
 pub use memory::available_kib;
@@ -126,10 +128,9 @@ pub(crate) fn grant(need: &Need<'_>, asked: u32, accept_fewer: bool) -> Result<u
             limit: room.limit,
         });
     }
-    mappings::promise(
-        need.mappings()
-            .times(u64::from(granted), u64::from(need.shells)),
-    );
+    let (clones, shells) = (u64::from(granted), u64::from(need.shells));
+    mappings::promise(need.mappings().times(clones, shells));
+    reading::promise(need.amounts(clones, shells));
     Ok(granted)
 }
 
@@ -218,6 +219,18 @@ impl<'a> Need<'a> {
         }
     }
 
+    /// What `clones` take of what is asked of the host, and what the fork itself copies; `shells` of
+    /// them have their shell.
+    fn amounts(&self, clones: u64, shells: u64) -> Amounts {
+        Amounts {
+            kib: self
+                .copy_kib
+                .saturating_add(self.kib().times(clones, shells)),
+            descriptors: self.descriptors().times(clones, shells),
+            threads: self.threads().times(clones, shells),
+        }
+    }
+
     /// One for each vCPU, one that serves the VM, and one of KVM's own.
     fn threads(&self) -> Each {
         Each {
@@ -242,15 +255,18 @@ impl<'a> Need<'a> {
 /// The room for clones that need `need` each, of which `asked` are wanted: exact where it is less.
 fn room(need: &Need<'_>, asked: u32) -> io::Result<Room> {
     let (asked, shells) = (u64::from(asked.min(MAX_CLONES)), u64::from(need.shells));
-    let wanted = |each: Each| each.times(asked, shells);
-    let (free_kib, memory) = memory::left_kib()?;
-    let (threads, of_whom) = threads::left(wanted(need.threads()))?;
-    let mappings = mappings::left(wanted(need.mappings()))?;
-    let free_kib = free_kib.saturating_sub(need.copy_kib);
+    let left = reading::left(need.amounts(asked, shells))?;
+    let mappings = mappings::left(need.mappings().times(asked, shells))?;
+    let Amounts {
+        kib,
+        descriptors,
+        threads,
+    } = left.amounts;
+    let kib = kib.saturating_sub(need.copy_kib);
     let bounds = [
-        (need.kib(), free_kib, memory),
-        (need.descriptors(), descriptors::left()?, Limit::Descriptors),
-        (need.threads(), threads, of_whom),
+        (need.kib(), kib, left.memory),
+        (need.descriptors(), descriptors, Limit::Descriptors),
+        (need.threads(), threads, left.threads),
         (need.mappings(), mappings, Limit::Mappings),
     ];
     let bounds = bounds.map(|(each, left, limit)| (each.within(left, shells), limit));

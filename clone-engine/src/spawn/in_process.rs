@@ -33,7 +33,12 @@ impl Spawner for InProcess {
         "in-process"
     }
 
-    fn spawn(&self, point: &Arc<ForkPoint>, count: u32) -> Result<Vec<Arc<Member>>, ForkError> {
+    fn spawn(
+        &self,
+        point: &Arc<ForkPoint>,
+        count: u32,
+        asked: Instant,
+    ) -> Result<Vec<Arc<Member>>, ForkError> {
         point.spawn_prepared(count, |identities, observer| {
             let granted = identities.len() as u32;
             let prepare = |identity: Identity| -> Result<Box<dyn Prepared>, SpawnError> {
@@ -41,6 +46,7 @@ impl Spawner for InProcess {
                 let clone = Unbuilt {
                     identity,
                     granted,
+                    asked,
                     witness: None,
                 };
                 Ok(Box::new(clone.build(point, observer)?))
@@ -55,6 +61,8 @@ pub(crate) struct Unbuilt {
     pub(crate) identity: Identity,
     /// Clones of its fork.
     pub(crate) granted: u32,
+    /// When it was asked for.
+    pub(crate) asked: Instant,
     /// Who else hears what it shows.
     pub(crate) witness: Option<Arc<dyn Witness>>,
 }
@@ -69,6 +77,7 @@ impl Unbuilt {
         let Unbuilt {
             identity,
             granted,
+            asked,
             witness,
         } = self;
         let origin = Origin {
@@ -84,7 +93,7 @@ impl Unbuilt {
         };
         let timeline = Timeline {
             fork_requested: Some(point.requested),
-            spawn_requested: Some(Instant::now()),
+            spawn_requested: Some(asked),
             ..Timeline::default()
         };
         let Furnished {

@@ -9,6 +9,7 @@ pub mod process;
 
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 use forkvm_devices::{DeviceError, SectionError};
 use forkvm_vmm::{MachineState, MemoryError, VmError};
@@ -62,8 +63,14 @@ pub trait Spawner: Send + Sync {
         Ok(())
     }
 
-    /// Spawns `count` clones of `point`, for which there is room: all of them run, or none.
-    fn spawn(&self, point: &Arc<ForkPoint>, count: u32) -> Result<Vec<Arc<Member>>, ForkError>;
+    /// Spawns `count` clones of `point`, for which there is room: all of them run, or none. `asked` is
+    /// when they were asked for.
+    fn spawn(
+        &self,
+        point: &Arc<ForkPoint>,
+        count: u32,
+        asked: Instant,
+    ) -> Result<Vec<Arc<Member>>, ForkError>;
 }
 
 /// A clone that waits for its start.

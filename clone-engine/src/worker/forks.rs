@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use forkvm_abi::errno;
 use forkvm_vmm::PausedVm;
@@ -50,7 +50,12 @@ impl Spawner for Forks {
         Ok(self.hand_over(point, 0)?)
     }
 
-    fn spawn(&self, point: &Arc<ForkPoint>, count: u32) -> Result<Vec<Arc<Member>>, ForkError> {
+    fn spawn(
+        &self,
+        point: &Arc<ForkPoint>,
+        count: u32,
+        _asked: Instant,
+    ) -> Result<Vec<Arc<Member>>, ForkError> {
         // Only a guest joins its clones. The host's have their handles where it is.
         let brood = if point.by_guest() { count } else { 0 };
         let number = point.handed_out.number();

@@ -431,6 +431,8 @@ impl Worker {
         let unbuilt = Unbuilt {
             identity,
             granted,
+            // The engine knows when it was.
+            asked: Instant::now(),
             witness: Some(Arc::new(witness)),
         };
         let phases = Phases::default();

@@ -94,7 +94,7 @@ fn execute(cpu: &mut Cpu<'_>, instruction: &Instruction) -> Result<End, StateErr
             End::Retired
         }
         Cmpxchg16b => retired(compare_exchange(cpu, instruction)),
-        Popcnt | Tzcnt | Lzcnt => retired(count_bits(cpu, instruction)),
+        Popcnt => retired(count_bits(cpu, instruction)),
         // A pending x87 exception is raised by the next instruction that computes.
         Wait => End::Retired,
         Fninit | Fnclex | Ldmxcsr | Stmxcsr | Fldcw | Fnstcw => return fpu(cpu, instruction),
@@ -141,32 +141,22 @@ fn compare_exchange(cpu: &mut Cpu<'_>, instruction: &Instruction) -> Result<(), 
     Ok(())
 }
 
-/// POPCNT, TZCNT, LZCNT.
+/// POPCNT. Its kin LZCNT and TZCNT never come here: interpreters take them for BSR and BSF.
 fn count_bits(cpu: &mut Cpu<'_>, instruction: &Instruction) -> Result<(), Fault> {
     let target = instruction.op0_register();
-    let size = target.size();
-    let bits = 8 * size as u32;
     let source = if instruction.op1_kind() == OpKind::Register {
         cpu.get(instruction.op1_register())
     } else {
         let address = cpu.address(instruction, 1).ok_or(Fault::Protection)?;
         let mut word = [0; 8];
-        cpu.load(address, &mut word[..size])?;
+        cpu.load(address, &mut word[..target.size()])?;
         u64::from_le_bytes(word)
     };
-    let flag = |flag, set: bool| if set { flag } else { 0 };
-    let (count, flags) = match instruction.mnemonic() {
-        Mnemonic::Popcnt => (source.count_ones(), flag(ZF, source == 0)),
-        mnemonic => {
-            let zeros = match mnemonic {
-                Mnemonic::Tzcnt => source.trailing_zeros().min(bits),
-                _ => source.leading_zeros() - (64 - bits),
-            };
-            (zeros, flag(CF, source == 0) | flag(ZF, zeros == 0))
-        }
-    };
-    cpu.set(target, u64::from(count));
-    cpu.regs.rflags = cpu.regs.rflags & !(CF | PF | AF | ZF | SF | OF) | flags;
+    cpu.set(target, u64::from(source.count_ones()));
+    cpu.regs.rflags &= !(CF | PF | AF | ZF | SF | OF);
+    if source == 0 {
+        cpu.regs.rflags |= ZF;
+    }
     Ok(())
 }
 

@@ -30,6 +30,8 @@ mod fault;
 mod page_walk;
 mod probe;
 mod relay;
+#[cfg(test)]
+mod tests;
 mod xsave;
 
 use cpu::Cpu;

@@ -107,6 +107,24 @@ impl ProbeGuest {
         &self.sregs
     }
 
+    /// Makes up for what this KVM lacks, as a machine does that boots a kernel.
+    #[cfg(test)]
+    pub(crate) fn use_software_kvm(&mut self) -> Result<(), VmError> {
+        self.objects
+            .use_software_kvm(&crate::software_kvm::SoftwareState::default())
+    }
+
+    #[cfg(test)]
+    pub(crate) fn fallback_counts(&self) -> Option<crate::software_kvm::FallbackCounts> {
+        Some(lock(self.objects.fallbacks.as_ref()?).clone())
+    }
+
+    /// A word of guest-physical memory.
+    #[cfg(test)]
+    pub(crate) fn read(&self, at: u64) -> u64 {
+        self.objects.ram.guest().read_obj(GuestAddress(at)).unwrap()
+    }
+
     /// Runs the guest until it says something; any other end of it is an error.
     pub(crate) fn next_word(&self) -> Result<u8, VmError> {
         match self.run()? {

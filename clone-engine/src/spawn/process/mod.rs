@@ -24,6 +24,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
+use std::time::Instant;
 
 use forkvm_vmm::MachineState;
 use thiserror::Error;
@@ -145,9 +146,14 @@ impl Spawner for Process {
         self.crew.processes()
     }
 
-    fn spawn(&self, point: &Arc<ForkPoint>, count: u32) -> Result<Vec<Arc<Member>>, ForkError> {
+    fn spawn(
+        &self,
+        point: &Arc<ForkPoint>,
+        count: u32,
+        asked: Instant,
+    ) -> Result<Vec<Arc<Member>>, ForkError> {
         point.spawn_prepared(count, |identities, observer| {
-            self.prepare(point, identities, observer)
+            self.prepare(point, identities, asked, observer)
         })
     }
 }
@@ -157,6 +163,7 @@ impl Process {
         &self,
         point: &Arc<ForkPoint>,
         identities: Vec<Identity>,
+        asked: Instant,
         observer: &dyn Observer,
     ) -> Result<Vec<Box<dyn Prepared>>, SpawnError> {
         let granted = identities.len() as u32;
@@ -167,7 +174,7 @@ impl Process {
         for (identity, berth) in identities.into_iter().zip(workers) {
             point.family.check_open()?;
             observer.enter(FIRST_PHASE, None)?;
-            let clone = Preparing::ask(point, &description, identity, granted, berth)?;
+            let clone = Preparing::ask(point, &description, identity, granted, asked, berth)?;
             preparing.push(clone);
         }
         let wait = |clone: Preparing| -> Result<Box<dyn Prepared>, SpawnError> {

@@ -96,18 +96,20 @@ struct Writer {
 }
 
 impl Preparing {
-    /// Asks the worker of `berth` for the clone `identity` of `point`. `description` is that of the point,
+    /// Asks the worker of `berth` for the clone `identity` of `point`, which was wanted when it was `asked`
+    /// for. `description` is that of the point,
     /// once somebody needs it.
     pub(super) fn ask(
         point: &ForkPoint,
         description: &OnceCell<Description>,
         identity: Identity,
         granted: u32,
+        asked: Instant,
         berth: Berth,
     ) -> Result<Preparing, SpawnError> {
         let timeline = Timeline {
             fork_requested: Some(point.requested),
-            spawn_requested: Some(Instant::now()),
+            spawn_requested: Some(asked),
             ..Timeline::default()
         };
         let family = &point.family;
