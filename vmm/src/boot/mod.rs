@@ -112,7 +112,9 @@ pub(crate) fn load(
     let mut cmdline = cmdline.to_owned();
     if let Payload::Kernel { .. } = payload {
         mp_table::write(memory, around.vcpus)?;
-        cmdline.push_str(&kernel_options(around));
+        // What stands behind a lone `--` is for init.
+        let end = cmdline.find(" -- ").unwrap_or(cmdline.len());
+        cmdline.insert_str(end, &kernel_options(around));
     }
     load_cmdline(memory, &cmdline, header)?;
     e820(around, &mut params);

@@ -16,8 +16,10 @@ const ROOM: usize = 0x400;
 
 const IOAPIC_ADDRESS: u32 = 0xfec0_0000;
 const LAPIC_ADDRESS: u32 = 0xfee0_0000;
-/// Of the LAPICs and of the I/O APIC that KVM has.
-const APIC_VERSION: u8 = 0x14;
+/// Of KVM's LAPICs.
+const LAPIC_VERSION: u8 = 0x14;
+/// Of KVM's I/O APIC.
+const IOAPIC_VERSION: u8 = 0x11;
 /// Lines of an ISA bus.
 const ISA_LINES: u8 = 16;
 /// Joins the two controllers of an ISA bus: no device is there.
@@ -81,12 +83,12 @@ fn entries(vcpus: u8) -> Vec<Vec<u8>> {
     for id in 0..vcpus {
         let boot = if id == 0 { BOOT_PROCESSOR } else { 0 };
         // Signature and features are left to CPUID.
-        let mut entry = vec![PROCESSOR, id, APIC_VERSION, ENABLED | boot];
+        let mut entry = vec![PROCESSOR, id, LAPIC_VERSION, ENABLED | boot];
         entry.extend([0; 16]);
         entries.push(entry);
     }
     entries.push([&[BUS, 0], &b"ISA   "[..]].concat());
-    let mut ioapic = vec![IOAPIC, ioapic_id, APIC_VERSION, ENABLED];
+    let mut ioapic = vec![IOAPIC, ioapic_id, IOAPIC_VERSION, ENABLED];
     ioapic.extend(IOAPIC_ADDRESS.to_le_bytes());
     entries.push(ioapic);
     for line in (0..ISA_LINES).filter(|&line| line != CASCADE) {

@@ -15,6 +15,9 @@ use super::page_walk::{Access, translate};
 use crate::memory::PAGE;
 use crate::vcpu::{StateError, reading, writing};
 
+/// Resume flag: for one instruction.
+const RFLAGS_RF: u64 = 1 << 16;
+
 /// See the module's text. Registers are written back by [`Cpu::retire`].
 pub(super) struct Cpu<'a> {
     pub(super) fd: &'a VcpuFd,
@@ -42,6 +45,7 @@ impl<'a> Cpu<'a> {
     /// Goes on behind `instruction`.
     pub(super) fn retire(&mut self, instruction: &Instruction) -> Result<(), StateError> {
         self.regs.rip = instruction.next_ip();
+        self.regs.rflags &= !RFLAGS_RF;
         self.fd.set_regs(&self.regs).map_err(writing("REGS"))
     }
 
@@ -142,7 +146,8 @@ impl<'a> Cpu<'a> {
             return Err(Fault::InvalidOpcode);
         }
         // SAFETY: `target` is 16 bytes of RAM that `guard` keeps mapped, aligned since `address` and RAM
-        // are; others reach it by atomic or volatile accesses only, and so does this, without a lock.
+        // are. No Rust reference leads there; what the guest or its devices do there meanwhile is a race
+        // of the guest's own, as on a CPU.
         let target = unsafe { AtomicU128::from_ptr(target) };
         let stored = target.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst);
         Ok(stored.map(|_old| ()))

@@ -4,13 +4,14 @@
 //! instruction that is not here stays KVM's refusal, with its bytes. What needs a whole interpreter is
 //! not here either: a kernel that uses SIMD in ring 0 must be built or booted without.
 
+use std::ops::Range;
+
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
-use kvm_bindings::kvm_fpu;
 
 use super::cpu::Cpu;
 use super::fault::Fault;
 use super::xsave;
-use crate::vcpu::{StateError, reading, writing};
+use crate::vcpu::StateError;
 
 /// What became of a refused instruction.
 #[derive(Debug)]
@@ -97,7 +98,7 @@ fn execute(cpu: &mut Cpu<'_>, instruction: &Instruction) -> Result<End, StateErr
         Popcnt => retired(count_bits(cpu, instruction)),
         // A pending x87 exception is raised by the next instruction that computes.
         Wait => End::Retired,
-        Fninit | Fnclex | Ldmxcsr | Stmxcsr | Fldcw | Fnstcw => return fpu(cpu, instruction),
+        Fninit | Fnclex | Ldmxcsr | Stmxcsr | Fldcw | Fnstcw => fpu(cpu, instruction)?.into(),
         Xsave | Xsave64 => xsave::save(cpu, instruction, xsave::Form::Standard)?.into(),
         Xsaveopt | Xsaveopt64 => xsave::save(cpu, instruction, xsave::Form::Optimized)?.into(),
         Xsavec | Xsavec64 | Xsaves | Xsaves64 => {
@@ -160,45 +161,44 @@ fn count_bits(cpu: &mut Cpu<'_>, instruction: &Instruction) -> Result<(), Fault>
     Ok(())
 }
 
-/// Instructions on the control registers of x87 and SSE.
-fn fpu(cpu: &mut Cpu<'_>, instruction: &Instruction) -> Result<End, StateError> {
-    let mut fpu: kvm_fpu = cpu.fd.get_fpu().map_err(reading("FPU"))?;
-    let Some(end) = change_fpu(cpu, instruction, &mut fpu) else {
-        return Ok(End::Fault(Fault::Protection));
+/// Instructions on the control registers of x87 and SSE. Not by KVM_GET_FPU and KVM_SET_FPU, which leave
+/// MXCSR out and do not mark what they change as in use.
+fn fpu(cpu: &Cpu<'_>, instruction: &Instruction) -> Result<Result<(), Fault>, StateError> {
+    const CONTROL: Range<usize> = 0..2;
+    const STATUS: Range<usize> = 2..4;
+    /// Control, status, tags, opcode, and both pointers.
+    const ENVIRONMENT: Range<usize> = 0..24;
+    const EXCEPTIONS: [u8; 2] = 0x80ffu16.to_le_bytes();
+    const INITIAL_CONTROL: [u8; 2] = 0x37fu16.to_le_bytes();
+    let address = || cpu.address(instruction, 0).ok_or(Fault::Protection);
+    let component = match instruction.mnemonic() {
+        Mnemonic::Ldmxcsr => xsave::SSE,
+        Mnemonic::Fnstcw | Mnemonic::Stmxcsr => 0,
+        _ => xsave::X87,
     };
-    if end.is_ok() {
-        cpu.fd.set_fpu(&fpu).map_err(writing("FPU"))?;
-    }
-    Ok(retired(end))
-}
-
-/// `None` for a memory operand that has no address.
-fn change_fpu(
-    cpu: &Cpu<'_>,
-    instruction: &Instruction,
-    fpu: &mut kvm_fpu,
-) -> Option<Result<(), Fault>> {
-    const EXCEPTIONS: u16 = 0x80ff;
-    let mut half = [0; 2];
-    let mut word = [0; 4];
-    Some(match instruction.mnemonic() {
+    xsave::change(cpu, component, |area| match instruction.mnemonic() {
         Mnemonic::Fninit => {
-            (fpu.fcw, fpu.fsw, fpu.ftwx) = (0x37f, 0, 0);
+            area[ENVIRONMENT].fill(0);
+            area[CONTROL].copy_from_slice(&INITIAL_CONTROL);
             Ok(())
         }
         Mnemonic::Fnclex => {
-            fpu.fsw &= !EXCEPTIONS;
+            for (byte, exceptions) in area[STATUS].iter_mut().zip(EXCEPTIONS) {
+                *byte &= !exceptions;
+            }
             Ok(())
         }
-        Mnemonic::Fldcw => {
-            let loaded = cpu.load(cpu.address(instruction, 0)?, &mut half);
-            loaded.map(|()| fpu.fcw = u16::from_le_bytes(half))
-        }
-        Mnemonic::Fnstcw => cpu.store(cpu.address(instruction, 0)?, &fpu.fcw.to_le_bytes()),
+        Mnemonic::Fldcw => cpu.load(address()?, &mut area[CONTROL]),
+        Mnemonic::Fnstcw => cpu.store(address()?, &area[CONTROL]),
         Mnemonic::Ldmxcsr => {
-            let loaded = cpu.load(cpu.address(instruction, 0)?, &mut word);
-            loaded.map(|()| fpu.mxcsr = u32::from_le_bytes(word))
+            let mut word = [0; 4];
+            cpu.load(address()?, &mut word)?;
+            if u32::from_le_bytes(word) & !xsave::mxcsr_mask(area) != 0 {
+                return Err(Fault::Protection);
+            }
+            area[xsave::MXCSR].copy_from_slice(&word);
+            Ok(())
         }
-        _ => cpu.store(cpu.address(instruction, 0)?, &fpu.mxcsr.to_le_bytes()),
+        _ => cpu.store(address()?, &area[xsave::MXCSR]),
     })
 }

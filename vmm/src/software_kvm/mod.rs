@@ -44,8 +44,10 @@ pub(crate) const RESERVED: Range<u64> = relay::STUB..relay::STUB + relay::PAGES 
 
 /// What a Linux kernel must be told: CPUID shows it features that ring 0 does not have here, which are
 /// `rep` instructions that are fast on a CPU (each step of one is interpreted), and protection of user
-/// memory.
-pub(crate) const KERNEL_OPTIONS: &str = " clearcpuid=erms,fsrm,smap,cx16";
+/// memory. And that its page tables must have four levels, be the same for ring 3, and leave the vsyscall
+/// page free. Names of features are understood since Linux 5.19.
+pub(crate) const KERNEL_OPTIONS: &str =
+    " clearcpuid=erms,fsrm,smap,cx16 pti=off no5lvl vsyscall=none";
 
 /// How often each instruction was carried out for KVM, by its mnemonic in lower case.
 pub type FallbackCounts = BTreeMap<String, u64>;
@@ -147,7 +149,7 @@ pub enum SoftwareKvmError {
     /// The guest turned SYSCALL on in an address space that this module cannot read.
     #[error("the guest wrote IA32_LSTAR while its page tables were not in RAM")]
     NoTables,
-    /// Somebody stored to the stub's address, though SYSCALL is not on.
-    #[error("the guest stored to {door:#x}, which is reserved on a software KVM", door = relay::DOOR)]
-    StrayStore,
+    /// Page tables of five levels.
+    #[error("the guest has page tables of five levels: boot its kernel with `no5lvl`")]
+    FiveLevels,
 }

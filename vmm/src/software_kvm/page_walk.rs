@@ -1,8 +1,11 @@
 //! The guest's page tables, walked as the CPU walks them (Intel SDM volume 3, section 4.5).
+#![allow(unsafe_code)] // Atomic exchange of an entry.
+
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use forkvm_devices::GuestMemory;
 use kvm_bindings::kvm_sregs;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::fault::Fault;
 
@@ -86,8 +89,9 @@ pub(super) fn translate(
                 marked |= DIRTY;
             }
         }
-        if marked != entry {
-            memory.write_obj(marked, at).map_err(|_outside| fault(0))?;
+        if marked != entry && !exchange(memory, at, entry, marked).ok_or(fault(0))? {
+            // Another vCPU has changed it meanwhile.
+            return translate(memory, sregs, address, access, user);
         }
         if leaf {
             let within = (1 << shift) - 1;
@@ -98,6 +102,18 @@ pub(super) fn translate(
         table = entry & ADDRESS;
     }
     unreachable!("level 0 is a leaf")
+}
+
+/// Replaces the entry at `at`, if it is still `old`; `None` outside of RAM. As a CPU, which never writes
+/// back an entry that was changed under it.
+pub(super) fn exchange(memory: &GuestMemory, at: GuestAddress, old: u64, new: u64) -> Option<bool> {
+    let slice = memory.get_slice(at, size_of::<u64>()).ok()?;
+    let guard = slice.ptr_guard_mut();
+    // SAFETY: eight bytes of RAM that `guard` keeps mapped, aligned as entries are; no Rust reference
+    // leads there.
+    let entry = unsafe { AtomicU64::from_ptr(guard.as_ptr().cast()) };
+    let stored = entry.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst);
+    Some(stored.is_ok())
 }
 
 #[cfg(test)]

@@ -9,13 +9,15 @@
 
 use forkvm_devices::GuestMemory;
 use kvm_bindings::{
-    KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER, kvm_enable_cap, kvm_segment,
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER, kvm_enable_cap, kvm_segment, kvm_sregs,
 };
 use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::SoftwareKvmError;
+use super::fault::Fault;
+use super::page_walk::exchange;
 use crate::memory::PAGE;
 use crate::vcpu::{StateError, reading, restore_msrs, writing};
 use crate::vm::{VmError, call};
@@ -37,6 +39,8 @@ const INT3: u8 = 0xcc;
 
 const MSR_STAR: u32 = 0xc000_0081;
 const MSR_LSTAR: u32 = 0xc000_0082;
+const MSR_CSTAR: u32 = 0xc000_0083;
+const MSR_FMASK: u32 = 0xc000_0084;
 
 const PRESENT: u64 = 1;
 const WRITABLE: u64 = 1 << 1;
@@ -47,6 +51,11 @@ const LARGE: u64 = 1 << 7;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 const RFLAGS_RF: u64 = 1 << 16;
+/// Flags that a program in ring 3 can have: arithmetic, TF, IF, DF, NT, AC, ID.
+const RFLAGS_OF_PROGRAMS: u64 = 0x24_4fd7;
+/// Addresses of programs.
+const USER_HALF: u64 = (1 << 47) - 1;
+const CR4_LA57: u64 = 1 << 12;
 
 /// What the guest wrote to the MSRs of SYSCALL.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,6 +63,8 @@ pub(crate) struct Relay {
     star: u64,
     /// `None` until it is written: then KVM has the stub's address.
     lstar: Option<u64>,
+    cstar: u64,
+    fmask: u64,
 }
 
 /// Has accesses to the two MSRs end KVM_RUN (KVM API 4.97 and 7.21).
@@ -69,8 +80,9 @@ pub(super) fn filter(vm: &VmFd) -> Result<(), VmError> {
     let denied = MsrFilterRange {
         flags: MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE,
         base: MSR_STAR,
-        msr_count: 2,
-        bitmap: &[0],
+        msr_count: 4,
+        // As many bytes as the kernel reads.
+        bitmap: &[0; 8],
     };
     vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &[denied])
         .map_err(call("KVM_X86_SET_MSR_FILTER"))
@@ -81,6 +93,8 @@ impl Relay {
         match msr {
             MSR_STAR => Some(self.star),
             MSR_LSTAR => Some(self.lstar.unwrap_or(0)),
+            MSR_CSTAR => Some(self.cstar),
+            MSR_FMASK => Some(self.fmask),
             _ => None,
         }
     }
@@ -92,21 +106,33 @@ impl Relay {
         msr: u32,
         value: u64,
     ) -> Result<(), SoftwareKvmError> {
-        let for_kvm = if msr == MSR_STAR {
-            self.star = value;
-            value
-        } else {
-            let sregs = vcpu.get_sregs().map_err(reading("SREGS"))?;
-            install(memory, sregs.cr3)?;
-            self.lstar = Some(value);
-            STUB_VIRTUAL + ENTRY
-        };
+        let mut for_kvm = value;
+        match msr {
+            MSR_STAR => self.star = value,
+            MSR_CSTAR => self.cstar = value,
+            MSR_FMASK => self.fmask = value,
+            _ => {
+                let sregs = vcpu.get_sregs().map_err(reading("SREGS"))?;
+                install(memory, &sregs)?;
+                self.lstar = Some(value);
+                for_kvm = STUB_VIRTUAL + ENTRY;
+            }
+        }
         Ok(restore_msrs(vcpu, &[(msr, for_kvm)]).map_err(StateError::from)?)
     }
 
     /// What is left to do of a SYSCALL that has come to the stub (Intel SDM volume 2, SYSCALL).
+    ///
+    /// A program can jump to the stub, too, with flags and registers of its choice: ring 0 gets none that
+    /// a real SYSCALL could not have given it. One that stores to the door by itself gets #GP.
     pub(super) fn enter(&self, vcpu: &VcpuFd) -> Result<(), SoftwareKvmError> {
-        let lstar = self.lstar.ok_or(SoftwareKvmError::StrayStore)?;
+        let mut sregs = vcpu.get_sregs().map_err(reading("SREGS"))?;
+        let mut regs = vcpu.get_regs().map_err(reading("REGS"))?;
+        let from_stub = regs.rip == STUB_VIRTUAL + ENTRY + CODE.len() as u64;
+        let (Some(lstar), true, 3) = (self.lstar, from_stub, sregs.ss.dpl) else {
+            Fault::Protection.raise(vcpu)?;
+            return Ok(());
+        };
         let selector = (self.star >> 32 & 0xfffc) as u16;
         let flat = |selector, type_| kvm_segment {
             limit: 0xffff_ffff,
@@ -117,7 +143,6 @@ impl Relay {
             g: 1,
             ..Default::default()
         };
-        let mut sregs = vcpu.get_sregs().map_err(reading("SREGS"))?;
         sregs.cs = kvm_segment {
             l: 1,
             ..flat(selector, 0xb)
@@ -128,9 +153,11 @@ impl Relay {
         };
         // What is being delivered stays in the events; here it would be delivered twice.
         sregs.interrupt_bitmap = [0; 4];
-        let mut regs = vcpu.get_regs().map_err(reading("REGS"))?;
         regs.rip = lstar;
-        regs.rflags &= !RFLAGS_RF;
+        regs.rflags &= !(RFLAGS_RF | self.fmask);
+        regs.r11 &= RFLAGS_OF_PROGRAMS;
+        // Not canonical, SYSRET would fault in ring 0.
+        regs.rcx &= USER_HALF;
         vcpu.set_sregs(&sregs).map_err(writing("SREGS"))?;
         vcpu.set_regs(&regs).map_err(writing("REGS"))?;
         Ok(())
@@ -139,14 +166,17 @@ impl Relay {
 
 /// Writes the stub, and maps it and the page behind it in the tables at `cr3`; what is there already
 /// stays. KVM's shadow of the tables needs no word of it: it holds no absent entries.
-fn install(memory: &GuestMemory, cr3: u64) -> Result<(), SoftwareKvmError> {
+fn install(memory: &GuestMemory, sregs: &kvm_sregs) -> Result<(), SoftwareKvmError> {
+    if sregs.cr4 & CR4_LA57 != 0 {
+        return Err(SoftwareKvmError::FiveLevels);
+    }
     let outside = |_outside| SoftwareKvmError::NoTables;
     let mut page = [INT3; PAGE as usize];
     page[ENTRY as usize..][..CODE.len()].copy_from_slice(&CODE);
     memory
         .write_slice(&page, GuestAddress(STUB))
         .map_err(outside)?;
-    let mut table = cr3 & ADDRESS;
+    let mut table = sregs.cr3 & ADDRESS;
     for level in (1..4).rev() {
         let at = GuestAddress(table + (STUB_VIRTUAL >> (12 + 9 * level) & 0x1ff) * 8);
         let entry: u64 = memory.read_obj(at).map_err(outside)?;
@@ -162,7 +192,8 @@ fn install(memory: &GuestMemory, cr3: u64) -> Result<(), SoftwareKvmError> {
             entry | WRITABLE | USER
         };
         if wanted != entry {
-            memory.write_obj(wanted, at).map_err(outside)?;
+            // Nobody else maps kernel memory there while a CPU turns SYSCALL on.
+            exchange(memory, at, entry, wanted).ok_or(SoftwareKvmError::NoTables)?;
         }
         table = wanted & ADDRESS;
     }
@@ -183,10 +214,8 @@ fn install(memory: &GuestMemory, cr3: u64) -> Result<(), SoftwareKvmError> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::fault::Fault;
     use super::super::page_walk::{Access, translate};
     use super::*;
-    use kvm_bindings::kvm_sregs;
 
     const ROOT: u64 = 0x1000;
 
@@ -194,19 +223,22 @@ mod tests {
         GuestMemory::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap()
     }
 
-    fn walk(memory: &GuestMemory, address: u64, access: Access) -> Result<GuestAddress, Fault> {
-        let sregs = kvm_sregs {
+    fn sregs() -> kvm_sregs {
+        kvm_sregs {
             cr3: ROOT,
             ..Default::default()
-        };
-        translate(memory, &sregs, address, access, true)
+        }
+    }
+
+    fn walk(memory: &GuestMemory, address: u64, access: Access) -> Result<GuestAddress, Fault> {
+        translate(memory, &sregs(), address, access, true)
     }
 
     #[test]
     fn ring_3_finds_the_stub_and_the_door_after_it_was_installed_any_number_of_times() {
         let memory = memory();
         for _ in 0..2 {
-            install(&memory, ROOT).unwrap();
+            install(&memory, &sregs()).unwrap();
             let stub = walk(&memory, STUB_VIRTUAL + ENTRY, Access::Fetch).unwrap();
             assert_eq!(stub, GuestAddress(STUB + ENTRY));
             let door = walk(&memory, STUB_VIRTUAL + PAGE, Access::Write).unwrap();
@@ -218,11 +250,11 @@ mod tests {
     #[test]
     fn a_guest_that_uses_the_vsyscall_page_is_told_how_to_be_booted() {
         let memory = memory();
-        install(&memory, ROOT).unwrap();
+        install(&memory, &sregs()).unwrap();
         let table = STUB + PAGE;
         let at = GuestAddress(table + (STUB_VIRTUAL >> 12 & 0x1ff) * 8);
         memory.write_obj(0x7000 | PRESENT, at).unwrap();
-        let refused = install(&memory, ROOT).unwrap_err();
+        let refused = install(&memory, &sregs()).unwrap_err();
         assert!(refused.to_string().contains("vsyscall=none"), "{refused}");
     }
 }

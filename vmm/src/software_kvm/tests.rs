@@ -11,7 +11,6 @@ use forkvm_abi::EXIT_PORT;
 use forkvm_devices::exit::ExitDevice;
 use forkvm_devices::{Brake, Bus, Effect};
 
-use super::*;
 use crate::kvm::{KVM_PATH, Kvm};
 use crate::machine::Buses;
 use crate::vcpu::{Stop, set_xsave};
@@ -107,6 +106,26 @@ program! { vectors, forkvm_test_vectors, forkvm_test_vectors_end,
     "mov qword ptr [rbx + 0x40 + 160 + 240], 0x2222",
     "xrstor [rbx + 0x40]",
     "xsave [rbx + 0x440]",
+}
+
+program! { controls, forkvm_test_controls, forkvm_test_controls_end,
+    "mov ebx, 0x6000",
+    "fninit",
+    "fnstcw [rbx]",
+    "mov word ptr [rbx + 0x100], 0x27f",
+    "fldcw [rbx + 0x100]",
+    "fnstcw [rbx + 8]",
+    "mov dword ptr [rbx + 0x108], 0x1fa0",
+    "ldmxcsr [rbx + 0x108]",
+    "stmxcsr [rbx + 16]",
+    // It is saved and restored, though no vector register was used.
+    "mov eax, 3",
+    "xor edx, edx",
+    "xsave [rbx + 0x140]",
+    "mov dword ptr [rbx + 0x108], 0x1f80",
+    "ldmxcsr [rbx + 0x108]",
+    "xrstor [rbx + 0x140]",
+    "stmxcsr [rbx + 24]",
 }
 
 // Ring 0 sets SYSCALL up and leaves to ring 3, which comes back by it.
@@ -282,6 +301,24 @@ fn ring_0_saves_and_restores_vector_registers() {
     assert_eq!(fpu.xmm[0][..8], 0x1111u64.to_le_bytes());
     assert_eq!(fpu.xmm[1], [2; 16]);
     expect_counted(&kvm, &guest, &[("xsave", 2), ("xrstor", 1)]);
+}
+
+#[test]
+fn ring_0_sets_and_keeps_the_control_words_of_x87_and_sse() {
+    let Some((kvm, guest)) = guest(controls()) else {
+        return;
+    };
+    run(&guest);
+    assert_eq!(result(&guest, 0) as u16, 0x37f);
+    assert_eq!(result(&guest, 1) as u16, 0x27f);
+    assert_eq!(result(&guest, 2) as u32, 0x1fa0);
+    assert_eq!(result(&guest, 3) as u32, 0x1fa0);
+    let counts = guest.fallback_counts();
+    assert_eq!(
+        counts.is_none(),
+        kvm.promises().unwrap().all(),
+        "{counts:?}"
+    );
 }
 
 #[test]

@@ -107,6 +107,11 @@ impl Vcpu {
         Some(self.software.as_ref()?.relay().clone())
     }
 
+    /// Gives the vCPU the CPUID of `state`: once, before it runs.
+    pub(crate) fn set_cpuid_of(&mut self, state: &VcpuState) -> Result<(), StateError> {
+        state.set_cpuid(&self.fd)
+    }
+
     /// Gives the vCPU its CPUID.
     pub(crate) fn set_cpuid(&mut self, cpuid: &kvm_bindings::CpuId) -> Result<(), StateError> {
         self.fd.set_cpuid2(cpuid).map_err(writing("CPUID2"))?;
@@ -136,9 +141,8 @@ impl Vcpu {
         VcpuState::save(&self.fd, self.abilities, self.catalogue()?)
     }
 
-    /// Does what can be done ahead of a restore of `state`, or of one like it.
+    /// Does what can be done ahead of a restore of `state`, or of one like it, whose CPUID it has.
     pub(crate) fn prime(&mut self, state: &VcpuState) -> Result<(), StateError> {
-        state.set_cpuid(&self.fd)?;
         let has = state.prime(&self.fd, self.abilities, self.catalogue()?)?;
         self.has = Some(has);
         Ok(())
@@ -158,10 +162,14 @@ impl Vcpu {
             mp_state: KVM_MP_STATE_RUNNABLE,
         };
         self.fd.set_mp_state(runnable).map_err(failed)?;
+        let _kickable = self.kickable();
         let exit = match self.fd.run() {
             Ok(exit) => exit,
-            // A kick, which came too early to mean anything. The vCPU is colder, not wrong.
-            Err(error) if error.errno() == libc::EINTR => return Ok(()),
+            // A kick: it took too long, or comes too early to mean anything. The vCPU is colder, not wrong.
+            Err(error) if error.errno() == libc::EINTR => {
+                self.fd.set_kvm_immediate_exit(0);
+                return Ok(());
+            }
             // Two-dimensional paging: the first fetch finds no host memory.
             Err(error) if error.errno() == libc::EFAULT => return Ok(()),
             Err(error) => return Err(failed(error)),
@@ -169,6 +177,8 @@ impl Vcpu {
         match exit {
             // Shadow paging: the page tables cannot be read, nor can those of the fault's handler.
             VcpuExit::Shutdown | VcpuExit::InternalError => Ok(()),
+            // As EFAULT, where KVM tells the address with it (KVM_CAP_MEMORY_FAULT_INFO).
+            VcpuExit::MemoryFault { .. } => Ok(()),
             // An access, say, whose completion would be left over.
             other => Err(RunError::Unexpected {
                 vcpu,

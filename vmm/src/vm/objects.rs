@@ -6,9 +6,10 @@
 use std::ffi::c_ulong;
 use std::iter::repeat;
 use std::sync::atomic::AtomicBool;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use forkvm_devices::Brake;
 use kvm_bindings::{
@@ -31,6 +32,9 @@ use crate::vcpu::{Abilities, Kick, Vcpu, allow_kicks, prepare_signal};
 const TSS_ADDRESS: usize = 0xfffb_d000;
 /// One page for the same purpose (KVM_SET_IDENTITY_MAP_ADDR, KVM API 4.40).
 const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+
+/// How long a first entry may take that finds no memory: some 100 us, where the host is not busy.
+const WARM_UP_DEADLINE: Duration = Duration::from_secs(2);
 
 /// See the module's text.
 pub(super) struct KvmObjects {
@@ -110,7 +114,9 @@ impl KvmObjects {
     /// Makes up for what a software KVM lacks. `state` is how that stood; that of a machine that has not
     /// run is empty.
     pub(super) fn use_software_kvm(&mut self, state: &SoftwareState) -> Result<(), VmError> {
-        SoftwareKvm::prepare(&self.vm)?;
+        if self.fallbacks.is_none() {
+            SoftwareKvm::prepare(&self.vm)?;
+        }
         let counts = self.fallbacks.get_or_insert_default();
         let relays = state.vcpus.iter().cloned().map(Some).chain(repeat(None));
         for (vcpu, relay) in self.vcpus.iter().zip(relays) {
@@ -162,9 +168,18 @@ impl KvmObjects {
             warmed
         });
         let warming: Vec<Receiver<_>> = warming.collect();
-        let warmed: Vec<_> = warming.iter().map(Receiver::recv).collect();
+        // No KVM is known that does not come back by itself.
+        let deadline = Instant::now() + WARM_UP_DEADLINE;
+        let warmed = (0..).zip(&warming).map(|(vcpu, warmed)| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            warmed.recv_timeout(left).or_else(|_late_or_gone| {
+                self.kick(vcpu);
+                warmed.recv()
+            })
+        });
+        let warmed: Vec<_> = warmed.collect();
         for warmed in warmed {
-            let panicked = |_gone| VmError::NotWarmed {
+            let panicked = |_gone: RecvError| VmError::NotWarmed {
                 what: "a vCPU thread that panicked".into(),
             };
             warmed.map_err(panicked)?.map_err(VmError::Run)?;

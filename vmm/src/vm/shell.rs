@@ -41,6 +41,9 @@ impl Shell {
             }
             Ok(())
         };
+        for (vcpu, state) in self.objects.vcpus.iter().zip(&state.vcpus) {
+            lock(vcpu).set_cpuid_of(state)?;
+        }
         // Twice: registers that are like the machine's make KVM build more of what will be needed, and
         // the exit for want of memory may have reset them.
         prime(&self.objects)?;

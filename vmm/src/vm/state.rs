@@ -120,16 +120,15 @@ impl MachineState {
         }
         let vm = state.decode(KVM_VM)?;
         let vcpus = (0..config.vcpus).map(|index| state.decode(&vcpu_section(index)));
+        let vcpus = vcpus.collect::<Result<_, _>>()?;
+        let software = SoftwareState::take_from(state, config.vcpus)?;
         Ok(MachineState {
-            vcpus: vcpus.collect::<Result<_, _>>()?,
+            vcpus,
             config,
             host,
             layout,
             vm,
-            software: match state.take_all(KVM_SOFTWARE).first() {
-                Some(section) => Some(section.decode()?),
-                None => None,
-            },
+            software,
             devices: state.take_all(DEVICES).into_iter().cloned().collect(),
         })
     }
@@ -168,6 +167,24 @@ impl MachineState {
     /// returns the 64-bit word at a guest-physical address, or `None` where there is no RAM.
     pub fn named_pages(&self, read: &mut dyn FnMut(u64) -> Option<u64>) -> Vec<u64> {
         named_pages(&self.vcpus, read)
+    }
+}
+
+impl SoftwareState {
+    /// The section, if there is one: with a part for each vCPU.
+    fn take_from(
+        state: &mut SectionsReader<'_>,
+        vcpus: u32,
+    ) -> Result<Option<SoftwareState>, VmError> {
+        let software: SoftwareState = match state.decode(KVM_SOFTWARE) {
+            Err(SectionError::Missing { .. }) => return Ok(None),
+            other => other?,
+        };
+        if software.vcpus.len() != vcpus as usize {
+            let what = format!("{KVM_SOFTWARE} of {} vCPUs", software.vcpus.len());
+            return Err(VmError::Shape { what });
+        }
+        Ok(Some(software))
     }
 }
 
