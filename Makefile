@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: help build demo test test-long test-svm bench examples lint setup
+.PHONY: help build demo linux test test-long test-svm bench examples lint setup
 
 TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
 
@@ -14,7 +14,7 @@ help: ## Show this list
 	@echo "  One test:                 cargo nextest run NAME        (cargo test NAME without nextest)"
 	@echo "  One test on emulated SVM: make test-svm FILTER=NAME [CELL=6.1-npt0]"
 	@echo "  Does this host suffice?   $(TARGET)/release/forkvm doctor"
-	@echo "demo, test, test-svm and lint install the Debian packages they lack: run them as root or with sudo at hand."
+	@echo "demo, linux, test, test-svm and lint install the Debian packages they lack: run them as root or with sudo at hand."
 
 build: ## Build the release binary target/release/forkvm
 	@scripts/check-rust
@@ -26,6 +26,11 @@ demo: ## Install what is missing, build, and map reads in 32 clones: target/demo
 	"$(TARGET)/release/forkvm" demo --clones 32
 	samtools quickcheck target/demo.sam
 	@echo "samtools reads $$(samtools view -c target/demo.sam) records of target/demo.sam"
+
+linux: ## Install what is missing, and build the Linux image `minimal`, or find it in the cache
+	@scripts/setup build linux
+	@$(MAKE) --no-print-directory build
+	"$(TARGET)/release/forkvm" image build minimal
 
 # Test binaries that are run three times: with clones in the test's own process, in workers, and with a pool of shells.
 EVERY_WAY := $(foreach binary,forks faults lazy rewind saved_machines,--test $(binary))
@@ -77,7 +82,7 @@ lint: ## Formatting, clippy and rustdoc with warnings as errors, shellcheck
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
 	cd guest-images/bare && cargo fmt --check
 	cd guest-images/bare && cargo clippy --release --locked --target-dir "$(TARGET)/bare" -- -D warnings
-	shellcheck .ci/run scripts/setup scripts/check-rust lanes/svm/init
+	shellcheck .ci/run scripts/setup scripts/check-rust lanes/svm/init guest-images/linux/recipes/minimal/init
 
 setup: ## Install all Debian packages that any target needs
 	@scripts/setup all

@@ -9,6 +9,7 @@ use cargo_metadata::{CargoOpt, DependencyKind, Metadata, MetadataCommand, Packag
 const MAY_USE: &[(&str, &[&str])] = &[
     ("forkvm-abi", &[]),
     ("forkvm-read-mapper", &[]),
+    ("forkvm-linux-image", &[]),
     ("forkvm-guest-images", &["forkvm-abi"]),
     ("forkvm-devices", &["forkvm-abi"]),
     ("forkvm-vmm", &["forkvm-abi", "forkvm-devices"]),
@@ -23,6 +24,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "forkvm-clone-engine",
             "forkvm-devices",
             "forkvm-guest-images",
+            "forkvm-linux-image",
             "forkvm-read-mapper",
             "forkvm-vmm",
         ],

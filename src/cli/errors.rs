@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use forkvm::engine::UserfaultError;
 use forkvm::vmm::KvmError;
+use forkvm_linux_image::BuildError;
 use serde_json::{Value, json};
 use thiserror::Error;
 
@@ -20,6 +21,10 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     if error.is::<Usage>() {
         eprintln!("For more information, try '--help'.");
         return ExitCode::from(2);
+    }
+    // Which names what is missing, and the remedy.
+    if lacks_build_tools(error) {
+        return ExitCode::from(3);
     }
     if host_lacks(error) {
         eprintln!("`forkvm doctor` says what this host lacks, and how to mend it.");
@@ -43,6 +48,13 @@ fn lines(error: &anyhow::Error) -> Vec<String> {
         }
     }
     lines
+}
+
+fn lacks_build_tools(error: &anyhow::Error) -> bool {
+    matches!(
+        error.downcast_ref::<BuildError>(),
+        Some(BuildError::Lacking(_))
+    )
 }
 
 fn host_lacks(error: &anyhow::Error) -> bool {

@@ -12,6 +12,7 @@ mod disk_option;
 mod doctor;
 mod errors;
 mod fork_options;
+mod image;
 mod log;
 mod output;
 mod progress;
@@ -19,6 +20,7 @@ mod restore;
 mod run;
 mod session;
 mod state;
+mod stop;
 mod worker;
 
 use std::path::PathBuf;
@@ -41,6 +43,7 @@ Examples:
   forkvm state show DIR                          What is in a saved machine
   forkvm bench instantiate --quick               How fast is it here?
   forkvm disk commit disk.img                    Merge what a forked VM wrote into its disk
+  forkvm image build minimal                     A Linux kernel and initramfs to boot
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 the host lacks something, 128+n ended by signal n;
 run and restore end with the status of the VM that was started.";
@@ -80,6 +83,9 @@ enum Command {
     /// Work on disks that were forked
     #[command(subcommand)]
     Disk(disk::Disk),
+    /// Build the Linux images that machines boot, and look after those that were built
+    #[command(subcommand)]
+    Image(image::Image),
     /// Run clones for the process that started this one
     #[command(hide = true)]
     Worker,
@@ -126,6 +132,7 @@ impl Command {
             Command::Restore(command) => command.run(output),
             Command::State(command) => command.run(output),
             Command::Disk(command) => command.run(output),
+            Command::Image(command) => command.run(output),
             Command::Worker => worker::run(),
             Command::Completions { shell } => {
                 let mut text = output.text();

@@ -10,5 +10,6 @@ mod demo;
 mod disk_commit;
 mod doctor;
 mod harness;
+mod image;
 mod saved_machines;
 mod signals;

@@ -10,8 +10,6 @@ mod table;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use anyhow::Context;
 use clap::builder::{PossibleValue, PossibleValuesParser};
@@ -21,11 +19,10 @@ use forkvm::bench::report::Report;
 use forkvm::bench::runner::Plan;
 use forkvm::bench::{SCENARIOS, Scale, Scenario, export, page};
 use forkvm::vmm::Kvm;
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::flag;
 
 use super::errors;
 use super::output::{Outcome, Output, write_whole};
+use super::stop::Stop;
 use progress::Bar;
 
 const EXAMPLES: &str = "\
@@ -110,9 +107,9 @@ impl Bench {
         let mut text = output.text();
         writeln!(text, "seed {}: `--seed {0}` repeats this order", plan.seed)?;
         let mut report = Report::begin(&name, plan);
-        let mut bar = Bar::new(stop.asked.clone());
+        let mut bar = Bar::new(stop.asked());
         for scenario in &chosen {
-            if stop.signal().is_some() {
+            if stop.exit_code().is_some() {
                 report.partial = true;
                 break;
             }
@@ -123,10 +120,8 @@ impl Bench {
         }
         table::print_left_out(&mut text, &report)?;
         let failures = self.export(&report, &chosen, &mut text)?;
-        let status = match stop.signal() {
-            Some(signal) => 128 + signal as u8,
-            None => u8::from(failures > 0 || !report.failed.is_empty()),
-        };
+        let failed = u8::from(failures > 0 || !report.failed.is_empty());
+        let status = stop.exit_code().unwrap_or(failed);
         let report = serde_json::to_value(&report)?;
         Ok(Outcome { status, report })
     }
@@ -200,35 +195,6 @@ impl Bench {
             written(path, done)?;
         }
         Ok(failures)
-    }
-}
-
-/// Hears SIGINT and SIGTERM. The first asks for the end; a second ends the process at once.
-struct Stop {
-    asked: Arc<AtomicBool>,
-    signal: Arc<AtomicUsize>,
-}
-
-impl Stop {
-    fn on_signals() -> std::io::Result<Stop> {
-        let (asked, number) = (
-            Arc::new(AtomicBool::new(false)),
-            Arc::new(AtomicUsize::new(0)),
-        );
-        for signal in [SIGINT, SIGTERM] {
-            // In this order: the handler of the second signal finds what the first one has set.
-            flag::register_conditional_shutdown(signal, 128 + signal, asked.clone())?;
-            flag::register_usize(signal, number.clone(), signal as usize)?;
-            flag::register(signal, asked.clone())?;
-        }
-        Ok(Stop {
-            asked,
-            signal: number,
-        })
-    }
-
-    fn signal(&self) -> Option<usize> {
-        Some(self.signal.load(Ordering::Acquire)).filter(|signal| *signal != 0)
     }
 }
 

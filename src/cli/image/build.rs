@@ -1,0 +1,86 @@
+//! `forkvm image build`.
+
+use std::io::Write;
+use std::time::Instant;
+
+use anyhow::Context;
+use clap::Args;
+use forkvm_linux_image::{
+    BuildError, Built, Cache, Given, Recipe, RecipeError, Request, SourceKernel, build,
+};
+
+use super::progress::Bar;
+use super::{kib, to_json};
+use crate::cli::errors::{self, Usage};
+use crate::cli::output::{Outcome, Output};
+use crate::cli::stop::Stop;
+
+/// Options of `image build`.
+#[derive(Debug, Args)]
+pub(crate) struct Build {
+    /// A recipe of forkvm's (`minimal`), or the path of a recipe's directory, with a slash in it
+    #[arg(value_name = "NAME|DIR")]
+    recipe: String,
+}
+
+impl Build {
+    pub(crate) fn run(self, output: &Output) -> anyhow::Result<Outcome> {
+        let start = Instant::now();
+        let recipe = Recipe::find(&self.recipe).map_err(|error| match error {
+            RecipeError::Unknown { .. } => Usage(error.to_string()).into(),
+            error => anyhow::Error::from(error),
+        })?;
+        let cache = Cache::of_user()?;
+        let stop = Stop::on_signals().context("hearing signals")?;
+        let request = Request {
+            recipe: &recipe,
+            // forkvm's agent, once there is one.
+            given: &Given::new(),
+            kernel: &SourceKernel,
+            cache: &cache,
+        };
+        let mut bar = Bar::new(output.text(), stop.asked());
+        let built = build(&request, &mut bar);
+        drop(bar);
+        let built = match (built, stop.exit_code()) {
+            (Err(error @ BuildError::Stopped), Some(status)) => {
+                let error = anyhow::Error::from(error);
+                errors::report(&error);
+                return Ok(Outcome {
+                    status,
+                    report: errors::to_json(&error),
+                });
+            }
+            (built, _) => built?,
+        };
+        let took = start.elapsed();
+        print(&mut output.text(), &built, took.as_secs_f64())?;
+        let mut report = to_json(&built.image);
+        report["built"] = built.fresh.into();
+        report["took_ms"] = u64::try_from(took.as_millis())?.into();
+        Ok(Outcome::done(report))
+    }
+}
+
+fn print(out: &mut dyn Write, built: &Built, seconds: f64) -> anyhow::Result<()> {
+    let image = &built.image;
+    let how = if built.fresh {
+        "built"
+    } else {
+        "found in the cache"
+    };
+    let (name, version) = (image.name(), image.kernel_version());
+    writeln!(out, "{name}, Linux {version}, {how} in {seconds:.1} s")?;
+    for (name, file) in image.files() {
+        let path = image.directory().join(name);
+        writeln!(out, "  {:>8} KiB  {}", kib(file.bytes), path.display())?;
+    }
+    writeln!(
+        out,
+        "to boot it: forkvm run --kernel {} --initrd {} --cmdline '{}'",
+        image.vmlinux().display(),
+        image.initramfs().display(),
+        image.cmdline()
+    )?;
+    Ok(())
+}
