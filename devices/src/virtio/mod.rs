@@ -5,6 +5,7 @@
 
 pub mod blk;
 pub mod chain;
+pub mod console;
 pub mod mmio;
 mod queue_pass;
 pub mod rng;
@@ -12,6 +13,7 @@ mod saved_queue;
 
 pub use blk::{Blk, BlkCounters};
 pub use chain::Chain;
+pub use console::Console;
 pub use mmio::MmioTransport;
 pub use rng::Rng;
 

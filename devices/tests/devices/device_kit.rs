@@ -4,13 +4,14 @@ use std::sync::Arc;
 
 use forkvm_devices::block::SECTOR;
 use forkvm_devices::device::GuestCall;
-use forkvm_devices::virtio::{Blk, MmioTransport, Rng};
+use forkvm_devices::virtio::{Blk, Console, MmioTransport, Rng};
 use forkvm_devices::{
     Brake, Device, DeviceError, Doorbell, Effect, ExitDevice, SectionError, Serial,
 };
 
 use crate::driver::{Driver, Line, VERSION_1, ram, write32};
 use crate::virtio_blk::writable_disk;
+use crate::virtio_console;
 
 /// A kind of device: how one is built, and how a guest brings it into a state worth saving.
 struct Kind {
@@ -48,7 +49,7 @@ fn fresh_virtio<D: forkvm_devices::virtio::VirtioDevice + 'static>(model: D) -> 
     ))
 }
 
-const KINDS: [Kind; 5] = [
+const KINDS: [Kind; 6] = [
     Kind {
         name: "serial",
         range: 8,
@@ -96,6 +97,16 @@ const KINDS: [Kind; 5] = [
         range: 0x1000,
         build: || fresh_virtio(Rng),
         used: || used_virtio(Rng),
+    },
+    Kind {
+        name: "dut",
+        range: 0x1000,
+        build: || fresh_virtio(Console::new(Box::new(std::io::sink()))),
+        used: || {
+            let mut guest = virtio_console::Guest::new(std::io::sink());
+            guest.device.enqueue(b"unread");
+            Box::new(guest.device)
+        },
     },
 ];
 
