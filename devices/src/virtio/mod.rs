@@ -10,12 +10,14 @@ pub mod mmio;
 mod queue_pass;
 pub mod rng;
 mod saved_queue;
+pub mod vsock;
 
 pub use blk::{Blk, BlkCounters};
 pub use chain::Chain;
 pub use console::Console;
 pub use mmio::MmioTransport;
 pub use rng::Rng;
+pub use vsock::Vsock;
 
 use serde::{Serialize, de::DeserializeOwned};
 

@@ -17,3 +17,5 @@ mod virtio_blk_hostile;
 mod virtio_console;
 mod virtio_mmio;
 mod virtio_rng;
+mod virtio_vsock;
+mod vsock_guest;
