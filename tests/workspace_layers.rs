@@ -38,6 +38,7 @@ const RUST_VMM: &[&str] = &[
     "linux-loader",
     "virtio-bindings",
     "virtio-queue",
+    "virtio-vsock",
     "vm-memory",
     "vm-superio",
     "vmm-sys-util",

@@ -10,10 +10,15 @@
 //! missing reads as zero from then on. Nothing that was read after that may leave the machine, so a
 //! device asks between reading guest memory and acting on it.
 //!
+//! A thread that is no vCPU's has no gate that a pause could wait at. So it announces each stretch in
+//! which it may touch guest memory ([`Brake::try_work`]), and who has pulled the brake waits until
+//! none is under way ([`Brake::until_still`]).
+//!
 //! Who makes devices gives all of them of one machine the same brake.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
@@ -26,6 +31,25 @@ struct Flags {
     pulled: AtomicBool,
     condemned: AtomicBool,
     left_over: AtomicBool,
+    /// Stretches of [`Work`] that are under way.
+    at_work: Mutex<u32>,
+    /// Signalled when there is none any more.
+    still: Condvar,
+}
+
+/// A stretch of work of a thread that is no vCPU's: until it is dropped, the machine does not stand
+/// still.
+#[derive(Debug)]
+pub struct Work(Brake);
+
+/// A thread that is no vCPU's is still at work in a device.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error(
+    "a device's own thread did not stop within {deadline:?}: it waits for a page of guest memory"
+)]
+pub struct NotStill {
+    /// How long was waited.
+    pub deadline: Duration,
 }
 
 /// What was read of guest memory may never have been there: the machine is lost, and its devices
@@ -90,5 +114,51 @@ impl Brake {
     pub fn leave_over(&self) -> bool {
         self.0.left_over.store(true, Ordering::SeqCst);
         self.pulled()
+    }
+    /// Begins a stretch of work on guest memory, on a thread that is no vCPU's; `None` while the brake
+    /// is pulled. Never waits.
+    pub fn try_work(&self) -> Option<Work> {
+        let mut at_work = self.at_work();
+        // Under the lock: who pulled the brake before this look finds the stretch counted, or not
+        // begun.
+        if self.pulled() {
+            return None;
+        }
+        *at_work += 1;
+        Some(Work(self.clone()))
+    }
+
+    /// Waits, for `deadline` at most, until no stretch of work is under way. The caller has pulled the
+    /// brake, so none begins meanwhile.
+    pub fn until_still(&self, deadline: Duration) -> Result<(), NotStill> {
+        let until = Instant::now() + deadline;
+        let mut at_work = self.at_work();
+        while *at_work > 0 {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(NotStill { deadline });
+            }
+            let waited = self.0.still.wait_timeout(at_work, left);
+            at_work = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(())
+    }
+
+    fn at_work(&self) -> MutexGuard<'_, u32> {
+        // No code that can panic runs under this lock.
+        self.0
+            .at_work
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        let mut at_work = self.0.at_work();
+        *at_work -= 1;
+        if *at_work == 0 {
+            self.0.0.still.notify_all();
+        }
     }
 }

@@ -2,8 +2,9 @@
 //!
 //! It holds what every virtio device has: the status register's state machine, feature negotiation,
 //! the split queues and the interrupt. The device behind it is a [`VirtioDevice`]. Requests are
-//! served in the access that announces them, on the vCPU that makes it, until none is left or the
-//! machine's [`Brake`] is pulled. A condemned machine's device raises no interrupt any more.
+//! served in the access that announces them, on the vCPU that makes it, until none is left that the
+//! device has a use for, or the machine's [`Brake`] is pulled. A condemned machine's device raises no
+//! interrupt any more.
 //!
 //! A driver that breaks a rule harms only itself: a register write out of order is ignored, a queue
 //! whose rings cannot be followed sets DEVICE_NEEDS_RESET (section 2.1.2).
@@ -23,9 +24,9 @@ use vm_memory::GuestAddress;
 
 use crate::device::{Device, DeviceError, Effect, InterruptLine};
 use crate::section::{SavedState, Section};
-use crate::virtio::VirtioDevice;
-use crate::virtio::queue_pass::{PassEnd, serve_available};
+use crate::virtio::queue_pass::{PassEnd, Server, serve_available};
 use crate::virtio::saved_queue::SavedQueue;
+use crate::virtio::{Chain, VirtioDevice};
 use crate::{Brake, GuestMemory};
 
 /// "virt", what MagicValue reads as.
@@ -157,7 +158,7 @@ impl<D: VirtioDevice> MmioTransport<D> {
             reg::VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.registers.driver_features_sel = value,
             reg::VIRTIO_MMIO_DRIVER_FEATURES => self.accept_features(value),
             reg::VIRTIO_MMIO_QUEUE_SEL => self.registers.queue_sel = value,
-            reg::VIRTIO_MMIO_QUEUE_NOTIFY => self.serve(value as usize),
+            reg::VIRTIO_MMIO_QUEUE_NOTIFY => self.serve_notified(value as usize),
             reg::VIRTIO_MMIO_INTERRUPT_ACK => self.registers.interrupt_status &= !value,
             reg::VIRTIO_MMIO_STATUS => self.write_status(value),
             _ => self.write_queue_register(offset, value),
@@ -233,6 +234,7 @@ impl<D: VirtioDevice> MmioTransport<D> {
     fn reset(&mut self) {
         self.registers = Registers::default();
         self.queues.iter_mut().for_each(Queue::reset);
+        self.model.reset();
     }
 
     fn write_queue_register(&mut self, offset: u32, value: u32) {
@@ -309,9 +311,47 @@ impl<D: VirtioDevice> MmioTransport<D> {
         }
     }
 
-    /// Serves what queue `index` holds, if the device is running. While requests keep coming only
-    /// the brake ends it; the driver hears of what is done after each pass.
-    fn serve(&mut self, index: usize) {
+    /// Serves what the queues hold, after something outside of the guest has given the device a use for
+    /// it. For a thread that is no vCPU's: while the machine stands still it does nothing, and what is
+    /// left is served when the vCPUs run again.
+    pub fn serve_from_outside(&mut self) {
+        loop {
+            if let Some(_work) = self.brake.try_work() {
+                return self.serve_all();
+            }
+            if self.brake.leave_over() {
+                return;
+            }
+        }
+    }
+
+    /// The driver says that there are requests in queue `index`. What they do to the device may give it
+    /// a use for requests of the others.
+    fn serve_notified(&mut self, index: usize) {
+        if self.serve(index) && self.queues.len() > 1 {
+            self.serve_all();
+        }
+    }
+
+    /// Serves all queues, until the device has no use any more for what any of them holds.
+    fn serve_all(&mut self) {
+        let mut again = true;
+        while again {
+            again = false;
+            for index in 0..self.queues.len() {
+                if self.queues[index].ready() && self.model.takes(index) {
+                    again |= self.serve(index);
+                }
+            }
+            again &= self.queues.len() > 1;
+        }
+    }
+
+    /// Serves what queue `index` holds, if the device is running, and says whether that was anything.
+    /// While requests keep coming only the brake ends it; the driver hears of what is done after each
+    /// pass.
+    fn serve(&mut self, index: usize) -> bool {
+        let mut served = false;
         loop {
             let running = self.registers.has(VIRTIO_CONFIG_S_DRIVER_OK)
                 && !self.registers.has(VIRTIO_CONFIG_S_NEEDS_RESET);
@@ -325,23 +365,30 @@ impl<D: VirtioDevice> MmioTransport<D> {
                     index,
                     "notification without a running queue"
                 );
-                return;
+                return false;
             };
-            let features = self.registers.driver_features;
-            let (model, memory, brake) = (&mut self.model, &self.memory, &self.brake);
-            let pass = serve_available(queue, memory, brake, |request| {
-                model.serve(index, request, features, memory, brake)
-            });
-            let pass = match pass {
+            let mut server = ModelQueue {
+                model: &mut self.model,
+                index,
+                features: self.registers.driver_features,
+                memory: &self.memory,
+                brake: &self.brake,
+            };
+            let pass = match serve_available(queue, &self.memory, &self.brake, &mut server) {
                 Ok(pass) => pass,
-                Err(error) => return self.queue_broken(index, &error),
+                Err(error) => {
+                    self.queue_broken(index, &error);
+                    return false;
+                }
             };
+            served |= pass.returned > 0;
             if pass.interrupt {
                 self.raise(reg::VIRTIO_MMIO_INT_VRING);
             }
             match pass.end {
-                PassEnd::Drained | PassEnd::Condemned => return,
-                PassEnd::Braked if self.brake.leave_over() => return,
+                PassEnd::Condemned => return false,
+                PassEnd::Drained => return served,
+                PassEnd::Braked if self.brake.leave_over() => return false,
                 PassEnd::Bound | PassEnd::Braked => {}
             }
         }
@@ -484,13 +531,30 @@ impl<D: VirtioDevice> Device for MmioTransport<D> {
                 })?;
         }
         if self.registers.has(VIRTIO_CONFIG_S_DRIVER_OK) {
-            for index in 0..self.queues.len() {
-                if self.queues[index].ready() {
-                    self.serve(index);
-                }
-            }
+            self.serve_all();
         }
         Ok(())
+    }
+}
+
+/// The model, as a pass over one of its queues sees it.
+struct ModelQueue<'a, D> {
+    model: &'a mut D,
+    index: usize,
+    features: u64,
+    memory: &'a GuestMemory,
+    brake: &'a Brake,
+}
+
+impl<D: VirtioDevice> Server for ModelQueue<'_, D> {
+    fn takes(&self) -> bool {
+        self.model.takes(self.index)
+    }
+
+    fn serve(&mut self, request: Chain) -> u32 {
+        let (features, memory, brake) = (self.features, self.memory, self.brake);
+        self.model
+            .serve(self.index, request, features, memory, brake)
     }
 }
 

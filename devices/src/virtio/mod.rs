@@ -5,15 +5,19 @@
 
 pub mod blk;
 pub mod chain;
+pub mod console;
 pub mod mmio;
 mod queue_pass;
 pub mod rng;
 mod saved_queue;
+pub mod vsock;
 
 pub use blk::{Blk, BlkCounters};
 pub use chain::Chain;
+pub use console::Console;
 pub use mmio::MmioTransport;
 pub use rng::Rng;
+pub use vsock::Vsock;
 
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -38,6 +42,17 @@ pub trait VirtioDevice: Send {
     /// Fills `data` from `offset` of the device's configuration space; zero beyond its end.
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
+    /// Whether the device has a use for a request of queue `queue` now. One that it has no use for
+    /// stays in its ring, where it costs nothing and is saved with the ring: a buffer for what has not
+    /// arrived yet, or a request whose answer would find no room.
+    ///
+    /// Asked before each request, and for every queue again after any was served. What happens
+    /// outside of the guest and changes the answer is followed by
+    /// [`MmioTransport::serve_from_outside`].
+    fn takes(&self, _queue: usize) -> bool {
+        true
+    }
+
     /// Serves a request of queue `queue`, where the driver accepted `features`, and returns how
     /// many bytes it wrote into the request's writable buffers. The driver gets the request back
     /// in any case, but when the machine is condemned.
@@ -52,6 +67,9 @@ pub trait VirtioDevice: Send {
         memory: &GuestMemory,
         brake: &Brake,
     ) -> u32;
+
+    /// The driver has reset the device. What it has told the device before counts no more.
+    fn reset(&mut self) {}
 
     /// The device's own state.
     fn save(&self) -> Self::State;

@@ -12,6 +12,8 @@ use crate::{Brake, GuestMemory};
 /// What a pass leaves to do.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pass {
+    /// Requests that were returned.
+    pub(super) returned: u16,
     /// The driver wants an interrupt now.
     pub(super) interrupt: bool,
     pub(super) end: PassEnd,
@@ -20,7 +22,8 @@ pub(super) struct Pass {
 /// Why a pass ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum PassEnd {
-    /// Nothing was available any more; the driver notifies the next request.
+    /// Nothing was available any more, and the driver notifies the next request; or the device has no
+    /// use for what is.
     Drained,
     /// It has returned as many requests as the queue holds, and more may be available.
     Bound,
@@ -30,9 +33,18 @@ pub(super) enum PassEnd {
     Condemned,
 }
 
-/// Serves what is available in `queue` with `serve`, which returns the number of bytes it wrote: at
-/// most as many requests as the queue holds, and none once `brake` is pulled. Writes nothing to
-/// guest memory when nothing is available. An error means that the driver broke the queue, and it
+/// What a pass does with the requests of its queue.
+pub(super) trait Server {
+    /// Whether there is a use for a request now. What is not taken stays in the ring, untouched.
+    fn takes(&self) -> bool;
+
+    /// Serves a request and returns how many bytes it wrote.
+    fn serve(&mut self, request: Chain) -> u32;
+}
+
+/// Serves what is available in `queue` with `server`, as long as it takes requests: at
+/// most as many as the queue holds, and none once `brake` is pulled. Writes nothing to
+/// guest memory when nothing is taken. An error means that the driver broke the queue, and it
 /// can only be reset.
 ///
 /// Each access to guest memory may wait for a page. Where the machine is condemned meanwhile, the
@@ -41,12 +53,13 @@ pub(super) fn serve_available(
     queue: &mut Queue,
     memory: &GuestMemory,
     brake: &Brake,
-    serve: impl FnMut(Chain) -> u32,
+    server: &mut impl Server,
 ) -> Result<Pass, Error> {
-    let pass = serve_until_end(queue, memory, brake, serve);
+    let pass = serve_until_end(queue, memory, brake, server);
     // After the last look into the rings: what they said decides on interrupt and error.
     if brake.condemned() {
         return Ok(Pass {
+            returned: 0,
             interrupt: false,
             end: PassEnd::Condemned,
         });
@@ -58,12 +71,15 @@ fn serve_until_end(
     queue: &mut Queue,
     memory: &GuestMemory,
     brake: &Brake,
-    mut serve: impl FnMut(Chain) -> u32,
+    server: &mut impl Server,
 ) -> Result<Pass, Error> {
     // Requests returned so far, and how many of them the driver's avail event accounts for.
     let (mut returned, mut accounted) = (0, 0);
     let end = loop {
-        let stop = if brake.pulled() {
+        let stop = if !server.takes() {
+            // First: a device that has no use for requests leaves none over.
+            Some(PassEnd::Drained)
+        } else if brake.pulled() {
             Some(PassEnd::Braked)
         } else {
             (returned == queue.size()).then_some(PassEnd::Bound)
@@ -79,7 +95,7 @@ fn serve_until_end(
             if brake.condemned() {
                 break PassEnd::Condemned;
             }
-            let written = serve(request);
+            let written = server.serve(request);
             if brake.condemned() {
                 break PassEnd::Condemned;
             }
@@ -101,7 +117,11 @@ fn serve_until_end(
         }
     };
     let interrupt = returned > 0 && wants_interrupt(queue, memory)?;
-    Ok(Pass { interrupt, end })
+    Ok(Pass {
+        returned,
+        interrupt,
+        end,
+    })
 }
 
 /// virtio 1.2 section 2.7.7: the avail ring's flag without EVENT_IDX, its used_event with it.

@@ -1,5 +1,8 @@
 //! The brake: what lets a machine stand still although its guest keeps a device busy.
 
+use std::thread;
+use std::time::Duration;
+
 use forkvm_devices::virtio::{Chain, VirtioDevice};
 use forkvm_devices::{Brake, Device, GuestMemory};
 use vm_memory::{Bytes, GuestAddress};
@@ -160,4 +163,23 @@ fn a_driver_with_event_idx_is_asked_for_the_next_notification_however_a_pass_end
         let event: u16 = driver.memory.read_obj(GuestAddress(avail_event)).unwrap();
         assert_eq!(u32::from(event), total, "the request after the last");
     }
+}
+
+#[test]
+fn work_that_is_under_way_holds_a_pause_up_until_its_deadline() {
+    let brake = Brake::default();
+    let work = brake.try_work().unwrap();
+    brake.pull();
+    assert!(brake.try_work().is_none());
+    assert!(brake.until_still(Duration::from_millis(10)).is_err());
+    let waiting = thread::spawn({
+        let brake = brake.clone();
+        move || brake.until_still(Duration::from_secs(20))
+    });
+    drop(work);
+    waiting.join().unwrap().unwrap();
+    brake.release();
+    assert!(brake.try_work().is_some());
+    brake.condemn();
+    assert!(brake.try_work().is_none());
 }

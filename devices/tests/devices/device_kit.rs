@@ -4,13 +4,15 @@ use std::sync::Arc;
 
 use forkvm_devices::block::SECTOR;
 use forkvm_devices::device::GuestCall;
-use forkvm_devices::virtio::{Blk, MmioTransport, Rng};
+use forkvm_devices::virtio::vsock::{Cid, UnixBackend};
+use forkvm_devices::virtio::{Blk, Console, MmioTransport, Rng, Vsock};
 use forkvm_devices::{
     Brake, Device, DeviceError, Doorbell, Effect, ExitDevice, SectionError, Serial,
 };
 
 use crate::driver::{Driver, Line, VERSION_1, ram, write32};
 use crate::virtio_blk::writable_disk;
+use crate::{virtio_console, vsock_guest};
 
 /// A kind of device: how one is built, and how a guest brings it into a state worth saving.
 struct Kind {
@@ -32,6 +34,10 @@ fn serial() -> Serial {
     Serial::new(Arc::new(Line::default()), Box::new(std::io::sink()))
 }
 
+fn vsock() -> Vsock<UnixBackend> {
+    Vsock::new(Cid::new(3).unwrap(), None)
+}
+
 fn used_virtio<D: forkvm_devices::virtio::VirtioDevice + 'static>(model: D) -> Box<dyn Device> {
     let mut driver = Driver::running(model, VERSION_1);
     driver.request(&[crate::driver::writable(crate::driver::DATA, 64)]);
@@ -48,7 +54,7 @@ fn fresh_virtio<D: forkvm_devices::virtio::VirtioDevice + 'static>(model: D) -> 
     ))
 }
 
-const KINDS: [Kind; 5] = [
+const KINDS: [Kind; 7] = [
     Kind {
         name: "serial",
         range: 8,
@@ -96,6 +102,28 @@ const KINDS: [Kind; 5] = [
         range: 0x1000,
         build: || fresh_virtio(Rng),
         used: || used_virtio(Rng),
+    },
+    Kind {
+        name: "dut",
+        range: 0x1000,
+        build: || fresh_virtio(Console::new(Box::new(std::io::sink()))),
+        used: || {
+            let mut guest = virtio_console::Guest::new(std::io::sink());
+            guest.device.enqueue(b"unread");
+            Box::new(guest.device)
+        },
+    },
+    Kind {
+        name: "dut",
+        range: 0x1000,
+        build: || fresh_virtio(vsock()),
+        used: || {
+            let mut guest = vsock_guest::Guest::new(None, 4096);
+            let request = vsock_guest::Header::new(vsock_guest::op::REQUEST, 1, 2);
+            guest.send(request, &[]);
+            let device = Arc::into_inner(guest.device).unwrap();
+            Box::new(device.into_inner().unwrap())
+        },
     },
 ];
 

@@ -2,19 +2,22 @@
 //! can never come, nothing that was read instead of it leaves the machine.
 #![allow(unsafe_code)] // userfaultfd on a page of the test's own guest memory.
 
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use forkvm_devices::virtio::{Rng, VirtioDevice};
-use forkvm_devices::{Brake, Device};
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use forkvm_devices::{Brake, Device, GuestMemory};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::driver::{AVAIL, DATA, DESC, Descriptor, Driver, USED, VERSION_1};
 use crate::driver::{readable, reg, status, writable};
 use crate::virtio_blk::{
     BUFFER, DISCARD, FLUSH, HEADER, IN, OUT, STATUS, WRITE_ZEROES, driver, writable_disk,
 };
+use crate::virtio_vsock::Host;
+use crate::vsock_guest::{self, RECEIVE_AT, TRANSMIT_AT, op};
 
 const PAGE: u64 = 4096;
 
@@ -30,16 +33,17 @@ enum Fate {
 /// Takes the page at `page` out of the driver's memory until somebody touches it; then `fate`
 /// befalls it. The thread ends with a panic when nobody does within ten seconds.
 fn take_away<D: VirtioDevice>(driver: &Driver<D>, page: u64, fate: Fate) -> JoinHandle<()> {
-    let content = match fate {
-        Fate::Comes => driver.bytes(page, PAGE as usize),
-        Fate::Never => vec![0; PAGE as usize],
-    };
-    let host = driver.memory.get_host_address(GuestAddress(page)).unwrap() as u64;
-    // SAFETY: the page is the guest's, and read by volatile accesses only.
-    let done = unsafe { libc::madvise(host as *mut _, PAGE as usize, libc::MADV_DONTNEED) };
-    assert_eq!(done, 0);
-    let faults = Userfault::on(host);
-    let brake = driver.brake.clone();
+    take_away_of(&driver.memory, &driver.brake, page, fate)
+}
+
+/// The same, of a machine without that driver.
+fn take_away_of(memory: &GuestMemory, brake: &Brake, page: u64, fate: Fate) -> JoinHandle<()> {
+    let mut content = vec![0; PAGE as usize];
+    if fate == Fate::Comes {
+        memory.read_slice(&mut content, GuestAddress(page)).unwrap();
+    }
+    let (faults, host) = without_page(memory, page);
+    let brake = brake.clone();
     thread::spawn(move || {
         faults.wait();
         if fate == Fate::Never {
@@ -47,6 +51,15 @@ fn take_away<D: VirtioDevice>(driver: &Driver<D>, page: u64, fate: Fate) -> Join
         }
         faults.answer(host, &content);
     })
+}
+
+/// Takes the page at `page` away, and says who hears of it and where it was.
+fn without_page(memory: &GuestMemory, page: u64) -> (Userfault, u64) {
+    let host = memory.get_host_address(GuestAddress(page)).unwrap() as u64;
+    // SAFETY: the page is the guest's, and read by volatile accesses only.
+    let done = unsafe { libc::madvise(host as *mut _, PAGE as usize, libc::MADV_DONTNEED) };
+    assert_eq!(done, 0);
+    (Userfault::on(host), host)
 }
 
 /// A userfaultfd(2) for one page, of faults in user mode: such a one needs no privilege.
@@ -272,6 +285,52 @@ fn a_buffer_for_random_bytes_may_come_late_or_never() {
         let is_filled = last.iter().any(|&byte| byte != 0);
         assert_eq!(is_filled, fate == Fate::Comes);
     }
+}
+
+#[test]
+fn a_packet_of_a_guest_that_can_never_come_reaches_no_program() {
+    for fate in [Fate::Comes, Fate::Never] {
+        for page in [TRANSMIT_AT, TRANSMIT_AT + PAGE] {
+            let mut host = Host::new(4096);
+            let (mut program, port) = host.connected(52);
+            let header = vsock_guest::Header {
+                len: 6000,
+                ..vsock_guest::Header::new(op::RW, 52, port)
+            };
+            // The device's thread, which may have something left to do, is not to find the packet yet.
+            host.guest.brake.pull();
+            host.guest.post(&header, &[9; 6000]);
+            let (memory, brake) = (&host.guest.memory, &host.guest.brake);
+            brake.until_still(Duration::from_secs(20)).unwrap();
+            let page_comes = take_away_of(memory, brake, page, fate);
+            host.guest.brake.release();
+            host.guest.notify_transmit();
+            page_comes.join().unwrap();
+            assert_eq!(host.guest.sent(), fate == Fate::Comes);
+            drop(host);
+            let mut heard = Vec::new();
+            program.read_to_end(&mut heard).unwrap();
+            let expected = if fate == Fate::Comes { 6000 } else { 0 };
+            assert_eq!(heard, vec![9; expected], "{fate:?} {page:#x}");
+        }
+    }
+}
+
+#[test]
+fn a_pause_does_not_begin_while_a_devices_thread_waits_for_a_page() {
+    let mut host = Host::new(4096);
+    let (mut program, _) = host.connected(52);
+    // The guest's second buffer: the first one had the request.
+    let (faults, page) = without_page(&host.guest.memory, RECEIVE_AT + 0x2000);
+    program.write_all(b"for a page").unwrap();
+    faults.wait();
+    let brake = host.guest.brake.clone();
+    brake.pull();
+    assert!(brake.until_still(Duration::from_millis(30)).is_err());
+    faults.answer(page, &[0; PAGE as usize]);
+    brake.until_still(Duration::from_secs(20)).unwrap();
+    brake.release();
+    assert_eq!(host.guest.await_op(op::RW).1, b"for a page");
 }
 
 #[test]
