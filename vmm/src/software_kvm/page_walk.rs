@@ -9,18 +9,18 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::fault::Fault;
 
-const PRESENT: u64 = 1;
-const WRITABLE: u64 = 1 << 1;
-const USER: u64 = 1 << 2;
-const ACCESSED: u64 = 1 << 5;
-const DIRTY: u64 = 1 << 6;
-const LARGE: u64 = 1 << 7;
+pub(super) const PRESENT: u64 = 1;
+pub(super) const WRITABLE: u64 = 1 << 1;
+pub(super) const USER: u64 = 1 << 2;
+pub(super) const ACCESSED: u64 = 1 << 5;
+pub(super) const DIRTY: u64 = 1 << 6;
+pub(super) const LARGE: u64 = 1 << 7;
 const NO_EXECUTE: u64 = 1 << 63;
 /// Address bits of an entry.
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+pub(super) const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 const CR0_WP: u64 = 1 << 16;
-const CR4_LA57: u64 = 1 << 12;
+pub(super) const CR4_LA57: u64 = 1 << 12;
 const EFER_NXE: u64 = 1 << 11;
 
 /// Bits of a page fault's error code.

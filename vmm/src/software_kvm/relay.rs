@@ -17,7 +17,9 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::SoftwareKvmError;
 use super::fault::Fault;
-use super::page_walk::exchange;
+use super::page_walk::{
+    ACCESSED, ADDRESS, CR4_LA57, DIRTY, LARGE, PRESENT, USER, WRITABLE, exchange,
+};
 use crate::memory::PAGE;
 use crate::vcpu::{StateError, reading, restore_msrs, writing};
 use crate::vm::{VmError, call};
@@ -42,20 +44,11 @@ const MSR_LSTAR: u32 = 0xc000_0082;
 const MSR_CSTAR: u32 = 0xc000_0083;
 const MSR_FMASK: u32 = 0xc000_0084;
 
-const PRESENT: u64 = 1;
-const WRITABLE: u64 = 1 << 1;
-const USER: u64 = 1 << 2;
-const ACCESSED: u64 = 1 << 5;
-const DIRTY: u64 = 1 << 6;
-const LARGE: u64 = 1 << 7;
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
-
 const RFLAGS_RF: u64 = 1 << 16;
 /// Flags that a program in ring 3 can have: arithmetic, TF, IF, DF, NT, AC, ID.
 const RFLAGS_OF_PROGRAMS: u64 = 0x24_4fd7;
 /// Addresses of programs.
 const USER_HALF: u64 = (1 << 47) - 1;
-const CR4_LA57: u64 = 1 << 12;
 
 /// What the guest wrote to the MSRs of SYSCALL.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
