@@ -10,7 +10,7 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use etcetera::BaseStrategy;
 use tempfile::TempDir;
@@ -26,6 +26,8 @@ const LOGS: &str = "logs";
 const WORK: &str = ".work-";
 /// How long a builder waits before it tries the lock again.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How long programs of a builder that was killed are waited for: longer than any step of make is silent.
+const ORPHANS_END: Duration = Duration::from_secs(60);
 
 /// The directory of all images.
 #[derive(Clone, Debug)]
@@ -284,18 +286,33 @@ fn list(directory: &Path) -> Result<Vec<PathBuf>, CacheError> {
 
 fn remove(path: &Path) -> Result<Removed, CacheError> {
     let bytes = size(path);
-    let removed = if path.is_dir() {
-        fs::remove_dir_all(path)
-    } else {
-        fs::remove_file(path)
-    };
-    match removed {
-        // Another process removes the same.
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(failed("removing", path)(error)),
-        _ => Ok(Removed {
-            path: path.to_owned(),
-            bytes,
-        }),
+    let start = Instant::now();
+    loop {
+        let removed = if path.is_dir() {
+            fs::remove_dir_all(path)
+        } else {
+            fs::remove_file(path)
+        };
+        match removed {
+            // What a builder that was killed had started ends with the next line that it prints. It may
+            // write into the directory until then.
+            Err(error)
+                if error.kind() == ErrorKind::DirectoryNotEmpty
+                    && start.elapsed() < ORPHANS_END =>
+            {
+                thread::sleep(LOOK_EVERY);
+            }
+            // Another process removes the same.
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                return Err(failed("removing", path)(error));
+            }
+            _ => {
+                return Ok(Removed {
+                    path: path.to_owned(),
+                    bytes,
+                });
+            }
+        }
     }
 }
 

@@ -12,9 +12,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
 use thiserror::Error;
 
 use super::KernelError;
@@ -25,6 +25,8 @@ use crate::watch::Watch;
 const ENVIRONMENT: &[&str] = &["PATH", "HOME", "TMPDIR"];
 /// How many of its last lines come with the error of a program.
 const LAST_LINES: usize = 20;
+/// How long programs that were killed are waited for. A process that nobody reaps seems to be there for ever.
+const OTHERS_END: Duration = Duration::from_secs(1);
 /// How often somebody who waits is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
@@ -135,12 +137,18 @@ impl Drop for Group {
         let Some(mut child) = self.0.take() else {
             return;
         };
+        let group = Pid::from_child(&child);
         // Nothing that it could tidy up is kept.
-        if let Err(error) = kill_process_group(Pid::from_child(&child), Signal::KILL) {
+        if let Err(error) = kill_process_group(group, Signal::KILL) {
             tracing::warn!(%error, "a program of the build could not be ended");
         }
         if let Err(error) = child.wait() {
             tracing::warn!(%error, "a program of the build could not be waited for");
+        }
+        // The others are not ours to wait for, and may be about to write into a directory that goes next.
+        let start = Instant::now();
+        while test_kill_process_group(group).is_ok() && start.elapsed() < OTHERS_END {
+            thread::sleep(Duration::from_millis(5));
         }
     }
 }
@@ -211,7 +219,6 @@ pub enum CommandError {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::time::Instant;
 
     use tempfile::{TempDir, tempdir};
 

@@ -27,6 +27,8 @@ pub(super) fn unpack(
         "--wildcards",
         "--wildcards-match-slash",
         "--no-same-owner",
+        // A line now and then: if forkvm is killed, tar ends when nobody reads it.
+        "--checkpoint=500",
     ]);
     for pattern in &layout.leave_out {
         tar.arg(format!("--exclude=*/{pattern}"));

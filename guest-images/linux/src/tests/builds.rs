@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::{Sample, StopAfter, names};
 use crate::build::{BuildError, Built, Request, find_or_make};
@@ -212,6 +212,29 @@ fn what_a_dead_builder_left_goes_with_the_next_build() {
     build(&sample, &Fake::new()).unwrap();
     assert!(!left.exists());
     assert!(!sample.cache_dir().join(".work-left").exists());
+}
+
+#[test]
+fn what_a_dead_builder_s_programs_still_write_goes_too() {
+    let sample = Sample::new();
+    let left = sample.cache_dir().join(".work-left");
+    fs::create_dir_all(&left).unwrap();
+    let until = Instant::now() + Duration::from_secs(1);
+    let orphan = {
+        let left = left.clone();
+        thread::spawn(move || {
+            let mut written = 0;
+            // Until the directory is gone, as a program's would be that stands in it.
+            while Instant::now() < until && fs::write(left.join(written.to_string()), "").is_ok() {
+                written += 1;
+            }
+            written
+        })
+    };
+    build(&sample, &Fake::new()).unwrap();
+    assert!(!left.exists());
+    orphan.join().unwrap();
+    assert!(!left.exists());
 }
 
 #[test]
