@@ -77,20 +77,14 @@ impl Kvm {
     /// was flushed: so with two-dimensional paging, not with a shadow MMU. Found out with a VM of its
     /// own the first time, which takes some milliseconds.
     pub fn sees_rewritten_tables(self: &Arc<Self>) -> Result<bool, VmError> {
-        if let Some(known) = self.sees_rewritten_tables.get() {
-            return Ok(*known);
-        }
-        let found = vm::sees_rewritten_tables(self)?;
-        Ok(*self.sees_rewritten_tables.get_or_init(|| found))
+        ask_once(&self.sees_rewritten_tables, || {
+            vm::sees_rewritten_tables(self)
+        })
     }
 
     /// What a guest's ring 0 can rely on here. Found out with VMs of its own the first time, as above.
     pub fn promises(self: &Arc<Self>) -> Result<Promises, VmError> {
-        if let Some(known) = self.promises.get() {
-            return Ok(*known);
-        }
-        let found = Promises::ask(self)?;
-        Ok(*self.promises.get_or_init(|| found))
+        ask_once(&self.promises, || Promises::ask(self))
     }
 
     pub(crate) fn fd(&self) -> &kvm_ioctls::Kvm {
@@ -110,6 +104,18 @@ impl Kvm {
     pub(crate) fn msrs(&self) -> &OnceLock<MsrCatalogue> {
         &self.msrs
     }
+}
+
+/// The answer that is known, or that `ask` finds; an error leaves it to be asked again.
+fn ask_once<T: Copy>(
+    answer: &OnceLock<T>,
+    ask: impl FnOnce() -> Result<T, VmError>,
+) -> Result<T, VmError> {
+    if let Some(known) = answer.get() {
+        return Ok(*known);
+    }
+    let found = ask()?;
+    Ok(*answer.get_or_init(|| found))
 }
 
 /// What the machine and its state cannot do without.

@@ -7,10 +7,9 @@
 use std::io::Write;
 
 use serde::{Deserialize, Serialize};
-use thiserror::Error;
 
-use crate::brake::Condemned;
-use crate::virtio::chain::{BufferError, Buffers, Fault};
+use crate::virtio::chain::Buffers;
+use crate::virtio::refusal::{Refusal, written};
 use crate::virtio::{Chain, MmioTransport, VirtioDevice};
 use crate::{Brake, GuestMemory};
 
@@ -111,17 +110,8 @@ impl VirtioDevice for Console {
         DEVICE_TYPE
     }
 
-    fn features(&self) -> u64 {
-        0
-    }
-
     fn queue_sizes(&self) -> &'static [u16] {
         QUEUE_SIZES
-    }
-
-    /// Section 5.3.4: every field is one of a feature that is not offered.
-    fn read_config(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
     }
 
     fn takes(&self, queue: usize) -> bool {
@@ -143,14 +133,7 @@ impl VirtioDevice for Console {
                 .transmit(&mut request.readable, memory, brake)
                 .map(|()| 0),
         };
-        match served {
-            Ok(written) => written,
-            Err(Refusal::Condemned(_)) => 0,
-            Err(refusal) => {
-                tracing::debug!(queue, %refusal, "console: a request is of no use");
-                0
-            }
-        }
+        written("console", queue, served)
     }
 
     fn save(&self) -> SavedConsole {
@@ -176,15 +159,4 @@ impl VirtioDevice for Console {
 pub struct SavedConsole {
     #[serde(with = "serde_bytes")]
     input: Vec<u8>,
-}
-
-/// Why a request is not carried out.
-#[derive(Debug, Error)]
-enum Refusal {
-    #[error(transparent)]
-    Chain(Fault),
-    #[error(transparent)]
-    Buffers(#[from] BufferError),
-    #[error(transparent)]
-    Condemned(#[from] Condemned),
 }

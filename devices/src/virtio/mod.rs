@@ -8,6 +8,7 @@ pub mod chain;
 pub mod console;
 pub mod mmio;
 mod queue_pass;
+mod refusal;
 pub mod rng;
 mod saved_queue;
 pub mod vsock;
@@ -33,14 +34,19 @@ pub trait VirtioDevice: Send {
     fn device_type(&self) -> u32;
 
     /// Feature bits of this kind of device (bits 0 to 23 and 50 to 127 are its own; the transport
-    /// adds those of queues and of the transport).
-    fn features(&self) -> u64;
+    /// adds those of queues and of the transport). None, unless a device says otherwise.
+    fn features(&self) -> u64 {
+        0
+    }
 
     /// Largest size of each queue: powers of two, at most 32768.
     fn queue_sizes(&self) -> &'static [u16];
 
-    /// Fills `data` from `offset` of the device's configuration space; zero beyond its end.
-    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// Fills `data` from `offset` of the device's configuration space; zero beyond its end, and all of it
+    /// where every field belongs to a feature that is not offered.
+    fn read_config(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
 
     /// Whether the device has a use for a request of queue `queue` now. One that it has no use for
     /// stays in its ring, where it costs nothing and is saved with the ring: a buffer for what has not

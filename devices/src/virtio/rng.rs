@@ -28,16 +28,8 @@ impl VirtioDevice for Rng {
         DEVICE_TYPE
     }
 
-    fn features(&self) -> u64 {
-        0
-    }
-
     fn queue_sizes(&self) -> &'static [u16] {
         QUEUE_SIZES
-    }
-
-    fn read_config(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
     }
 
     fn serve(

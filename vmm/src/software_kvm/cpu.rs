@@ -157,7 +157,7 @@ impl<'a> Cpu<'a> {
     pub(super) fn get(&self, register: Register) -> u64 {
         let whole = match register.full_register() {
             Register::RIP => self.regs.rip,
-            whole => self.place(whole).copied().unwrap_or(0),
+            whole => place(&mut self.regs.clone(), whole).map_or(0, |word| *word),
         };
         match register.size() {
             1 if is_high(register) => whole >> 8 & 0xff,
@@ -181,56 +181,33 @@ impl<'a> Cpu<'a> {
             4 => value & 0xffff_ffff,
             _ => value,
         };
-        if let Some(place) = self.place_mut(register.full_register()) {
-            *place = *place & keep | value & !keep;
+        if let Some(word) = place(&mut self.regs, register.full_register()) {
+            *word = *word & keep | value & !keep;
         }
     }
+}
 
-    fn place(&self, whole: Register) -> Option<&u64> {
-        let regs = &self.regs;
-        Some(match whole {
-            Register::RAX => &regs.rax,
-            Register::RBX => &regs.rbx,
-            Register::RCX => &regs.rcx,
-            Register::RDX => &regs.rdx,
-            Register::RSI => &regs.rsi,
-            Register::RDI => &regs.rdi,
-            Register::RBP => &regs.rbp,
-            Register::RSP => &regs.rsp,
-            Register::R8 => &regs.r8,
-            Register::R9 => &regs.r9,
-            Register::R10 => &regs.r10,
-            Register::R11 => &regs.r11,
-            Register::R12 => &regs.r12,
-            Register::R13 => &regs.r13,
-            Register::R14 => &regs.r14,
-            Register::R15 => &regs.r15,
-            _ => return None,
-        })
-    }
-
-    fn place_mut(&mut self, whole: Register) -> Option<&mut u64> {
-        let regs = &mut self.regs;
-        Some(match whole {
-            Register::RAX => &mut regs.rax,
-            Register::RBX => &mut regs.rbx,
-            Register::RCX => &mut regs.rcx,
-            Register::RDX => &mut regs.rdx,
-            Register::RSI => &mut regs.rsi,
-            Register::RDI => &mut regs.rdi,
-            Register::RBP => &mut regs.rbp,
-            Register::RSP => &mut regs.rsp,
-            Register::R8 => &mut regs.r8,
-            Register::R9 => &mut regs.r9,
-            Register::R10 => &mut regs.r10,
-            Register::R11 => &mut regs.r11,
-            Register::R12 => &mut regs.r12,
-            Register::R13 => &mut regs.r13,
-            Register::R14 => &mut regs.r14,
-            Register::R15 => &mut regs.r15,
-            _ => return None,
-        })
-    }
+/// Where a whole general register is.
+fn place(regs: &mut kvm_regs, whole: Register) -> Option<&mut u64> {
+    Some(match whole {
+        Register::RAX => &mut regs.rax,
+        Register::RBX => &mut regs.rbx,
+        Register::RCX => &mut regs.rcx,
+        Register::RDX => &mut regs.rdx,
+        Register::RSI => &mut regs.rsi,
+        Register::RDI => &mut regs.rdi,
+        Register::RBP => &mut regs.rbp,
+        Register::RSP => &mut regs.rsp,
+        Register::R8 => &mut regs.r8,
+        Register::R9 => &mut regs.r9,
+        Register::R10 => &mut regs.r10,
+        Register::R11 => &mut regs.r11,
+        Register::R12 => &mut regs.r12,
+        Register::R13 => &mut regs.r13,
+        Register::R14 => &mut regs.r14,
+        Register::R15 => &mut regs.r15,
+        _ => return None,
+    })
 }
 
 fn is_high(register: Register) -> bool {

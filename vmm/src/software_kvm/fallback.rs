@@ -47,12 +47,6 @@ enum End {
     Unknown,
 }
 
-impl From<Fault> for End {
-    fn from(fault: Fault) -> End {
-        End::Fault(fault)
-    }
-}
-
 /// Carries out the one at RIP.
 pub(super) fn instruction(cpu: &mut Cpu<'_>) -> Result<Outcome, StateError> {
     if !cpu.is_in_long_mode() {
@@ -94,8 +88,8 @@ fn execute(cpu: &mut Cpu<'_>, instruction: &Instruction) -> Result<End, StateErr
             cpu.regs.rflags |= AC;
             End::Retired
         }
-        Cmpxchg16b => retired(compare_exchange(cpu, instruction)),
-        Popcnt => retired(count_bits(cpu, instruction)),
+        Cmpxchg16b => compare_exchange(cpu, instruction).into(),
+        Popcnt => count_bits(cpu, instruction).into(),
         // A pending x87 exception is raised by the next instruction that computes.
         Wait => End::Retired,
         Fninit | Fnclex | Ldmxcsr | Stmxcsr | Fldcw | Fnstcw => fpu(cpu, instruction)?.into(),
@@ -112,14 +106,10 @@ fn execute(cpu: &mut Cpu<'_>, instruction: &Instruction) -> Result<End, StateErr
 
 impl From<Result<(), Fault>> for End {
     fn from(result: Result<(), Fault>) -> End {
-        retired(result)
-    }
-}
-
-fn retired(result: Result<(), Fault>) -> End {
-    match result {
-        Ok(()) => End::Retired,
-        Err(fault) => End::Fault(fault),
+        match result {
+            Ok(()) => End::Retired,
+            Err(fault) => End::Fault(fault),
+        }
     }
 }
 

@@ -53,7 +53,7 @@ pub(crate) const KERNEL_OPTIONS: &str =
 pub type FallbackCounts = BTreeMap<String, u64>;
 
 /// Section `kvm/software`. Only there in machines that need it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SoftwareState {
     /// One of each vCPU.
     pub(crate) vcpus: Vec<Relay>,

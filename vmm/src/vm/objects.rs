@@ -4,7 +4,6 @@
 #![allow(unsafe_code)] // KVM_SET_USER_MEMORY_REGION takes host addresses.
 
 use std::ffi::c_ulong;
-use std::iter::repeat;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, RecvError, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -24,7 +23,7 @@ use crate::gate::Gate;
 use crate::kvm::Kvm;
 use crate::machine::{Machine, lock};
 use crate::memory::{Backing, Ram, RamRegion};
-use crate::software_kvm::{FallbackCounts, SoftwareKvm, SoftwareState};
+use crate::software_kvm::{FallbackCounts, Relay, SoftwareKvm, SoftwareState};
 use crate::vcpu::{Abilities, Kick, Vcpu, allow_kicks, prepare_signal};
 
 /// Three pages that real-mode emulation on Intel needs, out of the way of RAM and devices
@@ -111,17 +110,18 @@ impl KvmObjects {
         Ok(objects)
     }
 
-    /// Makes up for what a software KVM lacks. `state` is how that stood; that of a machine that has not
-    /// run is empty.
-    pub(super) fn use_software_kvm(&mut self, state: &SoftwareState) -> Result<(), VmError> {
+    /// Makes up for what a software KVM lacks. `relays` is how that stood, of each vCPU.
+    pub(super) fn use_software_kvm(
+        &mut self,
+        relays: impl IntoIterator<Item = Relay>,
+    ) -> Result<(), VmError> {
         if self.fallbacks.is_none() {
             SoftwareKvm::prepare(&self.vm)?;
         }
         let counts = self.fallbacks.get_or_insert_default();
-        let relays = state.vcpus.iter().cloned().map(Some).chain(repeat(None));
         for (vcpu, relay) in self.vcpus.iter().zip(relays) {
             let memory = self.ram.guest().clone();
-            lock(vcpu).use_software_kvm(memory, relay.unwrap_or_default(), counts.clone());
+            lock(vcpu).use_software_kvm(memory, relay, counts.clone());
         }
         Ok(())
     }

@@ -111,7 +111,7 @@ impl ProbeGuest {
     #[cfg(test)]
     pub(crate) fn use_software_kvm(&mut self) -> Result<(), VmError> {
         self.objects
-            .use_software_kvm(&crate::software_kvm::SoftwareState::default())
+            .use_software_kvm(std::iter::repeat_with(crate::software_kvm::Relay::default))
     }
 
     #[cfg(test)]

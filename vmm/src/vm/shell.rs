@@ -1,5 +1,6 @@
 //! A VM before it has a state.
 
+use std::iter::repeat_with;
 use std::sync::Arc;
 
 use forkvm_devices::Brake;
@@ -11,7 +12,7 @@ use crate::cpuid;
 use crate::kvm::Kvm;
 use crate::machine::{Machine, Peripherals, VmConfig, lock};
 use crate::memory::Ram;
-use crate::software_kvm::SoftwareState;
+use crate::software_kvm::Relay;
 
 /// A VM with vCPUs and memory slots, but without devices and without a state. Its threads wait.
 /// Nothing in it is of the machine that it will be, so it can be built long before that is known.
@@ -86,7 +87,8 @@ impl Shell {
         let is_kernel = matches!(payload, Payload::Kernel { .. });
         let software_kvm = is_kernel && !inner.objects.kvm.promises()?.all();
         if software_kvm {
-            inner.objects.use_software_kvm(&SoftwareState::default())?;
+            let unused = repeat_with(Relay::default);
+            inner.objects.use_software_kvm(unused)?;
         }
         let Inner {
             config,

@@ -230,7 +230,8 @@ impl Inner {
     ) -> Result<(), VmError> {
         self.restore_vm(&state.vm)?;
         if let Some(software) = &state.software {
-            self.objects.use_software_kvm(software)?;
+            self.objects
+                .use_software_kvm(software.vcpus.iter().cloned())?;
         }
         let now = Clock::now();
         for (vcpu, saved) in self.objects.vcpus.iter().zip(&state.vcpus) {

@@ -29,8 +29,8 @@ use thiserror::Error;
 
 use self::muxer::Muxer;
 use self::packet::{HEADER_LEN, Header, op};
-use crate::brake::Condemned;
-use crate::virtio::chain::{BufferError, Fault};
+use crate::virtio::chain::BufferError;
+use crate::virtio::refusal::{Refusal, written};
 use crate::virtio::{Chain, VirtioDevice, read_config_bytes};
 use crate::{Brake, GuestMemory};
 
@@ -203,10 +203,6 @@ impl<B: Backend> VirtioDevice for Vsock<B> {
         DEVICE_TYPE
     }
 
-    fn features(&self) -> u64 {
-        0
-    }
-
     fn queue_sizes(&self) -> &'static [u16] {
         QUEUE_SIZES
     }
@@ -237,14 +233,7 @@ impl<B: Backend> VirtioDevice for Vsock<B> {
             TRANSMIT => self.transmit(request, memory, brake).map(|()| 0),
             _ => self.tell_reset(request, memory),
         };
-        match served {
-            Ok(written) => written,
-            Err(Refusal::Condemned(_)) => 0,
-            Err(refusal) => {
-                tracing::debug!(queue, %refusal, "vsock: a buffer of the driver is of no use");
-                0
-            }
-        }
+        written("vsock", queue, served)
     }
 
     fn reset(&mut self) {
@@ -270,15 +259,4 @@ impl<B: Backend> VirtioDevice for Vsock<B> {
 #[derive(Debug, Serialize, Deserialize)]
 pub struct SavedVsock {
     guest_cid: u64,
-}
-
-/// Why a buffer of the driver's comes back as it was.
-#[derive(Debug, Error)]
-enum Refusal {
-    #[error(transparent)]
-    Chain(Fault),
-    #[error(transparent)]
-    Buffers(#[from] BufferError),
-    #[error(transparent)]
-    Condemned(#[from] Condemned),
 }
