@@ -1,6 +1,6 @@
 //! What the host had left when it was last asked, and what was promised to clones since.
 //!
-//! Asking takes some 300 us: a dozen small files. A reading serves for a moment ([`FRESH`]), as long as
+//! Asking means a dozen small files (docs/accounting.md says what they cost). A reading serves for a moment ([`FRESH`]), as long as
 //! what was promised since takes no more than half of what was left then, so close to a limit every
 //! request asks again. Within that moment others may take something too; so they may between any
 //! check and the clones that it was made for. Mappings are counted apart and longer (`mappings.rs`).
