@@ -36,19 +36,9 @@ fn a_thousand_forks_in_a_row_leak_nothing() {
         }
     };
     fork(WARM_UP);
-    let (census, mappings, rss) = (take(), mapping_count(), status_kib("VmRSS"));
     let times = scaled(1000, 20);
-    fork(times);
-
-    expect_again(&census, take, "after a thousand forks");
-    let (more_mappings, more_rss) = (
-        mapping_count().saturating_sub(mappings),
-        status_kib("VmRSS").saturating_sub(rss),
-    );
-    println!("{times} forks: {more_mappings} mappings more, {more_rss} KiB resident more");
-    assert!(more_mappings <= 8, "{more_mappings} more mappings");
     // The test itself keeps two lines of console and a report of each fork.
-    assert!(more_rss <= 1024, "{more_rss} KiB more are resident");
+    expect_level(take, &format!("{times} forks"), 1024, || fork(times));
 }
 
 /// Each clone is killed: before its first instruction, while it fetches what it verifies, or after
@@ -86,20 +76,9 @@ fn lazy_forks(freeze: FreezeKind, times: u32) {
         }
     };
     fork(WARM_UP);
-    let census = settled_census(take);
-    let (mappings, rss) = (mapping_count(), status_kib("VmRSS"));
-    fork(times);
-
-    expect_again(&census, take, &format!("after {times} forks"));
-    let (more_mappings, more_rss) = (
-        mapping_count().saturating_sub(mappings),
-        status_kib("VmRSS").saturating_sub(rss),
-    );
-    println!("{times} forks: {more_mappings} mappings more, {more_rss} KiB resident more");
-    assert!(more_mappings <= 8, "{more_mappings} more mappings");
     // The test itself keeps lines of console and a report of each fork.
     let kept = 1024 + u64::from(times) / 2;
-    assert!(more_rss <= kept, "{more_rss} KiB more are resident");
+    expect_level(take, &format!("{times} forks"), kept, || fork(times));
 }
 
 #[test]
@@ -127,21 +106,35 @@ fn two_hundred_rewinds_by_each_way_leak_nothing() {
             }
         };
         rewind(WARM_UP);
-        let census = settled_census(take);
-        let (mappings, rss) = (mapping_count(), status_kib("VmRSS"));
         let times = scaled(200, 10);
-        rewind(times);
+        expect_level(take, &format!("{times} rewinds by {way}"), 1024, || {
+            rewind(times)
+        });
+    }
+}
 
-        expect_again(&census, take, &format!("after {times} rewinds by {way}"));
+/// `run` leaves what `take` sees as it was, and memory too, but for `kept_kib` that the test itself
+/// keeps. What leaks grows each time; an allocator that takes an arena for one more thread than ever
+/// before grows once, whenever that happens. So `run` has a few tries to show that it
+/// can leave all as it was.
+fn expect_level(take: impl Fn() -> Census, what: &str, kept_kib: u64, mut run: impl FnMut()) {
+    const GROWTHS: u32 = 2;
+    for growths in 0.. {
+        let census = settled_census(&take);
+        let (mappings, rss) = (mapping_count(), status_kib("VmRSS"));
+        run();
+
+        expect_again(&census, &take, &format!("after {what}"));
         let (more_mappings, more_rss) = (
             mapping_count().saturating_sub(mappings),
             status_kib("VmRSS").saturating_sub(rss),
         );
-        println!(
-            "{times} rewinds by {way}: {more_mappings} mappings more, {more_rss} KiB resident more"
-        );
-        assert!(more_mappings <= 8, "{more_mappings} more mappings");
-        assert!(more_rss <= 1024, "{more_rss} KiB more are resident");
+        let more = format!("{what}: {more_mappings} mappings more, {more_rss} KiB resident more");
+        println!("{more}");
+        if more_mappings <= 8 && more_rss <= kept_kib {
+            break;
+        }
+        assert!(growths < GROWTHS, "{more}, as before");
     }
 }
 
