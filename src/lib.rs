@@ -46,7 +46,7 @@ pub use forkvm_clone_engine::spawn::process::{Process, ProcessConfig, WorkerProg
 pub use forkvm_clone_engine::worker;
 pub use forkvm_clone_engine::{
     BootSpec, CloneSpec, DiskSource, DiskSpec, End, FamilyConfig, FaultConfig, Finished, ForkPoint,
-    FreezeKind, Identity, MemoryMode, RewindWay, Timeline,
+    FreezeKind, Identity, MemoryMode, RewindWay, Timeline, VsockSpec,
 };
 pub use forkvm_devices as devices;
 pub use forkvm_vmm as vmm;

@@ -5,11 +5,10 @@ use std::sync::Arc;
 
 use forkvm_abi::doorbell::feature;
 use forkvm_vmm::boot::Payload;
-use forkvm_vmm::{
-    DiskConfig, MemoryError, MemoryLayout, Peripherals, Ram, Shell, VmConfig, VmError,
-};
+use forkvm_vmm::{DiskConfig, MemoryError, MemoryLayout, Ram, Shell, VmConfig, VmError};
 use thiserror::Error;
 
+use crate::attached::Attached;
 use crate::disks::DiskSource;
 use crate::family::Family;
 use crate::identity::Identity;
@@ -53,19 +52,20 @@ impl Family {
             config.doorbell_features |= feature::SAVE;
         }
         config.disks = spec.disks.iter().map(DiskSpec::config).collect();
-        let disks: Vec<DiskSource> = spec.disks.into_iter().map(|disk| disk.source).collect();
+        config.vsock = self.config().vsock.is_some();
         let identity = Identity::root(&spec.name).map_err(StartError::Identity)?;
+        let identity = self.addressed(identity);
+        let attached = Attached {
+            disks: spec.disks.into_iter().map(|disk| disk.source).collect(),
+            vsock: self.vsock_of(&identity).map_err(StartError::Vsock)?,
+        };
         let mut ram = Ram::new(MemoryLayout::new(spec.memory_mib)?)?;
         let console = self
             .config()
             .consoles
             .open(&identity)
             .map_err(StartError::Console)?;
-        let layers = disks.iter().map(DiskSource::layer).collect();
-        let peripherals = Peripherals {
-            console,
-            disks: layers,
-        };
+        let peripherals = attached.peripherals(console).map_err(StartError::Vsock)?;
         let inbox = Inbox::new(identity.clone(), None);
         let memory = VmMemory::new(&identity.name, &mut ram, self.faults(), inbox.life().lose());
         let shell = Shell::build(self.kvm(), config.vcpus, ram)?;
@@ -77,7 +77,7 @@ impl Family {
             .map_err(VmError::from)?;
         let thread = Parked::new().map_err(StartError::Thread)?;
         let timeline = Timeline::default();
-        let waiting = Waiting::new(self, vm, memory, disks, inbox, timeline, thread);
+        let waiting = Waiting::new(self, vm, memory, attached, inbox, timeline, thread);
         Ok(waiting.start()?)
     }
 }
@@ -114,4 +114,7 @@ pub enum StartError {
     /// No console.
     #[error("opening the VM's console failed")]
     Console(#[source] io::Error),
+    /// No socket for its socket device.
+    #[error("opening the VM's vsock failed")]
+    Vsock(#[source] io::Error),
 }

@@ -18,6 +18,7 @@ use crate::saved::Saver;
 use crate::source::Sources;
 use crate::spawn::in_process::InProcess;
 use crate::spawn::{SpawnError, Spawner};
+use crate::vsock::{Cids, VsockEnd, VsockSpec};
 
 /// Gives each VM of a family its serial console.
 pub trait Consoles: Send + Sync {
@@ -55,6 +56,8 @@ pub struct FamilyConfig {
     pub faults: FaultConfig,
     /// What stands between images and the sources of their pages; nothing by default.
     pub sources: Option<Arc<dyn Sources>>,
+    /// Where its socket devices meet the host; without it its VMs have none.
+    pub vsock: Option<VsockSpec>,
     /// Where a machine is saved; without it a guest's SAVE is not offered.
     pub saver: Option<Arc<dyn Saver>>,
 }
@@ -70,6 +73,7 @@ impl Default for FamilyConfig {
             pool: PoolConfig::default(),
             faults: FaultConfig::default(),
             sources: None,
+            vsock: None,
             saver: None,
         }
     }
@@ -85,6 +89,7 @@ pub struct Family {
     /// What VMs of it map or may come to map.
     images: Mutex<Vec<Weak<MemoryImage>>>,
     pub(crate) handed_out: HandedOut,
+    cids: Cids,
 }
 
 #[derive(Default)]
@@ -107,6 +112,7 @@ impl Family {
             running: Mutex::default(),
             images: Mutex::default(),
             handed_out: HandedOut::default(),
+            cids: Cids::default(),
         })
     }
 
@@ -134,6 +140,18 @@ impl Family {
             .map_err(|error| SpawnError::from(PoolError::from(error)))
             .and_then(|state| self.config.spawner.fill(self, &Arc::new(state), count));
         shells.map_err(MemberError::Shells)
+    }
+
+    /// The same VM, with a CID of its own if the VMs of this family have any.
+    pub(crate) fn addressed(&self, identity: Identity) -> Identity {
+        let cid = self.config.vsock.as_ref().map(|_| self.cids.next());
+        Identity { cid, ..identity }
+    }
+
+    /// The host's end of the socket device of `vm`, if the VMs of this family have any.
+    pub(crate) fn vsock_of(&self, vm: &Identity) -> io::Result<Option<Arc<VsockEnd>>> {
+        let open = |spec| Ok(Arc::new(VsockEnd::open(spec, vm)?));
+        self.config.vsock.as_ref().map(open).transpose()
     }
 
     pub(crate) fn kvm(&self) -> &Arc<Kvm> {

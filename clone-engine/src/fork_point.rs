@@ -110,7 +110,8 @@ impl ForkPoint {
         let first = self.ids.fetch_add(count, Ordering::Relaxed) + 1;
         let identify = |clone_id| {
             let number = self.numbers.fetch_add(1, Ordering::Relaxed) + 1;
-            self.parent.of_clone(number, clone_id)
+            let clone = self.parent.of_clone(number, clone_id)?;
+            Ok(self.family.addressed(clone))
         };
         let identities: io::Result<Vec<_>> = (first..first + count).map(identify).collect();
         let identities = identities.map_err(ForkError::Identity)?;

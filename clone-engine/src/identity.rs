@@ -22,6 +22,9 @@ pub struct Identity {
     pub fork_count: u32,
     /// 16 random bytes: the generation id.
     pub generation: [u8; 16],
+    /// Its vsock CID, where its family has any: no two VMs of a family have the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cid: Option<u32>,
 }
 
 impl SavedState for Identity {
@@ -38,6 +41,7 @@ impl Identity {
             depth: 0,
             fork_count: 0,
             generation,
+            cid: None,
         })
     }
 
@@ -49,6 +53,7 @@ impl Identity {
             depth: self.depth + 1,
             fork_count: self.fork_count + 1,
             generation: fresh_generation()?,
+            cid: None,
         })
     }
 

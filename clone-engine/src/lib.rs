@@ -13,6 +13,7 @@
 //! behind the `out` instruction with which the parent asked, or wherever it was paused.
 
 pub mod accounting;
+mod attached;
 mod boot;
 mod descriptor;
 mod disks;
@@ -39,6 +40,7 @@ pub mod spawn;
 mod timeline;
 mod userfault;
 mod vm_memory;
+mod vsock;
 mod wire;
 pub mod worker;
 mod working_set;
@@ -59,4 +61,5 @@ pub use pool::{Pool, PoolConfig, PoolError};
 pub use rewind::{Break, RewindError, RewindWay, UnknownRewindWay};
 pub use timeline::Timeline;
 pub use userfault::{UserfaultError, check_userfaultfd};
+pub use vsock::VsockSpec;
 pub use working_set::{WorkingSet, WorkingSetPolicy};

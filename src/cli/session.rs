@@ -19,7 +19,7 @@ use clap::Args;
 use forkvm::engine::saved::{SaveError, SaveTo, Saver};
 use forkvm::engine::{Family, ForkPoint, Member, MemberError, Observer, Phase, Vetoed};
 use forkvm::vmm::{Kvm, PausedVm};
-use forkvm::{End, FamilyConfig};
+use forkvm::{End, FamilyConfig, VsockSpec};
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -43,6 +43,9 @@ pub(crate) struct SessionOptions {
     /// Write the clones' consoles to DIR/NAME.log rather than to standard output
     #[arg(long, value_name = "DIR")]
     console_dir: Option<PathBuf>,
+    /// Give the VM a vsock device, whose Unix socket is PATH, and PATH.N for its Nth clone; see docs/vsock.md
+    #[arg(long, value_name = "PATH")]
+    vsock: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) forks: ForkOptions,
 }
@@ -71,6 +74,7 @@ impl Session {
         let SessionOptions {
             save,
             console_dir,
+            vsock,
             forks,
         } = options;
         if let Some(dir) = &console_dir {
@@ -92,6 +96,7 @@ impl Session {
             saver: save
                 .clone()
                 .map(|dir| Arc::new(saver(dir)) as Arc<dyn Saver>),
+            vsock: vsock.map(|path| VsockSpec { path }),
             ..forks.family()?
         };
         let family = Family::new(Arc::new(Kvm::open()?), config);

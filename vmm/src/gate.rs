@@ -8,6 +8,7 @@
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use forkvm_devices::brake::NotStill;
 use thiserror::Error;
 
 /// How long a thread that was told to end may take before it is kicked again.
@@ -170,7 +171,7 @@ impl Gate {
             };
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(PauseError {
+                return Err(PauseError::Vcpu {
                     vcpu: running as u32,
                     deadline,
                 });
@@ -216,17 +217,23 @@ impl Gate {
     }
 }
 
-/// A vCPU did not come to the pause barrier in time; the VM runs on.
-#[derive(Debug, Error, PartialEq, Eq)]
-#[error(
-    "vCPU {vcpu} did not reach the pause barrier within {deadline:?}: it is inside a host call \
-     (a disk that hangs, or a page that does not come); the machine runs on"
-)]
-pub struct PauseError {
-    /// The vCPU, or the first of them.
-    pub vcpu: u32,
-    /// How long was waited.
-    pub deadline: Duration,
+/// The machine did not come to stand in time; it runs on.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum PauseError {
+    /// A vCPU did not come to the pause barrier.
+    #[error(
+        "vCPU {vcpu} did not reach the pause barrier within {deadline:?}: it is inside a host call \
+         (a disk that hangs, or a page that does not come); the machine runs on"
+    )]
+    Vcpu {
+        /// The vCPU, or the first of them.
+        vcpu: u32,
+        /// How long was waited.
+        deadline: Duration,
+    },
+    /// A thread that feeds a device did not stop.
+    #[error(transparent)]
+    Device(#[from] NotStill),
 }
 
 #[cfg(test)]
@@ -278,7 +285,7 @@ mod tests {
             .unwrap_err();
         assert_eq!(
             error,
-            PauseError {
+            PauseError::Vcpu {
                 vcpu: 1,
                 deadline: SOON
             }

@@ -22,6 +22,7 @@ pub mod state_file;
 mod tsc;
 mod vcpu;
 mod vm;
+mod vsock;
 
 pub use gate::PauseError;
 pub use kvm::{Kvm, KvmError, KvmFlavour};
@@ -34,3 +35,4 @@ pub use vm::{
     EndReason, EventSink, HostError, KvmStats, MachineState, MachineSummary, PausedVm, ReadyVm,
     Shell, StatsError, VcpuSummary, Vm, VmError, VmEvent,
 };
+pub use vsock::VsockHost;

@@ -22,6 +22,8 @@ use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::vsock::{MachineVsock, VsockHost};
+
 /// What a machine is, apart from its content. Section `config` of its state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmConfig {
@@ -33,6 +35,15 @@ pub struct VmConfig {
     pub disks: Vec<DiskConfig>,
     /// Bits of [`doorbell::feature`] that the doorbell offers.
     pub doorbell_features: u32,
+    /// Whether it has a socket device.
+    #[serde(default, skip_serializing_if = "is_absent")]
+    pub vsock: bool,
+}
+
+/// Whether a device that not every machine has is left out, also of a state: those without it are as
+/// they were before it was known.
+fn is_absent(device: &bool) -> bool {
+    !device
 }
 
 impl SavedState for VmConfig {
@@ -52,6 +63,7 @@ impl VmConfig {
             vcpus,
             disks: Vec::new(),
             doorbell_features,
+            vsock: false,
         }
     }
 
@@ -110,6 +122,8 @@ pub struct Peripherals {
     pub console: Box<dyn Write + Send>,
     /// What is behind each of [`VmConfig::disks`], in the same order.
     pub disks: Vec<Arc<dyn BlockLayer>>,
+    /// What the socket device meets on the host, if [`VmConfig::vsock`] says that there is one.
+    pub vsock: Option<VsockHost>,
 }
 
 /// A disk of a built machine.
@@ -121,6 +135,7 @@ pub(crate) struct Machine {
     pub(crate) serial: Arc<Mutex<Serial>>,
     pub(crate) doorbell: Arc<Mutex<Doorbell>>,
     pub(crate) disks: Vec<Disk>,
+    pub(crate) vsock: Option<MachineVsock>,
     /// Those of [`slot`] in which there is a device.
     pub(crate) slots: Vec<u32>,
     pub(crate) devices: Devices,
@@ -176,6 +191,7 @@ impl Machine {
             serial: serial.clone(),
             doorbell: doorbell.clone(),
             disks: Vec::new(),
+            vsock: None,
             slots: Vec::new(),
             devices: Devices {
                 list: Vec::new(),
@@ -213,6 +229,18 @@ impl Machine {
                 named: config.disks.len(),
                 given: machine.disks.len(),
             });
+        }
+        if config.vsock != peripherals.vsock.is_some() {
+            return Err(MachineError::VsockHost {
+                named: config.vsock,
+            });
+        }
+        if let Some(host) = peripherals.vsock {
+            let line = line(slot::gsi(MachineVsock::SLOT));
+            let vsock = MachineVsock::new(host, memory.clone(), line, brake)
+                .map_err(MachineError::Sockets)?;
+            machine.add_slot(MachineVsock::SLOT, vsock.device())?;
+            machine.vsock = Some(vsock);
         }
         Ok(machine)
     }
@@ -343,6 +371,16 @@ pub enum MachineError {
         /// Its name.
         disk: String,
     },
+    /// The configuration has a socket device and nothing of the host was given for it, or the other way round.
+    #[error("the machine has {} socket device, and the host's side of one was {}given",
+            if *.named { "a" } else { "no" }, if *.named { "not " } else { "" })]
+    VsockHost {
+        /// Whether the configuration has one.
+        named: bool,
+    },
+    /// The host has no descriptors or threads for the sockets of its guest.
+    #[error("the host refused what a socket device needs: raise `ulimit -n` or `ulimit -u`")]
+    Sockets(#[source] io::Error),
     /// Two devices at one place: a bug in the layout.
     #[error(transparent)]
     Bus(#[from] BusError),

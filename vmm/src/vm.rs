@@ -126,6 +126,7 @@ impl ReadyVm {
         let Inner {
             machine, objects, ..
         } = &mut self.inner;
+        objects.brake.release();
         objects.brake.leave_over();
         objects.gate.open();
         objects.start_threads(machine, &self.events);
@@ -145,7 +146,15 @@ impl Vm {
     pub fn pause(&mut self, deadline: Duration) -> Result<PausedVm<'_>, PauseError> {
         let objects = &self.inner.objects;
         objects.brake.pull();
-        if let Err(error) = objects.gate.close(deadline, |vcpu| objects.kick(vcpu)) {
+        let until = Instant::now() + deadline;
+        let stood = objects
+            .gate
+            .close(deadline, |vcpu| objects.kick(vcpu))
+            .and_then(|()| {
+                let left = until.saturating_duration_since(Instant::now());
+                Ok(objects.brake.until_still(left)?)
+            });
+        if let Err(error) = stood {
             // In this order: a vCPU that passes the gate looks at what the brake left over.
             objects.brake.release();
             objects.gate.open();
@@ -284,6 +293,11 @@ impl Drop for PausedVm<'_> {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        // While there is memory that the thread may be looking at, and nothing new that it begins.
+        self.objects.brake.pull();
+        if let Some(vsock) = &mut self.machine.vsock {
+            vsock.end();
+        }
         // Before the devices go that they serve.
         self.objects.end();
     }

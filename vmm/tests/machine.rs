@@ -37,6 +37,7 @@ fn boot(memory_mib: u64, vcpus: u32) -> (ReadyVm, Console, Receiver<VmEvent>) {
     let events: EventSink = Arc::new(move |event| tell.send(event).unwrap_or_default());
     let console = Console::default();
     let peripherals = Peripherals {
+        vsock: None,
         console: Box::new(console.clone()),
         disks: Vec::new(),
     };

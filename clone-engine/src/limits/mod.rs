@@ -188,6 +188,12 @@ impl Each {
     }
 }
 
+/// Of a socket device: the listener, its duplicate in the VM object, the set and the event of its thread.
+const VSOCK_DESCRIPTORS: u64 = 4;
+
+/// Two stacks with a guard each.
+const MAPPINGS_OF_A_THREAD: u64 = 4;
+
 impl<'a> Need<'a> {
     /// Of shells for machines of the shape of `state`, which nobody runs in yet.
     pub(crate) fn of_shells(state: &'a MachineState) -> Need<'a> {
@@ -214,8 +220,17 @@ impl<'a> Need<'a> {
         let shell = 1 + u64::from(self.config.vcpus);
         Each {
             shell: if self.apart { 0 } else { shell },
-            // Of a clone that lives in another process, once it has ended.
-            clone: writable.count() as u64,
+            // Those of disks also of a clone that lives in another process, once it has ended.
+            clone: writable.count() as u64 + self.of_vsock(VSOCK_DESCRIPTORS, 1),
+        }
+    }
+
+    /// `here` of a VM with a socket device in this process, `apart` of one in another; 0 without one.
+    fn of_vsock(&self, here: u64, apart: u64) -> u64 {
+        match (self.config.vsock, self.apart) {
+            (true, true) => apart,
+            (true, false) => here,
+            (false, _) => 0,
         }
     }
 
@@ -231,11 +246,11 @@ impl<'a> Need<'a> {
         }
     }
 
-    /// One for each vCPU, one that serves the VM, and one of KVM's own.
+    /// One for each vCPU, one that serves the VM, and one of KVM's own; one for its sockets.
     fn threads(&self) -> Each {
         Each {
             shell: 2 + u64::from(self.config.vcpus),
-            clone: 0,
+            clone: u64::from(self.config.vsock),
         }
     }
 
@@ -247,7 +262,7 @@ impl<'a> Need<'a> {
         }
         Each {
             shell: 4 + 5 * u64::from(self.config.vcpus),
-            clone: self.pieces,
+            clone: self.pieces + self.of_vsock(MAPPINGS_OF_A_THREAD, 0),
         }
     }
 }

@@ -90,7 +90,7 @@ impl Serving {
             return Err(error.into());
         }
         paused.resume();
-        self.disks = disks;
+        self.attached.disks = disks;
         self.forget_calls();
         Ok(())
     }
@@ -111,6 +111,7 @@ impl Serving {
             identity,
             granted: origin.granted,
             life: &life,
+            vsock: self.attached.vsock.clone(),
         };
         let furnished = in_process::furnish(&origin.point, &told, timeline, &NoObserver)?;
         stand(self.vm.pause(PAUSE_DEADLINE)?)?.stay();
@@ -118,7 +119,7 @@ impl Serving {
         let Furnished {
             vm,
             memory,
-            disks,
+            attached,
             timeline,
             thread,
         } = furnished;
@@ -129,7 +130,7 @@ impl Serving {
         self.forget_calls();
         let old_vm = std::mem::replace(&mut self.vm, vm.start());
         let old_memory = std::mem::replace(&mut self.memory, memory);
-        let old_disks = std::mem::replace(&mut self.disks, disks);
+        let old_disks = std::mem::replace(&mut self.attached, attached).disks;
         let (watch, life) = (self.member.watch.clone(), self.life.number());
         let undertaker = thread.begin("undertaker", move || {
             drop(watch.wait_until(Some(FIRST_STEPS), |seen| seen.has_acted_in(life)));

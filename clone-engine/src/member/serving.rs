@@ -17,6 +17,7 @@ use forkvm_vmm::{Disk, PausedVm, Vm};
 
 use super::{Ask, Finished, Inbox, Life, Member, Message, Origin, PAUSE_DEADLINE};
 use crate::accounting::VmCount;
+use crate::attached::Attached;
 use crate::disks::{DiskSource, DisksError};
 use crate::end::End;
 use crate::family::Family;
@@ -33,7 +34,7 @@ pub(super) struct Serving {
     pub(super) member: Arc<Member>,
     pub(super) vm: Vm,
     pub(super) memory: Arc<VmMemory>,
-    pub(super) disks: Vec<DiskSource>,
+    pub(super) attached: Attached,
     /// Its own, for whoever is to send something there.
     sender: Sender<Message>,
     inbox: Receiver<Message>,
@@ -101,7 +102,7 @@ impl Serving {
         member: Arc<Member>,
         vm: Vm,
         memory: Arc<VmMemory>,
-        disks: Vec<DiskSource>,
+        attached: Attached,
         inbox: Inbox,
     ) -> Serving {
         let Inbox {
@@ -116,7 +117,7 @@ impl Serving {
             member,
             vm,
             memory,
-            disks,
+            attached,
             sender,
             inbox: receiver,
             life,
@@ -166,16 +167,18 @@ impl Serving {
         let Serving {
             vm,
             memory,
-            disks,
+            attached,
             inbox,
             stopped_at,
             ..
         } = self;
+        let Attached { disks, vsock } = attached;
         let devices = vm.disks().to_vec();
         // The VM goes before anybody hears of its end: who waited may count on its memory. And before
         // its devices are looked at: a guest can keep one of them busy until then.
         take_apart(vm, memory);
         drop(inbox);
+        drop(vsock);
         for disk in &disks {
             // What the guest wrote is there, also when it did not live to flush it, and whether or
             // not anybody drops the disk before the process ends.
@@ -368,7 +371,7 @@ impl Serving {
             family: &self.family,
             vm: &mut self.vm,
             memory: &self.memory,
-            disks: &mut self.disks,
+            disks: &mut self.attached.disks,
             identity: &identity,
             numbers: &self.numbers,
         };
@@ -457,7 +460,7 @@ impl Serving {
             .clone()
             .ok_or(SaveError::NoPlace)?;
         let mut paused = self.vm.pause(PAUSE_DEADLINE)?;
-        saver.save(&self.member.identity(), &mut paused, &self.disks)?;
+        saver.save(&self.member.identity(), &mut paused, &self.attached.disks)?;
         // It must not take another step: its disks would no longer be those of the saved state.
         paused.stay();
         Ok(())

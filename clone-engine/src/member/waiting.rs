@@ -7,7 +7,7 @@ use forkvm_vmm::ReadyVm;
 use super::door::Door;
 use super::serving::Serving;
 use super::{Inbox, Member};
-use crate::disks::DiskSource;
+use crate::attached::Attached;
 use crate::family::Family;
 use crate::parked::Parked;
 use crate::spawn::SpawnError;
@@ -24,7 +24,7 @@ pub(crate) struct Waiting {
     vm: ReadyVm,
     // After the VM: what watches its memory goes last.
     memory: Arc<VmMemory>,
-    disks: Vec<DiskSource>,
+    attached: Attached,
     inbox: Inbox,
     thread: Parked,
 }
@@ -35,7 +35,7 @@ impl Waiting {
         family: &Arc<Family>,
         vm: ReadyVm,
         memory: Arc<VmMemory>,
-        disks: Vec<DiskSource>,
+        attached: Attached,
         inbox: Inbox,
         timeline: Timeline,
         thread: Parked,
@@ -57,7 +57,7 @@ impl Waiting {
             member,
             vm,
             memory,
-            disks,
+            attached,
             inbox,
             thread,
         }
@@ -75,7 +75,7 @@ impl Waiting {
             member,
             vm,
             memory,
-            disks,
+            attached,
             inbox,
             thread,
         } = self;
@@ -86,7 +86,7 @@ impl Waiting {
         let vm = vm.start();
         let serving = {
             let (family, member) = (family.clone(), member.clone());
-            move || Serving::new(family, member, vm, memory, disks, inbox).serve()
+            move || Serving::new(family, member, vm, memory, attached, inbox).serve()
         };
         *joins = Some(thread.begin(&format!("vm-{}", member.name), serving));
         drop(joins);

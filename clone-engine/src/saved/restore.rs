@@ -8,13 +8,11 @@ use forkvm_devices::device::GuestOp;
 use forkvm_devices::doorbell::Answer;
 use forkvm_devices::{DeviceError, SectionError};
 use forkvm_vmm::memory_file::{MemoryFile, MemoryFileError, Progress};
-use forkvm_vmm::{
-    Backing, MachineState, MemoryError, Peripherals, Ram, ReadyVm, Shell, VmError, memory,
-};
+use forkvm_vmm::{Backing, MachineState, MemoryError, Ram, ReadyVm, Shell, VmError, memory};
 use thiserror::Error;
 
 use super::{IDENTITY, OpenMachine, disk_section};
-use crate::disks::DiskSource;
+use crate::attached::Attached;
 use crate::family::Family;
 use crate::first_pages::FirstPages;
 use crate::fork::MemoryMode;
@@ -56,6 +54,11 @@ impl Family {
         let mut identity =
             Identity::root(name.unwrap_or(&saved.name)).map_err(RestoreError::Identity)?;
         identity.fork_count = saved.fork_count;
+        let has = state.config().vsock;
+        if has != self.config().vsock.is_some() {
+            return Err(RestoreError::VsockWanted { has });
+        }
+        let identity = self.addressed(identity);
 
         let inbox = Inbox::new(identity.clone(), None);
         let (ram, memory) = match memory_mode {
@@ -88,19 +91,18 @@ impl Family {
             .consoles
             .open(&identity)
             .map_err(RestoreError::Console)?;
-        let layers = machine.disks.iter().map(DiskSource::layer).collect();
-        let peripherals = Peripherals {
-            console,
-            disks: layers,
+        let attached = Attached {
+            disks: machine.disks,
+            vsock: self.vsock_of(&identity).map_err(RestoreError::Vsock)?,
         };
+        let peripherals = attached.peripherals(console).map_err(RestoreError::Vsock)?;
         let shell = Shell::build(self.kvm(), state.config().vcpus, ram)?;
         memory.set_brake(shell.brake());
         let vm = shell.restore(&state, peripherals, inbox.life().event_sink())?;
         tell(&vm, &identity)?;
-        let disks = machine.disks;
         let thread = Parked::new().map_err(RestoreError::Thread)?;
         let timeline = Timeline::default();
-        let waiting = Waiting::new(self, vm, memory, disks, inbox, timeline, thread);
+        let waiting = Waiting::new(self, vm, memory, attached, inbox, timeline, thread);
         Ok(waiting.start()?)
     }
 
@@ -178,4 +180,16 @@ pub enum RestoreError {
     /// No console.
     #[error("opening the VM's console failed")]
     Console(#[source] io::Error),
+    /// No socket for its socket device.
+    #[error("opening the VM's vsock failed")]
+    Vsock(#[source] io::Error),
+    /// It was saved with a socket device and is to be started without one, or the other way round.
+    #[error(
+        "the machine was saved {} a vsock, so it is restored {} `--vsock`",
+        if *.has { "with" } else { "without" }, if *.has { "with" } else { "without" }
+    )]
+    VsockWanted {
+        /// Whether it has one.
+        has: bool,
+    },
 }

@@ -10,10 +10,10 @@ use std::time::Instant;
 use forkvm_abi::errno;
 use forkvm_devices::DeviceError;
 use forkvm_devices::doorbell::{Answer, Doorbell};
-use forkvm_vmm::{Backing, Peripherals, ReadyVm};
+use forkvm_vmm::{Backing, ReadyVm};
 
 use super::{Prepared, SpawnError, Spawner};
-use crate::disks::DiskSource;
+use crate::attached::Attached;
 use crate::fork::ForkError;
 use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
@@ -23,6 +23,7 @@ use crate::phase::{self, Observer, Phase};
 use crate::pool::Pooled;
 use crate::timeline::Timeline;
 use crate::vm_memory::{ImageBase, VmMemory};
+use crate::vsock::VsockEnd;
 
 /// See the module's text.
 #[derive(Debug)]
@@ -43,11 +44,13 @@ impl Spawner for InProcess {
             let granted = identities.len() as u32;
             let prepare = |identity: Identity| -> Result<Box<dyn Prepared>, SpawnError> {
                 point.family.check_open()?;
+                let vsock = point.family.vsock_of(&identity).map_err(no_vsock)?;
                 let clone = Unbuilt {
                     identity,
                     granted,
                     asked,
                     witness: None,
+                    vsock,
                 };
                 Ok(Box::new(clone.build(point, observer)?))
             };
@@ -65,6 +68,8 @@ pub(crate) struct Unbuilt {
     pub(crate) asked: Instant,
     /// Who else hears what it shows.
     pub(crate) witness: Option<Arc<dyn Witness>>,
+    /// The host's end of its socket device, if it has one.
+    pub(crate) vsock: Option<Arc<VsockEnd>>,
 }
 
 impl Unbuilt {
@@ -79,6 +84,7 @@ impl Unbuilt {
             granted,
             asked,
             witness,
+            vsock,
         } = self;
         let origin = Origin {
             point: point.clone(),
@@ -90,6 +96,7 @@ impl Unbuilt {
             identity: &identity,
             granted,
             life: inbox.life(),
+            vsock,
         };
         let timeline = Timeline {
             fork_requested: Some(point.requested),
@@ -99,11 +106,11 @@ impl Unbuilt {
         let Furnished {
             vm,
             memory,
-            disks,
+            attached,
             timeline,
             thread,
         } = furnish(point, &told, timeline, observer)?;
-        let waiting = Waiting::new(&point.family, vm, memory, disks, inbox, timeline, thread);
+        let waiting = Waiting::new(&point.family, vm, memory, attached, inbox, timeline, thread);
         Ok(waiting)
     }
 }
@@ -115,12 +122,20 @@ pub(super) fn no_console(source: io::Error) -> SpawnError {
     }
 }
 
-/// What a clone is told, and where it tells what.
+pub(super) fn no_vsock(source: io::Error) -> SpawnError {
+    SpawnError::Host {
+        what: "a socket for its vsock",
+        source,
+    }
+}
+
+/// What a clone is told, where it tells what, and what is its own of the host.
 pub(crate) struct Told<'a> {
     pub(crate) identity: &'a Identity,
     /// Clones that the guest's call was granted.
     pub(crate) granted: u32,
     pub(crate) life: &'a Life,
+    pub(crate) vsock: Option<Arc<VsockEnd>>,
 }
 
 /// A VM at a fork point, with all that belongs to it.
@@ -128,7 +143,7 @@ pub(crate) struct Furnished {
     pub(crate) vm: ReadyVm,
     // After the VM: what watches its memory goes last.
     pub(crate) memory: Arc<VmMemory>,
-    pub(crate) disks: Vec<DiskSource>,
+    pub(crate) attached: Attached,
     pub(crate) timeline: Timeline,
     pub(crate) thread: Parked,
 }
@@ -142,13 +157,13 @@ pub(crate) fn furnish(
 ) -> Result<Furnished, SpawnError> {
     let family = &point.family;
     let phase = phase::begin(observer, Phase::Spawn, None)?;
-    let disks = point.disks.for_clone();
+    let attached = Attached {
+        disks: point.disks.for_clone(),
+        vsock: told.vsock.clone(),
+    };
     let console = family.config().consoles.open(told.identity);
     let console = console.map_err(no_console)?;
-    let peripherals = Peripherals {
-        console,
-        disks: disks.iter().map(DiskSource::layer).collect(),
-    };
+    let peripherals = attached.peripherals(console).map_err(no_vsock)?;
     let Pooled { mut shell, thread } = family.pool().take(&point.state)?;
     timeline.built = Some(Instant::now());
     phase.done();
@@ -181,7 +196,7 @@ pub(crate) fn furnish(
     Ok(Furnished {
         vm,
         memory,
-        disks,
+        attached,
         timeline,
         thread,
     })

@@ -95,6 +95,8 @@ pub(crate) enum Order {
         granted: u32,
         /// Where it is saved to, if it is; nothing there yet.
         save_to: Option<PathBuf>,
+        /// The path of its vsock, if it has one; with the socket that listens there.
+        vsock: Option<PathBuf>,
     },
     /// Let a prepared clone run.
     Start {

@@ -47,6 +47,7 @@ use crate::phase::{Observer, Phase, Vetoed};
 use crate::rewind::{RewindError, RewindWay};
 use crate::spawn::in_process::Unbuilt;
 use crate::userfault::UserfaultError;
+use crate::vsock::VsockEnd;
 use crate::wire::socket::{Received, Socket, SocketError};
 use crate::wire::{NotRewound, Order, PROTOCOL, Readiness, Told, VERSION};
 
@@ -227,8 +228,12 @@ impl Worker {
                 identity,
                 granted,
                 save_to,
+                vsock,
             } => {
-                let outcome = self.prepare(point, clone, identity, granted, save_to);
+                let vsock = adopt_vsock(vsock, files, &identity);
+                let outcome = vsock.and_then(|vsock| {
+                    self.prepare(point, clone, identity, granted, save_to, vsock)
+                });
                 self.engine.tell(&Told::Prepared { clone, outcome }, &[]);
             }
             Order::Start { clone } => self.start(clone),
@@ -416,6 +421,7 @@ impl Worker {
         identity: Identity,
         granted: u32,
         save_to: Option<PathBuf>,
+        vsock: Option<Arc<VsockEnd>>,
     ) -> Result<Readiness, String> {
         let (family, point) = self.point(point)?;
         let console = self.consoles.open(clone);
@@ -434,6 +440,7 @@ impl Worker {
             // The engine knows when it was.
             asked: Instant::now(),
             witness: Some(Arc::new(witness)),
+            vsock,
         };
         let phases = Phases::default();
         let waiting = unbuilt.build(&point, &phases);
@@ -484,6 +491,22 @@ impl Worker {
             self.engine.0.close();
         }
     }
+}
+
+/// A clone's end of its vsock, whose socket came with the order.
+fn adopt_vsock(
+    path: Option<PathBuf>,
+    files: Files,
+    identity: &Identity,
+) -> Result<Option<Arc<VsockEnd>>, String> {
+    let Some(path) = path else {
+        return Ok(None);
+    };
+    let files = files.map_err(|error| with_causes(&error))?;
+    let socket = files.into_iter().next();
+    let socket = socket.ok_or("it came without the socket of its vsock")?;
+    let end = VsockEnd::adopt(socket, path, identity).map_err(|error| with_causes(&error))?;
+    Ok(Some(Arc::new(end)))
 }
 
 /// Keeps the phases of one clone's making.

@@ -23,7 +23,10 @@ pub const DISKS: u32 = 8;
 /// Slot of the entropy device.
 pub const RNG: u32 = 8;
 
-/// Number of slots, empty ones included. Slots 9 to 12 wait for vsock, net, balloon and console.
+/// Slot of the socket device.
+pub const VSOCK: u32 = 9;
+
+/// Number of slots, empty ones included. Slots 10 to 12 wait for net, balloon and console.
 pub const COUNT: u32 = 13;
 
 /// Interrupt line of the fork doorbell: the first one after the slots.

@@ -10,7 +10,7 @@ use super::{EventSink, Inner, MachineState, ReadyVm, VmError};
 use crate::boot::{self, Payload, Surroundings};
 use crate::cpuid;
 use crate::kvm::Kvm;
-use crate::machine::{Machine, Peripherals, VmConfig, lock};
+use crate::machine::{Machine, MachineError, Peripherals, VmConfig, lock};
 use crate::memory::Ram;
 use crate::software_kvm::Relay;
 
@@ -118,6 +118,7 @@ impl Shell {
                 boot::enter(vcpu.fd(), entry)?;
             }
         }
+        inner.listen()?;
         Ok(ReadyVm { inner, events })
     }
 
@@ -137,6 +138,7 @@ impl Shell {
         for vcpu in &inner.objects.vcpus {
             lock(vcpu).learn_msrs()?;
         }
+        inner.listen()?;
         Ok(ReadyVm { inner, events })
     }
 
@@ -149,11 +151,24 @@ impl Shell {
             return Err(VmError::Shape { what });
         }
         let (vm, brake) = (&objects.vm, objects.brake.clone());
+        // Until the start.
+        brake.pull();
         let machine = Machine::build(vm, &config, objects.ram.guest(), peripherals, brake)?;
         Ok(Inner {
             config,
             machine,
             objects,
         })
+    }
+}
+
+impl Inner {
+    /// Has the devices that the host feeds hear it. The state is in place.
+    fn listen(&mut self) -> Result<(), MachineError> {
+        let vsock = &mut self.machine.vsock;
+        vsock
+            .as_mut()
+            .map_or(Ok(()), |vsock| vsock.listen())
+            .map_err(MachineError::Sockets)
     }
 }

@@ -245,6 +245,9 @@ impl Inner {
             };
             Ok(device.restore(unread.remove(index))?)
         })?;
+        if let Some(vsock) = &self.machine.vsock {
+            vsock.identify();
+        }
         match unread.first() {
             Some(section) => Err(SectionError::Unread {
                 kind: section.kind.clone(),

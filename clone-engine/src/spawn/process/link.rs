@@ -351,7 +351,11 @@ impl Link {
         self.send_with(order, &[])
     }
 
-    fn send_with(&self, order: &Order, files: &[BorrowedFd<'_>]) -> Result<(), WorkerError> {
+    pub(super) fn send_with(
+        &self,
+        order: &Order,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<(), WorkerError> {
         match self.socket.send(order, files) {
             Ok(()) => Ok(()),
             Err(SocketError::Closed) => Err(self.death()),

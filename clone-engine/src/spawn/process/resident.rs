@@ -2,7 +2,7 @@
 
 use std::cell::OnceCell;
 use std::io::{self, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicU32;
 use std::sync::mpsc::{Receiver, channel};
@@ -27,9 +27,10 @@ use crate::member::{Ask, Elsewhere, Finished, Member, Reply, Watch};
 use crate::phase::Observer;
 use crate::rewind::{RewindError, RewindWay};
 use crate::saved::SaveError;
-use crate::spawn::in_process::no_console;
+use crate::spawn::in_process::{no_console, no_vsock};
 use crate::spawn::{Prepared, SpawnError};
 use crate::timeline::Timeline;
+use crate::vsock::VsockEnd;
 use crate::wire::disks::{self, HeldOverlay};
 use crate::wire::socket::SocketError;
 use crate::wire::{MOST_INPUT, Order, Readiness};
@@ -59,6 +60,8 @@ pub(super) struct Resident {
     /// From its start on.
     member: Option<Arc<Member>>,
     console: Arc<Console>,
+    /// The file of its vsock's socket goes with it.
+    _vsock: Option<Arc<VsockEnd>>,
     /// What its disks stand on.
     disks: Vec<Arc<dyn BlockLayer>>,
     /// Clones that it ever had.
@@ -117,6 +120,7 @@ impl Preparing {
         link.hand_over(point, description)?;
         let console = family.config().consoles.open(&identity);
         let console = console.map_err(no_console)?;
+        let vsock = family.vsock_of(&identity).map_err(no_vsock)?;
         let (number, watch) = (link.number(), Arc::new(Watch::new(identity.clone(), None)));
         let way = Way {
             link: Arc::downgrade(&link),
@@ -131,6 +135,7 @@ impl Preparing {
             watch: watch.clone(),
             member: None,
             console: Arc::new(Console::new(console)),
+            _vsock: vsock.clone(),
             disks: point
                 .disks
                 .iter()
@@ -160,16 +165,19 @@ impl Preparing {
         let saver = family.config().saver.as_ref();
         let save_to = saver.and_then(|saver| saver.directory());
         let save_to = save_to.map(std::path::absolute).transpose();
-        link.send(&Order::Prepare {
+        let save_to = save_to.map_err(no_working_directory)?;
+        let vsock = vsock.as_deref().map(VsockEnd::parts);
+        let path = vsock.map(|(_, path)| std::path::absolute(path)).transpose();
+        let prepare = Order::Prepare {
             point: point.handed_out.number(),
             clone: number,
             identity,
             granted,
-            save_to: save_to.map_err(|source| SpawnError::Host {
-                what: "the working directory",
-                source,
-            })?,
-        })?;
+            save_to,
+            vsock: path.map_err(no_working_directory)?,
+        };
+        let socket: Vec<_> = vsock.iter().map(|(socket, _)| socket.as_fd()).collect();
+        link.send_with(&prepare, &socket)?;
         Ok(Preparing {
             clone,
             timeline,
@@ -205,6 +213,13 @@ impl Preparing {
             ..timeline
         });
         Ok(clone)
+    }
+}
+
+fn no_working_directory(source: io::Error) -> SpawnError {
+    SpawnError::Host {
+        what: "the working directory",
+        source,
     }
 }
 
@@ -389,6 +404,7 @@ impl Resident {
             disks: below,
             numbers: _,
             _image: image,
+            _vsock: vsock,
         } = self;
         let panicked = console.close();
         let Some(member) = member else {
@@ -399,7 +415,7 @@ impl Resident {
             false => end,
         };
         // Whoever waited for its end finds nothing left of it.
-        drop((below, image, berth));
+        drop((below, image, vsock, berth));
         family.leave(&member);
         watch.finish(Finished {
             end,

@@ -58,6 +58,7 @@ impl Experiment for KickToBarrier {
         };
         let ram = Ram::new(MemoryLayout::new(MEMORY_MIB)?)?;
         let peripherals = Peripherals {
+            vsock: None,
             console: Box::new(io::sink()),
             disks: Vec::new(),
         };

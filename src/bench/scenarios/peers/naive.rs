@@ -158,6 +158,7 @@ impl Saved {
 
 fn peripherals() -> Peripherals {
     Peripherals {
+        vsock: None,
         console: Box::new(io::sink()),
         disks: Vec::new(),
     }
