@@ -5,6 +5,7 @@
 //! an internal error; the [`fallback`] carries those out that kernels need. And SYSCALL enters the
 //! guest's kernel at its address but not in ring 0; the [`relay`] finishes the step. Which of the two a
 //! KVM lacks is asked of a guest once ([`Promises`]), and where it lacks none, nothing of this is there.
+//! And as an interpreted tick is dear, timer interrupts come at a [pace](timer_pace) of their own.
 //!
 //! A vCPU ([`Vcpu`](crate::vcpu::Vcpu)) calls [`SoftwareKvm`] at the exits that this module asked for, and knows nothing else of it:
 //! an interpreter of ring 0 in user space could stand in its place. State: section `kvm/software`, and
@@ -15,14 +16,15 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use forkvm_devices::{GuestMemory, SavedState};
-use kvm_ioctls::{VcpuFd, VmFd};
+use kvm_bindings::{KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER, kvm_enable_cap};
+use kvm_ioctls::{MsrFilterDefaultAction, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::machine::lock;
 use crate::memory::PAGE;
-use crate::vcpu::StateError;
-use crate::vm::VmError;
+use crate::vcpu::{StateError, msrs};
+use crate::vm::{VmError, call};
 
 mod cpu;
 mod fallback;
@@ -32,12 +34,14 @@ mod probe;
 mod relay;
 #[cfg(test)]
 mod tests;
+mod timer_pace;
 mod xsave;
 
 use cpu::Cpu;
 pub(crate) use fallback::Outcome;
 pub use probe::Promises;
 pub(crate) use relay::Relay;
+use timer_pace::TimerPace;
 
 /// Guest-physical pages that the guest must leave alone: the memory map calls them reserved.
 pub(crate) const RESERVED: Range<u64> = relay::STUB..relay::STUB + relay::PAGES * PAGE;
@@ -68,13 +72,23 @@ pub(crate) struct SoftwareKvm {
     memory: GuestMemory,
     xsave_size: usize,
     relay: Relay,
+    timer: TimerPace,
     counts: Arc<Mutex<FallbackCounts>>,
 }
 
 impl SoftwareKvm {
-    /// Has KVM leave to user space what the relay needs of a VM. Before its vCPUs run.
+    /// Has KVM leave accesses to some MSRs to user space (KVM API 4.97 and 7.21). Before the vCPUs run.
     pub(crate) fn prepare(vm: &VmFd) -> Result<(), VmError> {
-        relay::filter(vm)
+        let mut cap = kvm_enable_cap {
+            cap: KVM_CAP_X86_USER_SPACE_MSR,
+            ..Default::default()
+        };
+        cap.args[0] = u64::from(KVM_MSR_EXIT_REASON_FILTER);
+        vm.enable_cap(&cap)
+            .map_err(call("KVM_ENABLE_CAP(KVM_CAP_X86_USER_SPACE_MSR)"))?;
+        let filtered = [relay::FILTERED, timer_pace::FILTERED];
+        vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &filtered)
+            .map_err(call("KVM_X86_SET_MSR_FILTER"))
     }
 
     /// For a vCPU whose machine has this memory, and that has stood so. `xsave_size` as KVM_CAP_XSAVE2
@@ -89,6 +103,7 @@ impl SoftwareKvm {
             memory,
             xsave_size,
             relay,
+            timer: TimerPace::default(),
             counts,
         }
     }
@@ -115,7 +130,10 @@ impl SoftwareKvm {
         msr: u32,
         value: u64,
     ) -> Result<(), SoftwareKvmError> {
-        self.relay.msr_written(fd, &self.memory, msr, value)
+        match msr {
+            msrs::TSC_DEADLINE => self.timer.deadline_written(fd, value),
+            _ => self.relay.msr_written(fd, &self.memory, msr, value),
+        }
     }
 
     /// What the guest is to read from one of them.

@@ -8,10 +8,8 @@
 //! KVM_RUN comes back with an MMIO exit, and the vCPU is put into ring 0 at the guest's own entry.
 
 use forkvm_devices::GuestMemory;
-use kvm_bindings::{
-    KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER, kvm_enable_cap, kvm_segment, kvm_sregs,
-};
-use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
+use kvm_bindings::{kvm_segment, kvm_sregs};
+use kvm_ioctls::{MsrFilterRange, MsrFilterRangeFlags, VcpuFd};
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -22,7 +20,6 @@ use super::page_walk::{
 };
 use crate::memory::PAGE;
 use crate::vcpu::{StateError, reading, restore_msrs, writing};
-use crate::vm::{VmError, call};
 
 /// Guest-physical address of the stub; page tables that the guest lacks on the way to it follow.
 pub(super) const STUB: u64 = 0x9_b000;
@@ -39,10 +36,10 @@ const ENTRY: u64 = 0x10;
 const CODE: [u8; 7] = [0x89, 0x04, 0x25, 0x00, 0x10, 0x60, 0xff];
 const INT3: u8 = 0xcc;
 
-const MSR_STAR: u32 = 0xc000_0081;
-const MSR_LSTAR: u32 = 0xc000_0082;
-const MSR_CSTAR: u32 = 0xc000_0083;
-const MSR_FMASK: u32 = 0xc000_0084;
+pub(super) const MSR_STAR: u32 = 0xc000_0081;
+pub(super) const MSR_LSTAR: u32 = 0xc000_0082;
+pub(super) const MSR_CSTAR: u32 = 0xc000_0083;
+pub(super) const MSR_FMASK: u32 = 0xc000_0084;
 
 const RFLAGS_RF: u64 = 1 << 16;
 /// Flags that a program in ring 3 can have: arithmetic, TF, IF, DF, NT, AC, ID.
@@ -60,26 +57,14 @@ pub(crate) struct Relay {
     fmask: u64,
 }
 
-/// Has accesses to the two MSRs end KVM_RUN (KVM API 4.97 and 7.21).
-pub(super) fn filter(vm: &VmFd) -> Result<(), VmError> {
-    let mut cap = kvm_enable_cap {
-        cap: KVM_CAP_X86_USER_SPACE_MSR,
-        ..Default::default()
-    };
-    cap.args[0] = u64::from(KVM_MSR_EXIT_REASON_FILTER);
-    vm.enable_cap(&cap)
-        .map_err(call("KVM_ENABLE_CAP(KVM_CAP_X86_USER_SPACE_MSR)"))?;
-    // A zero bit denies.
-    let denied = MsrFilterRange {
-        flags: MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE,
-        base: MSR_STAR,
-        msr_count: 4,
-        // As many bytes as the kernel reads.
-        bitmap: &[0; 8],
-    };
-    vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &[denied])
-        .map_err(call("KVM_X86_SET_MSR_FILTER"))
-}
+/// The MSRs that the guest may neither read nor write by itself.
+pub(super) const FILTERED: MsrFilterRange<'_> = MsrFilterRange {
+    flags: MsrFilterRangeFlags::READ.union(MsrFilterRangeFlags::WRITE),
+    base: MSR_STAR,
+    msr_count: 4,
+    // A zero bit denies; as many bytes as the kernel reads.
+    bitmap: &[0; 8],
+};
 
 impl Relay {
     pub(super) fn msr_read(&self, msr: u32) -> Option<u64> {

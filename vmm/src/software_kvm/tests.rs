@@ -9,8 +9,10 @@ use std::sync::{Arc, Mutex};
 
 use forkvm_abi::EXIT_PORT;
 use forkvm_devices::exit::ExitDevice;
-use forkvm_devices::{Brake, Bus, Effect};
+use forkvm_devices::{Brake, Bus, Effect, Section};
 
+use super::SoftwareState;
+use super::relay::{MSR_CSTAR, MSR_FMASK, MSR_LSTAR, MSR_STAR};
 use crate::kvm::{KVM_PATH, Kvm};
 use crate::machine::Buses;
 use crate::vcpu::{Stop, set_xsave};
@@ -362,4 +364,32 @@ fn an_instruction_that_nobody_carries_out_ends_the_vm_with_its_bytes() {
         text.contains("0x5000") && text.contains("c5 fd fe c0"),
         "{text}"
     );
+}
+
+/// Section `kvm/software` of a machine whose second vCPU has not turned SYSCALL on.
+#[test]
+fn a_section_of_version_1_is_read_and_written_as_ever() {
+    let golden = include_bytes!("../../tests/golden/kvm-software-v1.cbor");
+    let section = Section {
+        kind: "kvm/software".into(),
+        version: 1,
+        body: golden.to_vec(),
+    };
+    let state: SoftwareState = section.decode().unwrap();
+    assert_eq!(state.vcpus.len(), 2);
+    let msrs = |vcpu: usize| {
+        [MSR_STAR, MSR_LSTAR, MSR_CSTAR, MSR_FMASK].map(|msr| state.vcpus[vcpu].msr_read(msr))
+    };
+    assert_eq!(
+        msrs(0),
+        [
+            0x23_0010_0000_0000,
+            0xffff_ffff_8180_0000,
+            0xffff_ffff_8180_1000,
+            0x4_7700
+        ]
+        .map(Some)
+    );
+    assert_eq!(msrs(1), [Some(0); 4]);
+    assert_eq!(Section::encode("kvm/software", &state).unwrap(), section);
 }

@@ -1,14 +1,14 @@
 //! One vCPU: its KVM object, its thread's loop, and its state.
 
 pub mod kick;
-mod msrs;
+pub(crate) mod msrs;
 mod named_pages;
 mod run;
 mod state;
 mod sys;
 
 pub(crate) use kick::{Kick, allow_kicks, prepare_signal};
-pub(crate) use msrs::{MsrCatalogue, restore as restore_msrs};
+pub(crate) use msrs::{MsrCatalogue, read_one as read_msr, restore as restore_msrs};
 pub(crate) use named_pages::named_pages;
 pub use run::RunError;
 pub(crate) use run::{Stop, Vcpu};

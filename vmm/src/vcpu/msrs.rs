@@ -11,9 +11,9 @@ use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 
 /// IA32_TIME_STAMP_COUNTER. Set through the TSC offset where KVM has that.
-pub(super) const TSC: u32 = 0x10;
+pub(crate) const TSC: u32 = 0x10;
 /// IA32_TSC_DEADLINE. Set last: arming the timer needs the TSC and the LAPIC in place.
-pub(super) const TSC_DEADLINE: u32 = 0x6e0;
+pub(crate) const TSC_DEADLINE: u32 = 0x6e0;
 /// IA32_MCG_CAP: low 8 bits are the number of machine-check banks.
 const MCG_CAP: u32 = 0x179;
 /// First machine-check bank: CTL, STATUS, ADDR, MISC, then those of the next bank.
@@ -145,6 +145,13 @@ fn read(vcpu: &VcpuFd, indices: &[u32]) -> io::Result<Vec<(u32, u64)>> {
         }
     }
     Ok(values)
+}
+
+/// Reads one.
+pub(crate) fn read_one(vcpu: &VcpuFd, index: u32) -> Result<u64, MsrError> {
+    let values = read(vcpu, &[index]).map_err(MsrError::Call)?;
+    let (_, value) = values.first().ok_or(MsrError::Unreadable { index })?;
+    Ok(*value)
 }
 
 /// Sets `values`. KVM_SET_MSRS stops at the first MSR that it refuses: one that already has its
