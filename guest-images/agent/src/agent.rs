@@ -63,6 +63,11 @@ impl Agent {
         }
     }
 
+    /// Whether this process is the one that ends the machine.
+    pub(crate) fn is_init(&self) -> bool {
+        self.power.is_some()
+    }
+
     /// Has the machine ended; whether there is somebody who does it.
     pub(crate) fn end_machine(&self, last: Last) -> bool {
         self.power.as_ref().is_some_and(|power| {

@@ -71,3 +71,6 @@ fn end(agent: &Agent, status: u8) {
         agent.doorbell().exit(status);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -117,13 +117,15 @@ fn answer(
             forks::serve(agent, peer, clones, &mut inbox, outbox)?;
         }
         Request::PowerOff => {
-            if !agent.end_machine(Last::PowerOff) {
+            if !agent.is_init() {
                 return Err(Refusal {
                     errno: libc::ENOSYS,
                     text: "the agent is not this machine's PID 1: ask its init to power off".into(),
                 });
             }
+            // Said before: the machine may be gone at once.
             say(AgentFrame::PoweringOff);
+            agent.end_machine(Last::PowerOff);
         }
     }
     Ok(())

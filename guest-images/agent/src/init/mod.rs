@@ -8,6 +8,7 @@ mod console;
 mod end;
 mod mounts;
 
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::{fs, thread};
@@ -15,7 +16,6 @@ use std::{fs, thread};
 use forkvm_agent_protocol::Exit;
 use signal_hook::consts::SIGTERM;
 use signal_hook::iterator::Signals;
-use std::os::unix::process::CommandExt;
 
 use crate::agent::{self, Agent, Last};
 use crate::log;
@@ -86,7 +86,7 @@ fn run_job(job: String, power: Sender<Last>) -> std::io::Result<()> {
     let child = reaper::spawn(&mut command)?.child;
     let wait = move || {
         let exit = child.ended().wait(None).map_or(0, Exit::status);
-        println!("init: '{job}' ended with status {exit}");
+        log::line(&format!("'{job}' ended with status {exit}"));
         power.send(Last::PowerOff).unwrap_or_default();
     };
     thread::Builder::new()

@@ -86,12 +86,10 @@ fn a_client_that_hangs_up_at_once_disturbs_nobody() {
 #[test]
 fn more_input_than_there_is_room_for_ends_the_session() {
     let agent = Agent::start();
-    let mut session = agent.ask(Request::Exec(shell("read never")));
-    let chunk = Bytes(vec![b'x'; STDIN_WINDOW as usize]);
-    session.say(&ClientFrame::Stdin(chunk));
+    let mut session = agent.ask(Request::Exec(shell("sleep 1000")));
     session.say(&ClientFrame::Stdin(Bytes(vec![
-        b'x';
-        STDIN_WINDOW as usize
+        0;
+        STDIN_WINDOW as usize + 1
     ])));
     loop {
         match session.hear() {
