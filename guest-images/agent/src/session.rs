@@ -1,6 +1,6 @@
 //! One session: greetings, one request, its answer.
 //!
-//! A client has [`PATIENCE`] to say what it wants; after that only an exec may last. Whatever goes wrong is said to the
+//! A client has `PATIENCE` to say what it wants; after that only an exec may last. Whatever goes wrong is said to the
 //! client by a refusal, as far as it still listens, and ends the session and nothing else.
 
 use std::fs::File;

@@ -1,7 +1,7 @@
 //! The fork doorbell from user space: who may ring it, and what comes of it.
 //!
 //! The layout is [`forkvm_abi::doorbell`]'s. [`connect`] finds the device and leaves it to one thread
-//! ([`owner`]), which alone holds the ports and the page ([`page`], [`port`]). [`Doorbell`] is the seam: tests put a
+//! (`owner`), which alone holds the ports and the page (`page`, `port`). [`Doorbell`] is the seam: tests put a
 //! machine of their own behind it, and [`Absent`] stands where there is no device.
 
 mod owner;
