@@ -82,7 +82,7 @@ lint: ## Formatting, clippy and rustdoc with warnings as errors, shellcheck
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
 	cd guest-images/bare && cargo fmt --check
 	cd guest-images/bare && cargo clippy --release --locked --target-dir "$(TARGET)/bare" -- -D warnings
-	shellcheck .ci/run scripts/setup scripts/check-rust lanes/svm/init guest-images/linux/recipes/minimal/init
+	shellcheck .ci/run scripts/setup scripts/check-rust lanes/svm/init
 
 setup: ## Install all Debian packages that any target needs
 	@scripts/setup all

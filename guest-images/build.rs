@@ -1,17 +1,17 @@
-//! Builds the freestanding guest in `bare/` and hands its ELF to `src/lib.rs`.
+//! Builds the programs that run inside guests and hands them to `src/lib.rs`.
 //!
-//! It is a workspace of its own (other linker flags, another panic strategy), so it is built by a
-//! Cargo of its own, with the lock file beside it. That Cargo shall know nothing of the flags of
-//! this build: a code coverage run or a sanitizer would not even link there.
+//! Each is built by a Cargo of its own, since it needs other flags than the rest: `bare/` is freestanding and a workspace of its
+//! own, `agent/` is a member of this one, but static, small, and with panics that abort. That Cargo shall know nothing of
+//! the flags of this build: a code coverage run or a sanitizer would not even link there.
 
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 
-/// Target of the guest; `bare/.cargo/config.toml` names the same one.
+/// Target of the guests; `bare/.cargo/config.toml` names the same one.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// What the guest is built from, relative to this crate.
+/// What the guests are built from, relative to this crate.
 const SOURCES: &[&str] = &[
     "bare/.cargo/config.toml",
     "bare/Cargo.lock",
@@ -23,35 +23,75 @@ const SOURCES: &[&str] = &[
     "abi/src",
     "read-mapper/Cargo.toml",
     "read-mapper/src",
+    "agent/Cargo.toml",
+    "agent/src",
+    "agent-protocol/Cargo.toml",
+    "agent-protocol/src",
+    // Profile and versions of the agent.
+    "../Cargo.toml",
+    "../Cargo.lock",
 ];
+
+/// Flags of the agent: it finds no library in a guest, and lies where it is linked to (nothing is relocated at its start).
+const AGENT_FLAGS: &str = "-C target-feature=+crt-static -C relocation-model=static";
 
 fn main() {
     for source in SOURCES {
         println!("cargo::rerun-if-changed={source}");
     }
-    let bare = Path::new(env!("CARGO_MANIFEST_DIR")).join("bare");
-    let target_dir = PathBuf::from(variable("OUT_DIR")).join("bare");
-    let mut cargo = Command::new(variable("CARGO"));
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     // In its directory, so that its .cargo/config.toml counts.
+    let elf = build(
+        &here.join("bare"),
+        "bare",
+        "forkvm-bare",
+        &["--release"],
+        "",
+    );
+    println!("cargo::rustc-env=FORKVM_BARE_ELF={}", elf.display());
+    let agent = build(
+        &here.join("agent"),
+        "agent",
+        "forkvm-agent",
+        &["--profile", "guest", "-p", "forkvm-agent"],
+        AGENT_FLAGS,
+    );
+    println!("cargo::rustc-env=FORKVM_AGENT={}", agent.display());
+}
+
+/// Builds `program` in `directory`, in a target directory of its own called `name`: the file that comes of it.
+fn build(directory: &Path, name: &str, program: &str, options: &[&str], flags: &str) -> PathBuf {
+    let target_dir = PathBuf::from(variable("OUT_DIR")).join(name);
+    let mut cargo = Command::new(variable("CARGO"));
     cargo
-        .current_dir(&bare)
-        .args(["build", "--release", "--locked", "--target", TARGET]);
-    cargo.arg("--target-dir").arg(&target_dir);
+        .current_dir(directory)
+        .args(["build", "--locked", "--target", TARGET])
+        .args(options)
+        .arg("--target-dir")
+        .arg(&target_dir);
     for (name, _) in env::vars_os() {
         if name.to_str().is_some_and(is_of_this_build) {
             cargo.env_remove(name);
         }
     }
+    if !flags.is_empty() {
+        // With a target named, they reach the guest and not its build scripts.
+        cargo.env("RUSTFLAGS", flags);
+    }
     let status = cargo.status();
     if !status.as_ref().is_ok_and(|status| status.success()) {
         eprintln!(
             "building the guest in {} failed ({status:?}): {cargo:?}",
-            bare.display()
+            directory.display()
         );
         exit(1);
     }
-    let elf = target_dir.join(TARGET).join("release/forkvm-bare");
-    println!("cargo::rustc-env=FORKVM_BARE_ELF={}", elf.display());
+    let profile = if options.contains(&"--release") {
+        "release"
+    } else {
+        "guest"
+    };
+    target_dir.join(TARGET).join(profile).join(program)
 }
 
 /// Whether a variable carries settings of the build that runs this script. What says where Cargo,

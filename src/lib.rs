@@ -29,6 +29,7 @@
 //! The layers below are crates of their own: `forkvm-devices` (device models), `forkvm-vmm` (KVM
 //! machines), `forkvm-clone-engine` (freeze, images, spawning).
 
+pub mod agent;
 #[cfg(feature = "cli")]
 pub mod bench;
 #[cfg(feature = "cli")]

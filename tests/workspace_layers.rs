@@ -8,6 +8,8 @@ use cargo_metadata::{CargoOpt, DependencyKind, Metadata, MetadataCommand, Packag
 /// Each crate, and those of the workspace that it may build on. What is tested may use more.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("forkvm-abi", &[]),
+    ("forkvm-agent-protocol", &[]),
+    ("forkvm-agent", &["forkvm-abi", "forkvm-agent-protocol"]),
     ("forkvm-read-mapper", &[]),
     ("forkvm-linux-image", &[]),
     ("forkvm-guest-images", &["forkvm-abi"]),
@@ -21,6 +23,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "forkvm",
         &[
             "forkvm-abi",
+            "forkvm-agent-protocol",
             "forkvm-clone-engine",
             "forkvm-devices",
             "forkvm-guest-images",

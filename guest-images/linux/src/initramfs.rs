@@ -12,7 +12,7 @@ use cpio::NewcBuilder;
 use cpio::newc;
 use thiserror::Error;
 
-use crate::recipe::{FileSource, Recipe};
+use crate::recipe::{FileSource, Recipe, link_path};
 
 /// Files that the program which builds an image brings along, by the name that recipes call them.
 pub type Given = BTreeMap<String, Vec<u8>>;
@@ -23,8 +23,10 @@ const REGULAR: u32 = 0o100_000;
 const LINK: u32 = 0o120_000;
 const CHARACTER_DEVICE: u32 = 0o020_000;
 
-/// Number of /dev/console, as in the kernel's Documentation/admin-guide/devices.txt.
-const CONSOLE: (u32, u32) = (5, 1);
+/// Devices that are there before `/dev` is mounted, with their numbers as in the kernel's Documentation/admin-guide/devices.txt.
+/// Without the console the kernel starts /init with no standard input or output; without either, a program of Rust
+/// that has none ends at once, and with it the machine.
+const DEVICES: [(&str, u32, u32); 2] = [("dev/console", 5, 1), ("dev/null", 1, 3)];
 
 /// The archive of `recipe`.
 pub(crate) fn archive(recipe: &Recipe, given: &Given) -> Result<Vec<u8>, InitramfsError> {
@@ -33,15 +35,11 @@ pub(crate) fn archive(recipe: &Recipe, given: &Given) -> Result<Vec<u8>, Initram
     for path in &layout.directories {
         archive.directory(path)?;
     }
-    // Without it the kernel starts /init with no standard input or output, before /dev is mounted.
     archive.directory("dev")?;
-    archive.add(
-        NewcBuilder::new("dev/console")
-            .mode(CHARACTER_DEVICE | 0o600)
-            .rdev_major(CONSOLE.0)
-            .rdev_minor(CONSOLE.1),
-        &[],
-    )?;
+    for (path, major, minor) in DEVICES {
+        let device = NewcBuilder::new(path).mode(CHARACTER_DEVICE | 0o600);
+        archive.add(device.rdev_major(major).rdev_minor(minor), &[])?;
+    }
     for file in &layout.files {
         let path = Path::new(&file.path);
         archive.parents(path)?;
@@ -63,12 +61,16 @@ pub(crate) fn archive(recipe: &Recipe, given: &Given) -> Result<Vec<u8>, Initram
             NewcBuilder::new(&file.path).mode(REGULAR | file.mode),
             bytes,
         )?;
-        let target = path.file_name().unwrap_or_default().as_encoded_bytes();
         for link in &file.links {
-            let link = path.with_file_name(link);
+            let link = link_path(&file.path, link);
+            archive.parents(&link)?;
+            let target = match path.parent() == link.parent() {
+                true => path.file_name().unwrap_or_default().into(),
+                false => Path::new("/").join(path).into_os_string(),
+            };
             archive.add(
                 NewcBuilder::new(&link.to_string_lossy()).mode(LINK | 0o777),
-                target,
+                target.as_encoded_bytes(),
             )?;
         }
     }
@@ -188,6 +190,7 @@ mod tests {
                 "proc",
                 "dev",
                 "dev/console",
+                "dev/null",
                 "init",
                 "usr",
                 "usr/bin",
@@ -206,6 +209,21 @@ mod tests {
             find("usr/bin/sh"),
             &("usr/bin/sh".into(), 0o120_777, b"busybox".to_vec())
         );
+    }
+
+    #[test]
+    fn a_link_elsewhere_names_its_file_from_the_root() {
+        let sample = Sample::new();
+        sample.append(
+            "recipe.toml",
+            "\n[[initramfs.file]]\npath = \"agent\"\ngiven = \"agent\"\nlinks = [\"sbin/guest\", \"guest\"]\n",
+        );
+        let given = Given::from([("agent".to_owned(), b"an agent".to_vec())]);
+        let found = entries(&archive(&sample.recipe(), &given).unwrap());
+        let find = |path: &str| &found.iter().find(|(name, ..)| name == path).unwrap().2;
+        assert_eq!(find("sbin/guest"), b"/agent");
+        assert_eq!(find("guest"), b"agent");
+        assert!(find("sbin").is_empty());
     }
 
     #[test]

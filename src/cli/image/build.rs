@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use clap::Args;
+use forkvm_guest_images as guest_images;
 use forkvm_linux_image::{
     BuildError, Built, Cache, Given, Recipe, RecipeError, Request, SourceKernel, build,
 };
@@ -14,6 +15,9 @@ use super::{kib, to_json};
 use crate::cli::errors::{self, Usage};
 use crate::cli::output::{Outcome, Output};
 use crate::cli::stop::Stop;
+
+/// What recipes call forkvm's agent.
+const AGENT: &str = "agent";
 
 /// Options of `image build`.
 #[derive(Debug, Args)]
@@ -34,8 +38,7 @@ impl Build {
         let stop = Stop::on_signals().context("hearing signals")?;
         let request = Request {
             recipe: &recipe,
-            // forkvm's agent, once there is one.
-            given: &Given::new(),
+            given: &Given::from([(AGENT.to_owned(), guest_images::AGENT.to_vec())]),
             kernel: &SourceKernel,
             cache: &cache,
         };

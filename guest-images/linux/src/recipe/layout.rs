@@ -58,7 +58,7 @@ pub(crate) struct InitramfsFile {
     pub(crate) source: FileSource,
     /// Permissions.
     pub(crate) mode: u32,
-    /// Names of symbolic links to it, in the same directory.
+    /// Symbolic links to it: names in the same directory, or paths like `path`, with a slash in them.
     pub(crate) links: Vec<String>,
 }
 
@@ -121,6 +121,15 @@ impl TryFrom<RawFile> for InitramfsFile {
     }
 }
 
+/// Where the link that a recipe calls `link` lies, of the file at `path`.
+pub(crate) fn link_path(path: &str, link: &str) -> PathBuf {
+    if link.contains('/') {
+        PathBuf::from(link)
+    } else {
+        Path::new(path).with_file_name(link)
+    }
+}
+
 impl Layout {
     pub(crate) fn parse(text: &[u8]) -> Result<Layout, LayoutError> {
         let layout: Layout = toml::from_str(str::from_utf8(text)?)?;
@@ -160,14 +169,10 @@ impl Layout {
         }
         for file in &self.initramfs.files {
             inside(&file.path)?;
-            let beside = Path::new(&file.path).parent().unwrap_or(Path::new(""));
             let mut paths = vec![PathBuf::from(&file.path)];
             for link in &file.links {
-                if link.contains('/') {
-                    return Err(LayoutError::Link(link.clone()));
-                }
                 inside(link)?;
-                paths.push(beside.join(link));
+                paths.push(link_path(&file.path, link));
             }
             for path in paths {
                 if !seen.insert(path.clone()) {
@@ -217,9 +222,6 @@ pub enum LayoutError {
     /// A path that leaves the archive.
     #[error("{0:?} is no path of an initramfs: write it as bin/sh, with no slash in front")]
     Path(String),
-    /// A link's name.
-    #[error("the link {0:?} has a slash in it: links lie beside their file")]
-    Link(String),
     /// Two things at one path.
     #[error("the initramfs has {0:?} twice")]
     Twice(PathBuf),

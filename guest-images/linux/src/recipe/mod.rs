@@ -16,7 +16,7 @@ use thiserror::Error;
 
 use layout::Layout;
 pub use layout::LayoutError;
-pub(crate) use layout::{FileSource, InitramfsLayout, KernelLayout};
+pub(crate) use layout::{FileSource, InitramfsLayout, KernelLayout, link_path};
 
 use crate::image::Origin;
 

@@ -1,0 +1,105 @@
+//! Bytes between a program's descriptors and its client.
+//!
+//! All descriptors are non-blocking, and whoever waits at one waits for the program's end as well: a descendant that keeps
+//! a pipe open holds up nothing. What the program itself wrote before its end is read to the last byte.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::Receiver;
+
+use forkvm_agent_protocol::{AgentFrame, CHUNK};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::{Errno, ioctl_fionbio};
+
+use super::client::Input;
+use crate::outbox::Outbox;
+use crate::reaper::{Child, Ended};
+
+/// What a terminal's user types to end its input (VEOF, as terminals begin).
+const END_OF_INPUT: &[u8] = b"\x04";
+
+/// Makes a descriptor non-blocking. It is the agent's own end of a pipe or terminal; the program's is another.
+pub(super) fn prepare(fd: &OwnedFd) -> io::Result<()> {
+    Ok(ioctl_fionbio(fd, true)?)
+}
+
+/// Waits until `fd` can be used or the program has ended; whether it had ended before.
+fn wait(fd: BorrowedFd<'_>, flags: PollFlags, ended: &Ended) -> bool {
+    let had_ended = ended.has();
+    if !had_ended {
+        let mut fds = [
+            PollFd::from_borrowed_fd(fd, flags),
+            PollFd::new(ended, PollFlags::IN),
+        ];
+        // Interrupted, or without memory: then the descriptor is tried once more, no harm.
+        poll(&mut fds, None).unwrap_or_default();
+    }
+    had_ended
+}
+
+/// Copies what the program writes to its client, until all its writers are gone, or it has ended and nothing is left. What no
+/// client hears is read all the same: a program whose client is gone must not stand still.
+pub(super) fn output(
+    source: &OwnedFd,
+    child: &Child,
+    outbox: &Outbox,
+    wrap: fn(&[u8]) -> AgentFrame,
+) {
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        let had_ended = wait(source.as_fd(), PollFlags::IN, child.ended());
+        match rustix::io::read(source, &mut buffer) {
+            // EIO: the last program has closed the terminal.
+            Ok(0) | Err(Errno::IO) => return,
+            Ok(count) => outbox.send_if_heard(&wrap(&buffer[..count])),
+            Err(Errno::AGAIN) if had_ended => return,
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(error) => {
+                crate::log::line(&format!("reading a program's output: {error}"));
+                return;
+            }
+        }
+    }
+}
+
+/// Feeds the program's input, and tells the client of the room that this makes.
+pub(super) fn input(
+    sink: OwnedFd,
+    terminal: bool,
+    child: &Child,
+    from_client: &Receiver<Input>,
+    room: &AtomicUsize,
+    outbox: &Outbox,
+) {
+    let mut open = true;
+    // The channel ends with the client.
+    while let Ok(one) = from_client.recv() {
+        match one {
+            Input::Bytes(bytes) => {
+                open = open && feed(&sink, &bytes, child.ended());
+                // Also for bytes that the program no longer wants: the client would wait for ever.
+                room.fetch_add(bytes.len(), Ordering::AcqRel);
+                outbox.send_if_heard(&AgentFrame::StdinRoom(bytes.len() as u32));
+            }
+            Input::End if terminal => open = open && feed(&sink, END_OF_INPUT, child.ended()),
+            Input::End => break,
+        }
+    }
+}
+
+/// Writes all of `bytes`; whether the program takes more.
+fn feed(sink: &OwnedFd, mut bytes: &[u8], ended: &Ended) -> bool {
+    while !bytes.is_empty() {
+        if wait(sink.as_fd(), PollFlags::OUT, ended) {
+            return false;
+        }
+        match rustix::io::write(sink, bytes) {
+            Ok(count) => bytes = &bytes[count..],
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            // EPIPE: it has closed its input. EIO: its terminal.
+            Err(_) => return false,
+        }
+    }
+    true
+}
