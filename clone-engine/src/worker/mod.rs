@@ -273,8 +273,7 @@ impl Worker {
             }
             Order::Fallbacks { clone, request } => {
                 let engine = self.engine.clone();
-                let reply =
-                    move |counts| engine.tell(&Told::Fallbacks { request, counts }, &[]);
+                let reply = move |counts| engine.tell(&Told::Fallbacks { request, counts }, &[]);
                 self.ask(clone, Ask::Fallbacks(Reply::new(reply)));
             }
             Order::Save {
