@@ -55,7 +55,7 @@ pub use fork::{CloneSpec, ForkError, MemoryMode, Ticket, UnknownMemoryMode};
 pub use fork_point::ForkPoint;
 pub use freeze::FreezeKind;
 pub use identity::Identity;
-pub use member::{Finished, Member, MemberError};
+pub use member::{Finished, HoldError, Member, MemberError};
 pub use phase::{ForkLog, NoObserver, Observer, Phase, Vetoed};
 pub use pool::{Pool, PoolConfig, PoolError};
 pub use rewind::{Break, RewindError, RewindWay, UnknownRewindWay};

@@ -27,6 +27,22 @@ pub struct VsockSpec {
     pub path: PathBuf,
 }
 
+impl VsockSpec {
+    /// The Unix socket of `vm`, which is of the family that has this.
+    pub fn path_of(&self, vm: &Identity) -> PathBuf {
+        // A name may have dots of its own, so its numbers are counted from behind.
+        let numbers = vm
+            .name
+            .rmatch_indices('.')
+            .take(vm.depth as usize)
+            .last()
+            .map_or("", |(at, _)| &vm.name[at..]);
+        let mut path = OsString::from(&self.path);
+        path.push(numbers);
+        path.into()
+    }
+}
+
 /// The CIDs of a family, each given once.
 #[derive(Debug)]
 pub(crate) struct Cids(AtomicU32);
@@ -58,7 +74,7 @@ pub(crate) struct VsockEnd {
 impl VsockEnd {
     /// That of the VM `identity`, which has a CID. Makes its socket.
     pub(crate) fn open(spec: &VsockSpec, identity: &Identity) -> io::Result<VsockEnd> {
-        let path = socket_of(&spec.path, identity);
+        let path = spec.path_of(identity);
         let listener = listen(&path).map_err(|error| {
             let text = format!("listening on the Unix socket {}: {error}", path.display());
             io::Error::new(error.kind(), text)
@@ -104,20 +120,6 @@ impl VsockEnd {
 fn cid_of(identity: &Identity) -> io::Result<Cid> {
     let number = identity.cid.map_or(0, u64::from);
     Cid::new(number).map_err(io::Error::other)
-}
-
-/// The socket of a VM whose family's first one has `path`.
-fn socket_of(path: &Path, identity: &Identity) -> PathBuf {
-    // A name may have dots of its own, so its numbers are counted from behind.
-    let numbers = identity
-        .name
-        .rmatch_indices('.')
-        .take(identity.depth as usize)
-        .last()
-        .map_or("", |(at, _)| &identity.name[at..]);
-    let mut path = OsString::from(path);
-    path.push(numbers);
-    path.into()
 }
 
 /// Listens at `path`, where there may be a socket of a process that is gone.
@@ -169,7 +171,8 @@ mod tests {
 
     #[test]
     fn the_sockets_of_a_family_lie_beside_each_other_under_the_numbers_of_its_clones() {
-        let of = |name, depth| socket_of(Path::new("/run/x.sock"), &identity(name, depth));
+        let path = PathBuf::from("/run/x.sock");
+        let of = |name, depth| VsockSpec { path: path.clone() }.path_of(&identity(name, depth));
         assert_eq!(of("web.v2", 0), Path::new("/run/x.sock"));
         assert_eq!(of("web.v2.7", 1), Path::new("/run/x.sock.7"));
         assert_eq!(of("web.v2.7.12", 2), Path::new("/run/x.sock.7.12"));

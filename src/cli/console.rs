@@ -15,6 +15,8 @@ use std::time::Duration;
 use forkvm::Identity;
 use forkvm::engine::{Consoles, Member};
 
+use super::raw_terminal::ESCAPE;
+
 /// A clone's line that is longer is cut here.
 const LINE_LEN: usize = 16 * 1024;
 
@@ -163,22 +165,29 @@ impl Drop for Prefixed {
 }
 
 /// Passes standard input to the VM's console, when it is a terminal, a pipe or a socket, until
-/// either ends.
-pub(crate) fn pass_input(vm: Arc<Member>) -> io::Result<()> {
+/// either ends. `escape` is called instead of passing on a key [`ESCAPE`], if there is one.
+pub(crate) fn pass_input(vm: Arc<Member>, escape: Option<fn()>) -> io::Result<()> {
     if !is_live(&io::stdin()) {
         return Ok(());
     }
     let pass = move || {
         let mut buffer = [0; 256];
         while let Ok(len @ 1..) = io::stdin().read(&mut buffer) {
-            let mut rest = &buffer[..len];
-            while !rest.is_empty() {
-                match vm.console_input(rest) {
-                    Ok(taken) => rest = &rest[taken..],
-                    Err(_ended) => return,
+            let typed = &buffer[..len];
+            let Some(escape) = escape else {
+                if !pass_on(typed, &vm) {
+                    return;
                 }
-                if !rest.is_empty() {
-                    thread::sleep(FULL_PAUSE);
+                continue;
+            };
+            let mut between = typed.split(|byte| *byte == ESCAPE);
+            if !between.next().is_none_or(|keys| pass_on(keys, &vm)) {
+                return;
+            }
+            for keys in between {
+                escape();
+                if !pass_on(keys, &vm) {
+                    return;
                 }
             }
         }
@@ -187,8 +196,22 @@ pub(crate) fn pass_input(vm: Arc<Member>) -> io::Result<()> {
     Ok(())
 }
 
+/// `false` when the VM has ended.
+fn pass_on(mut typed: &[u8], vm: &Member) -> bool {
+    while !typed.is_empty() {
+        match vm.console_input(typed) {
+            Ok(taken) => typed = &typed[taken..],
+            Err(_ended) => return false,
+        }
+        if !typed.is_empty() {
+            thread::sleep(FULL_PAUSE);
+        }
+    }
+    true
+}
+
 /// Asked of the descriptor, not of /dev/stdin, which a small system may not have.
-fn is_live(stdin: &io::Stdin) -> bool {
+pub(super) fn is_live(stdin: &io::Stdin) -> bool {
     let kind = || {
         File::from(stdin.as_fd().try_clone_to_owned()?)
             .metadata()

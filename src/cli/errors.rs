@@ -8,6 +8,8 @@ use forkvm_linux_image::BuildError;
 use serde_json::{Value, json};
 use thiserror::Error;
 
+use super::control::protocol::Failure;
+
 /// The options contradict each other, or what they name.
 #[derive(Debug, Error)]
 #[error("{0}")]
@@ -18,7 +20,8 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     let mut lines = lines(error).into_iter();
     eprintln!("error: {}", lines.next().unwrap_or_default());
     lines.for_each(|cause| eprintln!("  because: {cause}"));
-    if error.is::<Usage>() {
+    let is_usage = |failure: &Failure| failure.is_usage();
+    if error.is::<Usage>() || error.downcast_ref().is_some_and(is_usage) {
         eprintln!("For more information, try '--help'.");
         return ExitCode::from(2);
     }

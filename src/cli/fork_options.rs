@@ -138,7 +138,7 @@ fn places() -> impl TypedValueParser<Value = Place> {
     })
 }
 
-fn modes() -> impl TypedValueParser<Value = MemoryMode> {
+pub(super) fn modes() -> impl TypedValueParser<Value = MemoryMode> {
     let value = |mode: MemoryMode| {
         PossibleValue::new(mode.as_str()).help(match mode {
             MemoryMode::Cow => "mapped copy-on-write from a whole image",
@@ -151,7 +151,7 @@ fn modes() -> impl TypedValueParser<Value = MemoryMode> {
     PossibleValuesParser::new(MODES.map(value)).try_map(|word| word.parse::<MemoryMode>())
 }
 
-fn freezes() -> impl TypedValueParser<Value = FreezeKind> {
+pub(super) fn freezes() -> impl TypedValueParser<Value = FreezeKind> {
     let value = |freeze: FreezeKind| {
         let about = match freeze {
             FreezeKind::Auto => "what serves the memory mode and is cheapest",

@@ -6,6 +6,7 @@
 
 mod bench;
 mod console;
+mod control;
 mod demo;
 mod disk;
 mod disk_option;
@@ -14,8 +15,10 @@ mod errors;
 mod fork_options;
 mod image;
 mod log;
+mod machines;
 mod output;
 mod progress;
+mod raw_terminal;
 mod restore;
 mod run;
 mod session;
@@ -40,6 +43,10 @@ Examples:
   forkvm run --guest 'touch mib=64' --save DIR   Ctrl-C saves the machine to DIR ...
   forkvm restore DIR                             ... and this lets it run on
   forkvm restore DIR --memory-mode lazy          At once, with its memory read as it is touched
+  forkvm run --guest obey --name web             A machine that can be asked for by its name:
+  forkvm ps                                      ... which machines run, and their clones
+  forkvm fork web -n 8                           ... eight clones of it, now
+  forkvm console web.3                           ... what one of them prints; Ctrl-] leaves it
   forkvm state show DIR                          What is in a saved machine
   forkvm bench instantiate --quick               How fast is it here?
   forkvm disk commit disk.img                    Merge what a forked VM wrote into its disk
@@ -77,6 +84,24 @@ enum Command {
     Run(run::Run),
     /// Let a saved VM run on
     Restore(restore::Restore),
+    /// List the machines that run, and their clones
+    Ps(machines::Ps),
+    /// Tell more of one
+    Info(machines::Info),
+    /// Let it stand until it is resumed
+    Pause(machines::Pause),
+    /// Let it run on
+    Resume(machines::Resume),
+    /// Save it to a directory, and end it
+    Save(machines::Save),
+    /// Make clones of a running machine, which go on from this very instant
+    Fork(machines::Fork),
+    /// End it
+    Kill(machines::Kill),
+    /// Wait for its end, and end with its status
+    Wait(machines::Wait),
+    /// See what it prints from now on, and type to it
+    Console(machines::Console),
     /// Look at saved machines
     #[command(subcommand)]
     State(state::State),
@@ -130,6 +155,15 @@ impl Command {
             Command::Bench(command) => command.run(output),
             Command::Run(command) => command.run(output),
             Command::Restore(command) => command.run(output),
+            Command::Ps(command) => command.run(output),
+            Command::Info(command) => command.run(output),
+            Command::Pause(command) => command.run(output),
+            Command::Resume(command) => command.run(output),
+            Command::Save(command) => command.run(output),
+            Command::Fork(command) => command.run(output),
+            Command::Kill(command) => command.run(output),
+            Command::Wait(command) => command.run(output),
+            Command::Console(command) => command.run(output),
             Command::State(command) => command.run(output),
             Command::Disk(command) => command.run(output),
             Command::Image(command) => command.run(output),

@@ -6,6 +6,7 @@ use anyhow::Context;
 use clap::Args;
 use forkvm::engine::saved::OpenMachine;
 
+use super::control::place::Claim;
 use super::output::{Outcome, Output};
 use super::progress::Progress;
 use super::run::vm_name;
@@ -31,7 +32,8 @@ damaged ends the VM then, by name, and only if it is needed; DIR must not be cha
 pub(crate) struct Restore {
     /// Where the machine was saved
     dir: PathBuf,
-    /// Name of the VM [default: the one that it had]
+    /// Name of the VM, by which `forkvm ps`, `info`, `fork` and others find it while it runs [default: the one
+    /// that it had, by which they do not]
     #[arg(long, value_parser = vm_name)]
     name: Option<String>,
     #[command(flatten)]
@@ -43,8 +45,15 @@ impl Restore {
         let what = || format!("restoring {}", self.dir.display());
         let mode = self.session.forks.memory_mode;
         self.session.forks.check()?;
+        let claim = self.name.as_deref().map(Claim::take).transpose()?;
         let machine = OpenMachine::open(&self.dir).with_context(what)?;
-        let session = Session::new(self.session, output)?;
+        let mut options = self.session;
+        if let Some(claim) = &claim
+            && machine.config().with_context(what)?.vsock
+        {
+            options.vsock_is_by_default(claim.vsock());
+        }
+        let session = Session::new(options, output, claim)?;
         let mut bar = Progress::new("loading memory");
         let restored =
             session
@@ -53,6 +62,6 @@ impl Restore {
                     bar.update(progress.done, progress.total);
                 });
         drop(bar);
-        session.serve(restored.with_context(what)?)
+        session.serve(restored.with_context(what)?, false)
     }
 }

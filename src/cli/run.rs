@@ -1,6 +1,6 @@
 //! `forkvm run`: boots a VM.
 
-use std::io::Write;
+use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 
 use anyhow::Context;
@@ -12,6 +12,7 @@ use forkvm::{BootSpec, guest};
 use forkvm_guest_images::JOBS;
 use serde_json::json;
 
+use super::control::place::Claim;
 use super::disk_option::{self, DiskOption};
 use super::errors::Usage;
 use super::output::{Outcome, Output};
@@ -24,6 +25,7 @@ Examples:
   forkvm run --kernel bzImage --initrd initrd --cmdline 'console=ttyS0 root=/dev/vda' \\
              --memory 1024 --disk root.img,overlay --disk data.img,name=data
   forkvm run --guest 'tree depth=3' --memory-mode lazy
+  forkvm run --name web --kernel bzImage ...       # `forkvm fork web -n 8`, `forkvm console web`
   forkvm run --guest 'touch mib=64' --save DIR     # Ctrl-C saves; `forkvm restore DIR` goes on
 
 Disks:
@@ -35,7 +37,8 @@ Disks:
   of all, and the VM goes on in FILE.overlay-1, until `forkvm disk commit FILE` merges it.
 
 Ctrl-C and SIGTERM end the clones, the deepest first, then the VM; with --save the VM is saved.
-A second one ends everything at once. Clones run on when the VM has ended; the command waits for
+A second one ends everything at once. With a kernel on a terminal all keys go to the guest, Ctrl-C
+too, and Ctrl-] does what Ctrl-C does elsewhere. Clones run on when the VM has ended; the command waits for
 them, and ends with the VM's own status.";
 
 /// Options of `run`.
@@ -74,9 +77,10 @@ pub(crate) struct Run {
         value_name = "FILE[,ro][,overlay][,format=raw][,name=NAME]"
     )]
     disks: Vec<DiskOption>,
-    /// Name of the VM; its clones are NAME.1, NAME.2, ...
-    #[arg(long, default_value = "vm", value_parser = vm_name)]
-    name: String,
+    /// Name of the VM, by which `forkvm ps`, `info`, `fork` and others find it while it runs; its clones are
+    /// NAME.1, NAME.2, ... [default: vm, which is not to be found]
+    #[arg(long, value_parser = vm_name)]
+    name: Option<String>,
     #[command(flatten)]
     session: SessionOptions,
 }
@@ -87,6 +91,13 @@ impl Run {
             return list_jobs(output);
         }
         self.session.forks.check()?;
+        let claim = self.name.as_deref().map(Claim::take).transpose()?;
+        let mut options = self.session;
+        if let (Some(claim), Some(_)) = (&claim, &self.kernel) {
+            options.vsock_is_by_default(claim.vsock());
+        }
+        // What the embedded guest reads are lines, which a terminal lets its user edit.
+        let raw = self.kernel.is_some() && io::stdin().is_terminal() && io::stdout().is_terminal();
         let (payload, cmdline) = match (self.guest, self.kernel) {
             (Some(job), _) => (guest::bare(), job_line(&job, &self.cmdline)?),
             (None, Some(kernel)) => (
@@ -101,17 +112,17 @@ impl Run {
             }
         };
         let spec = BootSpec {
-            name: self.name,
+            name: self.name.unwrap_or_else(|| "vm".into()),
             memory_mib: self.memory,
             vcpus: self.vcpus,
             disks: disk_option::open_all(&self.disks)?,
             payload,
             cmdline,
         };
-        let session = Session::new(self.session, output)?;
+        let session = Session::new(options, output, claim)?;
         let what = format!("booting {}", spec.name);
         let vm = session.family().boot(spec).context(what)?;
-        session.serve(vm)
+        session.serve(vm, raw)
     }
 }
 

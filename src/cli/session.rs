@@ -21,13 +21,18 @@ use forkvm::engine::{Family, ForkPoint, Member, MemberError, Observer, Phase, Ve
 use forkvm::vmm::{Kvm, PausedVm};
 use forkvm::{End, FamilyConfig, VsockSpec};
 use serde_json::{Value, json};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::console::{Terminal, pass_input};
+use super::control::place::Claim;
+use super::control::registry::{Registry, exit_code};
+use super::control::taps::Taps;
+use super::control::{Machine, Server};
 use super::fork_options::ForkOptions;
 use super::output::{Outcome, Output};
 use super::progress::Progress;
+use super::raw_terminal::{self, RawTerminal};
 use forkvm::host::Host;
 
 /// How long one VM is waited for before the others are looked at.
@@ -50,12 +55,23 @@ pub(crate) struct SessionOptions {
     pub(crate) forks: ForkOptions,
 }
 
+impl SessionOptions {
+    /// Where its vsock is, if the user does not say; there is none then without this.
+    pub(crate) fn vsock_is_by_default(&mut self, path: PathBuf) {
+        self.vsock.get_or_insert(path);
+    }
+}
+
 /// A family that has no VM yet.
 pub(crate) struct Session {
     family: Arc<Family>,
     clones: Receiver<Arc<Member>>,
     control: Arc<Control>,
     save: Option<PathBuf>,
+    vms: Arc<Registry>,
+    taps: Arc<Taps>,
+    /// The name under which it can be asked. Given up when all VMs are gone.
+    claim: Option<Claim>,
 }
 
 /// What the thread that hears signals knows.
@@ -69,8 +85,13 @@ struct Control {
 }
 
 impl Session {
-    /// Opens KVM and the consoles, and begins to hear signals. The options have been checked.
-    pub(crate) fn new(options: SessionOptions, output: &Output) -> anyhow::Result<Session> {
+    /// Opens KVM and the consoles, and begins to hear signals. The options have been checked. With a
+    /// `claim` its VMs can be asked from outside.
+    pub(crate) fn new(
+        options: SessionOptions,
+        output: &Output,
+        claim: Option<Claim>,
+    ) -> anyhow::Result<Session> {
         let SessionOptions {
             save,
             console_dir,
@@ -90,9 +111,15 @@ impl Session {
             );
         }
         let (sender, clones) = channel();
+        let taps = Arc::new(Taps::new(Terminal::new(output.text(), console_dir)));
+        let vms = Arc::new(Registry::default());
+        let births = Births {
+            vms: vms.clone(),
+            clones: Mutex::new(sender),
+        };
         let config = FamilyConfig {
-            consoles: Arc::new(Terminal::new(output.text(), console_dir)),
-            observer: Arc::new(Births(Mutex::new(sender))),
+            consoles: taps.clone(),
+            observer: Arc::new(births),
             saver: save
                 .clone()
                 .map(|dir| Arc::new(saver(dir)) as Arc<dyn Saver>),
@@ -112,6 +139,9 @@ impl Session {
             clones,
             control,
             save,
+            vms,
+            taps,
+            claim,
         })
     }
 
@@ -120,25 +150,54 @@ impl Session {
         &self.family
     }
 
-    /// Serves the VM that was started, and its clones, until all have ended.
-    pub(crate) fn serve(self, root: Arc<Member>) -> anyhow::Result<Outcome> {
+    /// Serves the VM that was started, and its clones, until all have ended. Where the terminal is to be
+    /// `raw`, each key goes to the VM as it is pressed.
+    pub(crate) fn serve(mut self, root: Arc<Member>, raw: bool) -> anyhow::Result<Outcome> {
+        self.vms.add(&root);
         *self
             .control
             .root
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = Some(root.clone());
-        pass_input(root.clone()).context("starting a thread for standard input")?;
+        let server = self.listen();
+        if server.is_err() {
+            self.family.end();
+        }
+        let server = server?;
+        let raw = raw.then(begin_raw).transpose();
+        let raw = raw.context("making the terminal raw")?;
+        let escape: Option<fn()> = raw.is_some().then_some(interrupt);
+        pass_input(root.clone(), escape).context("starting a thread for standard input")?;
         let vms = self.wait_for_all(root.clone());
+        drop(raw);
         let end = root.wait().end;
+        let saved_to = self.vms.saved_to(root.name()).or(self.save.take());
+        // Those who wait for the end are told before the name is free.
+        drop((server, self.claim.take()));
         let signal = self.control.ended_by.load(Ordering::Acquire);
         let status = if signal == 0 {
             exit_code(&end)
         } else {
             exit_code_of_signal(signal)
         };
-        let saved_to = self.save.filter(|_| end == End::Saved);
+        let saved_to = saved_to.filter(|_| end == End::Saved);
         let report = json!({ "host": Host::here(), "vms": vms, "saved_to": saved_to });
         Ok(Outcome { status, report })
+    }
+
+    /// Serves those who ask from outside.
+    fn listen(&self) -> anyhow::Result<Option<Server>> {
+        let Some(claim) = &self.claim else {
+            return Ok(None);
+        };
+        let machine = Machine {
+            family: self.family.clone(),
+            vms: self.vms.clone(),
+            taps: self.taps.clone(),
+        };
+        let server = Server::start(claim.socket(), machine);
+        let what = || format!("listening on {}", claim.socket().display());
+        server.map(Some).with_context(what)
     }
 
     /// Tells of each VM as it ends; returns what was told.
@@ -171,8 +230,9 @@ impl Session {
     fn tell(&self, vm: &Member, end: &End) -> Value {
         let identity = vm.identity();
         eprintln!("forkvm: {} {end}", identity.name);
-        if let (End::Saved, Some(dir)) = (end, &self.save) {
-            let dir = SaveTo::new(dir).dir_of(&identity);
+        let usual = || Some(SaveTo::new(self.save.as_ref()?).dir_of(&identity));
+        let saved_to = self.vms.saved_to(&identity.name).or_else(usual);
+        if let (End::Saved, Some(dir)) = (end, saved_to) {
             eprintln!("forkvm: `forkvm restore {}` lets it run on", dir.display());
         }
         json!({
@@ -196,6 +256,7 @@ impl Control {
                     .unwrap_or_else(PoisonError::into_inner)
                     .clone();
                 let Some(root) = root.filter(|_| !second) else {
+                    raw_terminal::restore();
                     signal_hook::low_level::exit(exit_code_of_signal(signal).into());
                 };
                 second = true;
@@ -204,6 +265,7 @@ impl Control {
                 let end = move || control.end(&root, signal);
                 if let Err(error) = thread::Builder::new().name("end".into()).spawn(end) {
                     tracing::error!(%error, "no thread to end the family; it ends at once");
+                    raw_terminal::restore();
                     signal_hook::low_level::exit(exit_code_of_signal(signal).into());
                 }
             }
@@ -240,7 +302,10 @@ impl Control {
 }
 
 /// Hears of clones.
-struct Births(Mutex<Sender<Arc<Member>>>);
+struct Births {
+    vms: Arc<Registry>,
+    clones: Mutex<Sender<Arc<Member>>>,
+}
 
 impl Observer for Births {
     fn enter(&self, _phase: Phase, _paused: Option<&PausedVm<'_>>) -> Result<(), Vetoed> {
@@ -252,8 +317,9 @@ impl Observer for Births {
     fn parent_paused(&self, _took: Duration) {}
 
     fn forked(&self, _point: &Arc<ForkPoint>, clones: &[Arc<Member>]) {
-        let sender = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let sender = self.clones.lock().unwrap_or_else(PoisonError::into_inner);
         for clone in clones {
+            self.vms.add(clone);
             if sender.send(clone.clone()).is_err() {
                 tracing::debug!(clone = clone.name(), "forked while the command ends");
             }
@@ -273,12 +339,18 @@ fn saver(dir: PathBuf) -> SaveTo {
     })
 }
 
-/// The status of the VM that was started; 1 if it failed.
-fn exit_code(end: &End) -> u8 {
-    match end {
-        End::TripleFault { .. } | End::Failed(_) => 1,
-        // A status that has no room is not taken for another one, 0 least of all.
-        end => u8::try_from(end.status()).unwrap_or(u8::MAX),
+/// Of standard input, if people are at both ends.
+fn begin_raw() -> io::Result<RawTerminal> {
+    // SIGINT, SIGTERM and SIGHUP end the family in its order.
+    let raw = RawTerminal::begin(&[SIGQUIT])?;
+    eprintln!("forkvm: keys go to the guest; Ctrl-] is what Ctrl-C is elsewhere");
+    Ok(raw)
+}
+
+/// As Ctrl-C does where the terminal makes a signal of it.
+fn interrupt() {
+    if let Err(error) = signal_hook::low_level::raise(SIGINT) {
+        tracing::error!(%error, "SIGINT could not be raised");
     }
 }
 

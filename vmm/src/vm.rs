@@ -96,7 +96,7 @@ pub struct Vm {
 }
 
 /// A VM that stands still: all vCPUs are at the barrier with their last instruction finished.
-/// Dropping it lets the VM run on.
+/// Dropping it lets the VM run on, unless its owner [holds](PausedVm::hold) it.
 pub struct PausedVm<'a> {
     inner: &'a mut Inner,
     stays: bool,
@@ -107,6 +107,8 @@ struct Inner {
     config: VmConfig,
     machine: Machine,
     objects: KvmObjects,
+    /// Its owner holds it: it stands from one pause to the next, whatever those are for.
+    held: bool,
 }
 
 impl ReadyVm {
@@ -122,13 +124,23 @@ impl ReadyVm {
 
     /// Lets it run. Its devices look into their queues once, on a vCPU's thread: a guest could make
     /// that last, and there a pause or an end can stop it.
-    pub fn start(mut self) -> Vm {
+    pub fn start(self) -> Vm {
+        self.inner.open();
+        self.begin()
+    }
+
+    /// The same, but it is [held](PausedVm::hold): it takes its first step when it is
+    /// [let go](Vm::let_go).
+    pub fn start_held(mut self) -> Vm {
+        self.inner.held = true;
+        self.begin()
+    }
+
+    fn begin(mut self) -> Vm {
         let Inner {
             machine, objects, ..
         } = &mut self.inner;
-        objects.brake.release();
         objects.brake.leave_over();
-        objects.gate.open();
         objects.start_threads(machine, &self.events);
         Vm { inner: self.inner }
     }
@@ -142,7 +154,19 @@ impl Vm {
         Some(lock(counts).clone())
     }
 
-    /// Brings all vCPUs to the barrier. On an error the VM runs on.
+    /// Whether it is [held](PausedVm::hold).
+    pub fn is_held(&self) -> bool {
+        self.inner.held
+    }
+
+    /// Lets a VM that is [held](PausedVm::hold) run on. Nothing happens to one that is not.
+    pub fn let_go(&mut self) {
+        if std::mem::take(&mut self.inner.held) {
+            self.inner.run_on();
+        }
+    }
+
+    /// Brings all vCPUs to the barrier. On an error the VM runs on, unless it is held.
     pub fn pause(&mut self, deadline: Duration) -> Result<PausedVm<'_>, PauseError> {
         let objects = &self.inner.objects;
         objects.brake.pull();
@@ -155,9 +179,9 @@ impl Vm {
                 Ok(objects.brake.until_still(left)?)
             });
         if let Err(error) = stood {
-            // In this order: a vCPU that passes the gate looks at what the brake left over.
-            objects.brake.release();
-            objects.gate.open();
+            if !self.inner.held {
+                self.inner.open();
+            }
             return Err(error);
         }
         Ok(PausedVm {
@@ -265,8 +289,14 @@ impl PausedVm<'_> {
         line(false)
     }
 
-    /// Lets the VM run on, which dropping does as well.
+    /// Lets the VM run on, which dropping does as well: unless it is held.
     pub fn resume(self) {}
+
+    /// Ends the borrow, and holds the VM: it stands until it is [let go](Vm::let_go), also when it is paused
+    /// for something else meanwhile.
+    pub fn hold(self) {
+        self.inner.held = true;
+    }
 
     /// Ends the borrow but not the pause: the VM stands until it is paused again, which then takes
     /// no time, and resumed.
@@ -277,17 +307,27 @@ impl PausedVm<'_> {
 
 impl Drop for PausedVm<'_> {
     fn drop(&mut self) {
-        if self.stays {
-            return;
+        if !self.stays && !self.inner.held {
+            self.inner.run_on();
         }
-        let objects = &self.inner.objects;
-        for vcpu in &objects.vcpus {
+    }
+}
+
+impl Inner {
+    /// After a pause.
+    fn run_on(&self) {
+        for vcpu in &self.objects.vcpus {
             if let Err(error) = lock(vcpu).note_pause() {
                 tracing::warn!(%error, "KVM_KVMCLOCK_CTRL failed; a guest watchdog may bark");
             }
         }
-        objects.brake.release();
-        objects.gate.open();
+        self.open();
+    }
+
+    fn open(&self) {
+        // In this order: a vCPU that passes the gate looks at what the brake left over.
+        self.objects.brake.release();
+        self.objects.gate.open();
     }
 }
 

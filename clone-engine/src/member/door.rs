@@ -1,12 +1,13 @@
 //! The way from a handle to its VM: to the thread that serves it, in this process or in another.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Instant;
 
-use forkvm_vmm::{PauseError, PausedVm};
+use forkvm_vmm::{FallbackCounts, PauseError, PausedVm};
 
-use super::Message;
+use super::{HoldError, Message};
 use crate::accounting::{AccountingError, VmCount};
 use crate::fork::{CloneSpec, ForkError, Ticket};
 use crate::fork_point::ForkPoint;
@@ -21,7 +22,11 @@ pub(crate) enum Ask {
     ForkPoint(CloneSpec, Instant, Reply<Result<Arc<ForkPoint>, ForkError>>),
     /// Never of a VM that lives elsewhere.
     WithPaused(WithPaused),
-    Save(Reply<Result<(), SaveError>>),
+    /// To this directory, or to where its family saves.
+    Save(Option<PathBuf>, Reply<Result<(), SaveError>>),
+    /// To be held, or let go.
+    Hold(bool, Reply<Result<(), HoldError>>),
+    Fallbacks(Reply<Option<FallbackCounts>>),
     Rewind(RewindWay, Instant, Reply<Result<RewindWay, RewindError>>),
     MemoryUse(Reply<Result<VmCount, AccountingError>>),
     Input(Vec<u8>, Reply<usize>),

@@ -9,12 +9,14 @@
 //! that leads to the worker's socket, and what it shows comes back the same way.
 
 mod door;
+mod holding;
 mod life;
 mod rewinding;
 mod seen;
 mod serving;
 mod waiting;
 
+use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -23,7 +25,7 @@ use std::time::{Duration, Instant};
 use forkvm_devices::block::BlockLayer;
 use forkvm_devices::device::GuestCall;
 use forkvm_devices::virtio::blk::BlkCounters;
-use forkvm_vmm::{EndReason, PauseError, PausedVm, VmConfig};
+use forkvm_vmm::{EndReason, FallbackCounts, PauseError, PausedVm, VmConfig};
 use thiserror::Error;
 
 use crate::accounting::{AccountingError, MemoryUse, VmCount};
@@ -39,6 +41,7 @@ use crate::working_set::{Recorder, WorkingSet};
 
 use door::Door;
 pub(crate) use door::{Ask, Elsewhere, Reply};
+pub use holding::HoldError;
 pub(crate) use life::Life;
 use seen::Seen;
 pub(crate) use seen::{Watch, Witness};
@@ -211,6 +214,7 @@ impl Member {
 
     /// Runs `look` while the VM stands still. That can only be where the VM is: an error for one that
     /// lives in another process.
+    /// It stands no longer than that, unless it is held ([`pause`](Member::pause)).
     pub fn with_paused<T: Send + 'static>(
         &self,
         look: impl FnOnce(&mut PausedVm<'_>) -> T + Send + 'static,
@@ -225,9 +229,22 @@ impl Member {
         Ok(answer?)
     }
 
-    /// Saves it to where its family saves, and ends it ([`End::Saved`]). On an error it runs on.
+    /// Saves it to where its family saves, and ends it ([`End::Saved`]). On an error it goes on as before.
     pub fn save(&self) -> Result<(), MemberError> {
-        self.ask(Ask::Save)?.map_err(MemberError::Save)
+        self.ask(|reply| Ask::Save(None, reply))?
+            .map_err(MemberError::Save)
+    }
+
+    /// The same to the directory `dir`, which does not exist, with an absolute path.
+    pub fn save_to(&self, dir: PathBuf) -> Result<(), MemberError> {
+        self.ask(|reply| Ask::Save(Some(dir), reply))?
+            .map_err(MemberError::Save)
+    }
+
+    /// How often each instruction was carried out for a software KVM in it; `None` where KVM needs no such
+    /// help.
+    pub fn fallback_counts(&self) -> Result<Option<FallbackCounts>, MemberError> {
+        self.ask(Ask::Fallbacks)
     }
 
     /// Puts a clone back at its fork point by `way`, and says which way was taken. It begins another
@@ -262,8 +279,9 @@ impl Member {
         }
     }
 
-    /// Has `call` called at its end, or now if that was before.
-    pub(crate) fn when_ended(&self, call: impl FnOnce(&End) + Send + 'static) {
+    /// Has `call` called at its end, or now if that was before: by the thread in which that happens, which
+    /// it must not hold up.
+    pub fn when_ended(&self, call: impl FnOnce(&End) + Send + 'static) {
         self.watch.when_ended(call);
     }
 
@@ -389,6 +407,9 @@ pub enum MemberError {
     /// It could not be paused.
     #[error(transparent)]
     Pause(#[from] PauseError),
+    /// It could not be held.
+    #[error(transparent)]
+    Hold(#[from] HoldError),
     /// No shells for its clones.
     #[error("no shells could be built for its clones")]
     Shells(#[source] SpawnError),

@@ -128,7 +128,12 @@ impl Serving {
             .watch
             .begin_life(self.life.number(), identity.clone(), timeline);
         self.forget_calls();
-        let old_vm = std::mem::replace(&mut self.vm, vm.start());
+        let vm = if self.vm.is_held() {
+            vm.start_held()
+        } else {
+            vm.start()
+        };
+        let old_vm = std::mem::replace(&mut self.vm, vm);
         let old_memory = std::mem::replace(&mut self.memory, memory);
         let old_disks = std::mem::replace(&mut self.attached, attached).disks;
         let (watch, life) = (self.member.watch.clone(), self.life.number());

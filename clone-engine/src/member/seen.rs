@@ -26,6 +26,8 @@ pub(super) struct Seen {
     life: u32,
     pub(super) identity: Identity,
     pub(super) timeline: Timeline,
+    /// Its owner holds it, through all its lives.
+    pub(super) held: bool,
     /// The first [`REPORTS`] of them.
     pub(super) reports: Vec<(u32, Instant)>,
     /// How often each value was reported, of the first [`REPORTS`] values.
@@ -99,6 +101,7 @@ impl Watch {
             life: Life::FIRST,
             identity,
             timeline: Timeline::default(),
+            held: false,
             reports: Vec::new(),
             counts: HashMap::new(),
             finished: None,
@@ -149,6 +152,11 @@ impl Watch {
     /// The life that it is in.
     pub(crate) fn life(&self) -> u32 {
         self.lock().life
+    }
+
+    /// It is held, or was let go.
+    pub(crate) fn hold(&self, held: bool) {
+        self.lock().held = held;
     }
 
     /// It was forked; who it is now.

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, PoisonError};
@@ -24,7 +25,7 @@ use crate::family::Family;
 use crate::fork::{CloneSpec, ForkError, Frozen, Parent, Request, Ticket};
 use crate::image::MemoryImage;
 use crate::limits::LimitError;
-use crate::saved::SaveError;
+use crate::saved::{SaveError, SaveTo};
 use crate::spawn::SpawnError;
 use crate::vm_memory::VmMemory;
 
@@ -50,6 +51,8 @@ pub(super) struct Serving {
     pub(super) tickets: HashMap<u32, Arc<Brood>>,
     last_ticket: u32,
     pub(super) joins: Vec<Join>,
+    /// What its guest asked for and had no answer to when it was held.
+    postponed: Vec<Message>,
     /// Where it was stopped: this VM's own memory is that image, which is sealed once the VM is gone.
     stopped_at: Option<Arc<MemoryImage>>,
 }
@@ -127,6 +130,7 @@ impl Serving {
             tickets: HashMap::new(),
             last_ticket: 0,
             joins: Vec::new(),
+            postponed: Vec::new(),
             stopped_at: None,
         }
     }
@@ -216,6 +220,7 @@ impl Serving {
             {
                 tracing::trace!(vm = self.member.name, life, "a message of an old life");
             }
+            Message::Call { .. } if self.vm.is_held() => self.postponed.push(message),
             Message::Call { vcpu, call, at, .. } => return self.call(vcpu, call, at),
             Message::Ended { reason, .. } => return Some(reason.into()),
             Message::Lost { why, .. } => return Some(End::Failed(why)),
@@ -223,6 +228,15 @@ impl Serving {
             Message::ClonesEnded => self.finish_joins(),
         }
         None
+    }
+
+    /// Serves what had to wait while it was held; `Some` when the VM has ended.
+    fn catch_up(&mut self) -> Option<End> {
+        self.finish_joins();
+        let postponed = std::mem::take(&mut self.postponed);
+        postponed
+            .into_iter()
+            .find_map(|message| self.handle(message))
     }
 
     /// Does what the holder of a handle asks; `Some` when the VM has ended.
@@ -259,8 +273,8 @@ impl Serving {
                 Ok(mut paused) => look(Ok(&mut paused)),
                 Err(error) => look(Err(error)),
             },
-            Ask::Save(reply) => {
-                let saved = self.save();
+            Ask::Save(dir, reply) => {
+                let saved = self.save(dir);
                 let end = saved.is_ok().then_some(End::Saved);
                 reply.give(saved);
                 return end;
@@ -270,6 +284,13 @@ impl Serving {
                 reply.give(rewound);
                 return end;
             }
+            Ask::Hold(held, reply) => {
+                reply.give(self.hold(held));
+                if !self.vm.is_held() {
+                    return self.catch_up();
+                }
+            }
+            Ask::Fallbacks(reply) => reply.give(self.vm.fallback_counts()),
             Ask::MemoryUse(reply) => reply.give(VmCount::of(&self.vm)),
             Ask::Input(bytes, reply) => reply.give(self.vm.console_input(&bytes)),
             Ask::Kill => return Some(End::Killed),
@@ -332,7 +353,7 @@ impl Serving {
                 self.answer_call(vcpu, call.slot, Answer::of(answer));
                 None
             }
-            GuestOp::Save => match self.save() {
+            GuestOp::Save => match self.save(None) {
                 Ok(()) => Some(End::Saved),
                 Err(error) => {
                     let error_text = with_causes(&error);
@@ -355,6 +376,9 @@ impl Serving {
 
     /// Answers the joins whose clones have all ended.
     fn finish_joins(&mut self) {
+        if self.vm.is_held() {
+            return;
+        }
         for join in std::mem::take(&mut self.joins) {
             match join.clones.status() {
                 Some(status) => {
@@ -452,13 +476,17 @@ impl Serving {
         }
     }
 
-    fn save(&mut self) -> Result<(), SaveError> {
-        let saver = self
-            .family
-            .config()
-            .saver
-            .clone()
-            .ok_or(SaveError::NoPlace)?;
+    /// Saves it to `dir`, or to where its family saves.
+    fn save(&mut self, dir: Option<PathBuf>) -> Result<(), SaveError> {
+        let saver = match dir {
+            Some(dir) => Arc::new(SaveTo::exactly(dir)),
+            None => self
+                .family
+                .config()
+                .saver
+                .clone()
+                .ok_or(SaveError::NoPlace)?,
+        };
         let mut paused = self.vm.pause(PAUSE_DEADLINE)?;
         saver.save(&self.member.identity(), &mut paused, &self.attached.disks)?;
         // It must not take another step: its disks would no longer be those of the saved state.

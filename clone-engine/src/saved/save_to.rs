@@ -18,6 +18,8 @@ use crate::identity::Identity;
 /// goes to `DIR-NAME` beside it, so that it does not take its parent's place.
 pub struct SaveTo {
     dir: PathBuf,
+    /// The directory is meant for one VM, whichever that is.
+    exactly: bool,
     progress: Arc<dyn Fn(Progress) + Send + Sync>,
 }
 
@@ -26,7 +28,16 @@ impl SaveTo {
     pub fn new(dir: impl Into<PathBuf>) -> SaveTo {
         SaveTo {
             dir: dir.into(),
+            exactly: false,
             progress: Arc::new(|_| {}),
+        }
+    }
+
+    /// Saves one VM, a clone or not, to `dir` itself.
+    pub fn exactly(dir: impl Into<PathBuf>) -> SaveTo {
+        SaveTo {
+            exactly: true,
+            ..SaveTo::new(dir)
         }
     }
 
@@ -40,7 +51,7 @@ impl SaveTo {
 
     /// Where a VM of this name and depth is saved.
     pub fn dir_of(&self, identity: &Identity) -> PathBuf {
-        if identity.depth == 0 {
+        if self.exactly || identity.depth == 0 {
             return self.dir.clone();
         }
         let mut dir = self.dir.as_os_str().to_owned();

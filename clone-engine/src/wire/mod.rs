@@ -17,6 +17,7 @@ pub(crate) mod socket;
 use std::path::PathBuf;
 
 use forkvm_devices::virtio::blk::BlkCounters;
+use forkvm_vmm::FallbackCounts;
 use serde::{Deserialize, Serialize};
 
 use crate::accounting::MemoryUse;
@@ -32,7 +33,7 @@ use clock::HostTime;
 use disks::HeldOverlay;
 
 /// Raised with every change of what is said.
-pub(crate) const PROTOCOL: u32 = 3;
+pub(crate) const PROTOCOL: u32 = 4;
 
 /// Version of this build; both ends have the same.
 pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -132,6 +133,24 @@ pub(crate) enum Order {
     },
     /// Save it and end it. Answered by [`Told::Saved`], or by its end.
     Save {
+        /// Which.
+        clone: u64,
+        /// Number of this request.
+        request: u64,
+        /// To this directory, rather than to where it was said to be saved.
+        dir: Option<PathBuf>,
+    },
+    /// Hold it, or let it go. Answered by [`Told::Held`], or by its end.
+    Hold {
+        /// Which.
+        clone: u64,
+        /// Number of this request.
+        request: u64,
+        /// Whether it is to stand.
+        held: bool,
+    },
+    /// Count what was carried out for a software KVM. Answered by [`Told::Fallbacks`], or by its end.
+    Fallbacks {
         /// Which.
         clone: u64,
         /// Number of this request.
@@ -318,6 +337,20 @@ pub(crate) enum Told {
         request: u64,
         /// Why it was not saved.
         failed: Option<String>,
+    },
+    /// Answer to [`Order::Hold`].
+    Held {
+        /// The request.
+        request: u64,
+        /// Why it is not.
+        failed: Option<String>,
+    },
+    /// Answer to [`Order::Fallbacks`].
+    Fallbacks {
+        /// The request.
+        request: u64,
+        /// By instruction; `None` where none need be.
+        counts: Option<FallbackCounts>,
     },
     /// It is gone. With the files that its disks name.
     Ended {

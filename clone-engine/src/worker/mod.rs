@@ -259,13 +259,34 @@ impl Worker {
                 };
                 self.ask(clone, Ask::MemoryUse(Reply::new(reply)));
             }
-            Order::Save { clone, request } => {
+            Order::Hold {
+                clone,
+                request,
+                held,
+            } => {
+                let engine = self.engine.clone();
+                let reply = move |done: Result<(), _>| {
+                    let failed = done.err().map(|error| with_causes(&error));
+                    engine.tell(&Told::Held { request, failed }, &[]);
+                };
+                self.ask(clone, Ask::Hold(held, Reply::new(reply)));
+            }
+            Order::Fallbacks { clone, request } => {
+                let engine = self.engine.clone();
+                let reply = move |counts| engine.tell(&Told::Fallbacks { request, counts }, &[]);
+                self.ask(clone, Ask::Fallbacks(Reply::new(reply)));
+            }
+            Order::Save {
+                clone,
+                request,
+                dir,
+            } => {
                 let engine = self.engine.clone();
                 let reply = move |saved: Result<(), _>| {
                     let failed = saved.err().map(|error| with_causes(&error));
                     engine.tell(&Told::Saved { request, failed }, &[]);
                 };
-                self.ask(clone, Ask::Save(Reply::new(reply)));
+                self.ask(clone, Ask::Save(dir, Reply::new(reply)));
             }
             Order::Rewind {
                 clone,

@@ -94,6 +94,7 @@ impl Shell {
             config,
             objects,
             machine,
+            ..
         } = &inner;
         let around = Surroundings {
             memory: objects.ram.guest(),
@@ -155,6 +156,7 @@ impl Shell {
         brake.pull();
         let machine = Machine::build(vm, &config, objects.ram.guest(), peripherals, brake)?;
         Ok(Inner {
+            held: false,
             config,
             machine,
             objects,

@@ -27,7 +27,7 @@ use crate::descriptor::Description;
 use crate::family::Family;
 use crate::fork::{ForkError, Ticket};
 use crate::fork_point::ForkPoint;
-use crate::member::{Watch, with_causes};
+use crate::member::{HoldError, Watch, with_causes};
 use crate::page_link::PageLink;
 use crate::rewind::RewindError;
 use crate::timeline::Timeline;
@@ -718,6 +718,23 @@ impl Link {
                 }),
                 _ => tracing::error!(request, "a worker answers what it was not asked"),
             },
+            Told::Held { request, failed } => match self.asked(request) {
+                Some((clone, Request::Hold(held, reply))) => reply.give(match failed {
+                    None => {
+                        self.with(clone, |watch| watch.hold(held));
+                        Ok(())
+                    }
+                    Some(why) => Err(HoldError::InWorker {
+                        process: self.pid,
+                        why,
+                    }),
+                }),
+                _ => tracing::error!(request, "a worker answers what it was not asked"),
+            },
+            Told::Fallbacks { request, counts } => match self.request(request) {
+                Some(Request::Fallbacks(reply)) => reply.give(counts),
+                _ => tracing::error!(request, "a worker answers what it was not asked"),
+            },
             Told::MemoryUsed { request, outcome } => match self.request(request) {
                 Some(Request::MemoryUse(reply)) => reply.give(match outcome {
                     Ok(taken) => Ok(VmCount::elsewhere(taken)),
@@ -790,8 +807,12 @@ impl Link {
     }
 
     fn request(&self, number: u64) -> Option<Request> {
-        let asked = self.state().requests.remove(&number);
-        asked.map(|(_clone, request)| request)
+        self.asked(number).map(|(_clone, request)| request)
+    }
+
+    /// What was asked, and of which clone.
+    fn asked(&self, number: u64) -> Option<(u64, Request)> {
+        self.state().requests.remove(&number)
     }
 
     fn with(&self, clone: u64, act: impl FnOnce(&Watch)) {

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use forkvm_devices::block::BlockLayer;
 use forkvm_devices::virtio::blk::BlkCounters;
+use forkvm_vmm::FallbackCounts;
 
 use super::forks::Parent;
 use super::link::{Asked, Berth, Link};
@@ -23,7 +24,7 @@ use crate::fork::{CloneSpec, ForkError, Ticket};
 use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
 use crate::image::MemoryImage;
-use crate::member::{Ask, Elsewhere, Finished, Member, Reply, Watch};
+use crate::member::{Ask, Elsewhere, Finished, HoldError, Member, Reply, Watch};
 use crate::phase::Observer;
 use crate::rewind::{RewindError, RewindWay};
 use crate::saved::SaveError;
@@ -74,6 +75,8 @@ pub(super) struct Resident {
 pub(super) enum Request {
     Input(Reply<usize>),
     Save(Reply<Result<(), SaveError>>),
+    Hold(bool, Reply<Result<(), HoldError>>),
+    Fallbacks(Reply<Option<FallbackCounts>>),
     Fork(Reply<Result<Ticket, ForkError>>),
     ForkPoint(Reply<Result<Arc<ForkPoint>, ForkError>>),
     Rewind(Reply<Result<RewindWay, RewindError>>),
@@ -289,9 +292,25 @@ impl Elsewhere for Way {
                 self.request(&link, Request::ForkPoint(reply), order)
             }
             Ask::WithPaused(_) => unreachable!("only code of the worker can look at its VMs"),
-            Ask::Save(reply) => {
-                let order = |request| Order::Save { clone, request };
+            Ask::Save(dir, reply) => {
+                let order = |request| Order::Save {
+                    clone,
+                    request,
+                    dir,
+                };
                 self.request(&link, Request::Save(reply), order)
+            }
+            Ask::Hold(held, reply) => {
+                let order = |request| Order::Hold {
+                    clone,
+                    request,
+                    held,
+                };
+                self.request(&link, Request::Hold(held, reply), order)
+            }
+            Ask::Fallbacks(reply) => {
+                let order = |request| Order::Fallbacks { clone, request };
+                self.request(&link, Request::Fallbacks(reply), order)
             }
             Ask::MemoryUse(reply) => {
                 let order = |request| Order::MemoryUse { clone, request };

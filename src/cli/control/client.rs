@@ -1,0 +1,140 @@
+//! A command at the other end of a control socket.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+
+use anyhow::{Context, bail};
+use serde_json::Value;
+
+use super::lines::{LineError, Lines};
+use super::place::Places;
+use super::protocol::{self, Failure, LONGEST_ANSWER, Request};
+
+/// A connection to the process that runs a machine.
+pub(crate) struct Connection {
+    lines: Lines,
+    machine: String,
+}
+
+/// What is found under a name.
+pub(crate) enum Reached {
+    Connected(Connection),
+    /// A process holds the name, and does not listen yet, or not any more.
+    Silent {
+        /// Its id.
+        process: String,
+    },
+    Nobody,
+}
+
+impl Connection {
+    /// To the machine that `vm` is of: the longest part of its name, up to a dot, under which one runs.
+    pub(crate) fn to(vm: &str) -> anyhow::Result<Connection> {
+        let places = Places::of_user()?;
+        // Also where none runs: whoever asks learns why none could.
+        places.socket(vm)?;
+        let mut name = vm;
+        loop {
+            match Connection::to_machine(&places, name)? {
+                Reached::Connected(connection) => return Ok(connection),
+                Reached::Silent { process } => bail!(
+                    "machine {name} cannot be asked: process {process} is just starting or ending it"
+                ),
+                Reached::Nobody => {}
+            }
+            match name.rfind('.') {
+                Some(dot) => name = &name[..dot],
+                None => bail!(
+                    "no machine {vm} runs, nor one that it could be a clone of: `forkvm ps` lists those that do; a \
+                     machine can be asked if it was started with --name, by the same user and with the same \
+                     XDG_RUNTIME_DIR"
+                ),
+            }
+        }
+    }
+
+    /// To the machine of exactly this name.
+    pub(crate) fn to_machine(places: &Places, name: &str) -> anyhow::Result<Reached> {
+        let path = places.socket(name)?;
+        match UnixStream::connect(&path) {
+            Ok(stream) => Ok(Reached::Connected(Connection {
+                lines: Lines::new(stream, LONGEST_ANSWER),
+                machine: name.to_owned(),
+            })),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound
+                        | io::ErrorKind::NotADirectory
+                        | io::ErrorKind::ConnectionRefused
+                ) =>
+            {
+                Ok(match places.holder(name)? {
+                    Some(process) => Reached::Silent { process },
+                    None => Reached::Nobody,
+                })
+            }
+            Err(error) => Err(error).with_context(|| format!("connecting to {}", path.display())),
+        }
+    }
+
+    /// Asks, and waits for the answer.
+    pub(crate) fn ask(&mut self, request: &Request) -> anyhow::Result<Value> {
+        let sent = self.lines.send(&protocol::to_line(request)?);
+        // Who refuses a client says why and hangs up, maybe before it has asked.
+        let answer = self.next_line()?;
+        match (answer, sent) {
+            (Some(line), _) => Ok(protocol::outcome(&line)?),
+            (None, Err(error)) => Err(error).with_context(|| self.about("asking")),
+            (None, Ok(())) => bail!("machine {} ended before it answered", self.machine),
+        }
+    }
+
+    /// The next line; `None` when the machine has hung up.
+    pub(crate) fn next_line(&mut self) -> anyhow::Result<Option<Vec<u8>>> {
+        match self.lines.next() {
+            Err(LineError::Read(error)) if error.kind() == io::ErrorKind::ConnectionReset => {
+                Ok(None)
+            }
+            line => line.with_context(|| self.about("hearing")),
+        }
+    }
+
+    /// The same, as what it says on a console.
+    pub(crate) fn next_shown(&mut self) -> anyhow::Result<Option<protocol::Shown>> {
+        let line = self.next_line()?;
+        let shown = line.map(|line| protocol::from_line(&line));
+        Ok(shown.transpose()?)
+    }
+
+    /// Another handle, to type on a console by.
+    pub(crate) fn typist(&self) -> io::Result<Typist> {
+        Ok(Typist(self.lines.stream().try_clone()?))
+    }
+
+    fn about(&self, what: &str) -> String {
+        format!("{what} machine {}", self.machine)
+    }
+}
+
+/// Types on a console that another thread shows.
+pub(crate) struct Typist(UnixStream);
+
+impl Typist {
+    pub(crate) fn type_in(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let typed = protocol::Typed::Input(protocol::Bytes(bytes.to_vec()));
+        io::Write::write_all(&mut self.0, &protocol::to_line(&typed)?)
+    }
+
+    /// Ends the connection, also for the thread that shows it.
+    pub(crate) fn hang_up(&self) -> io::Result<()> {
+        self.0.shutdown(std::net::Shutdown::Both)
+    }
+}
+
+impl Failure {
+    /// Whether it is the request that was wrong.
+    pub(crate) fn is_usage(&self) -> bool {
+        self.kind == protocol::Kind::Usage
+    }
+}

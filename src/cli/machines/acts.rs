@@ -1,0 +1,214 @@
+//! `forkvm pause`, `resume`, `save`, `fork`, `kill` and `wait`: what a machine is told to do.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Args;
+use forkvm::{FreezeKind, MemoryMode};
+use serde_json::Value;
+
+use super::super::control::protocol::Request;
+use super::super::errors::Usage;
+use super::super::fork_options::{freezes, modes};
+use super::super::output::{Outcome, Output};
+use super::super::run::vm_name;
+use super::{ask, text};
+
+const PAUSE: &str = "\
+Examples:
+  forkvm pause web
+  forkvm pause web && forkvm fork web -n 8      the clones run, and web stays paused
+
+It stands until `forkvm resume`: also through forks, a save that fails, a look. What its guest asks the
+host for meanwhile waits. The clock goes on: the guest sees that time has passed.";
+
+const RESUME: &str = "\
+Example:
+  forkvm resume web";
+
+const SAVE: &str = "\
+Examples:
+  forkvm save web DIR                  web is saved to DIR, and ends
+  forkvm save web.3 DIR                a clone as well
+  forkvm restore DIR --name web        ... and this lets it run on
+
+DIR appears whole or not at all. If the save fails the machine goes on as before. Clones of it run on.";
+
+const FORK: &str = "\
+Examples:
+  forkvm fork web -n 8                 web.1 to web.8, which go on from this very instant
+  forkvm fork web.3                    a clone of a clone: web.3.1
+  forkvm fork web -n 8 --memory-mode lazy
+  for vm in $(forkvm fork web -n 4 --json - | jq -r '.clones[]'); do forkvm wait $vm; done
+
+All of them run, or none and the machine goes on as before. A clone runs also where the machine is paused.";
+
+const KILL: &str = "\
+Examples:
+  forkvm kill web                      its clones run on, as processes do
+  forkvm kill web.3
+
+Returns when it is gone. `kill -TERM` of the process that runs it (`forkvm ps`) ends the whole family.";
+
+const WAIT: &str = "\
+Examples:
+  forkvm wait web
+  forkvm wait web.3; echo $?           the status that its guest ended with
+
+Ends with the status of the VM, 255 for a larger one, 1 when it failed or triple-faulted, 137 when it was killed. A clone
+that has ended already is known as long as its family's process runs.";
+
+/// Which machine.
+#[derive(Debug, Args)]
+struct Which {
+    /// The machine, such as `web`, or a clone of it, such as `web.3`
+    #[arg(value_parser = vm_name)]
+    vm: String,
+}
+
+/// Options of `pause`.
+#[derive(Debug, Args)]
+#[command(after_help = PAUSE)]
+pub(crate) struct Pause {
+    #[command(flatten)]
+    which: Which,
+}
+
+/// Options of `resume`.
+#[derive(Debug, Args)]
+#[command(after_help = RESUME)]
+pub(crate) struct Resume {
+    #[command(flatten)]
+    which: Which,
+}
+
+/// Options of `save`.
+#[derive(Debug, Args)]
+#[command(after_help = SAVE)]
+pub(crate) struct Save {
+    #[command(flatten)]
+    which: Which,
+    /// The directory to make
+    dir: PathBuf,
+}
+
+/// Options of `fork`.
+#[derive(Debug, Args)]
+#[command(after_help = FORK)]
+pub(crate) struct Fork {
+    #[command(flatten)]
+    which: Which,
+    /// Clones
+    #[arg(short = 'n', long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    count: u32,
+    /// How the clones get their memory [default: as the machine was started with]
+    #[arg(long, value_name = "MODE", value_parser = modes())]
+    memory_mode: Option<MemoryMode>,
+    /// How the fork keeps the machine's memory
+    #[arg(long, value_name = "FREEZE", default_value = "auto", value_parser = freezes())]
+    freeze: FreezeKind,
+}
+
+/// Options of `kill`.
+#[derive(Debug, Args)]
+#[command(after_help = KILL)]
+pub(crate) struct Kill {
+    #[command(flatten)]
+    which: Which,
+}
+
+/// Options of `wait`.
+#[derive(Debug, Args)]
+#[command(after_help = WAIT)]
+pub(crate) struct Wait {
+    #[command(flatten)]
+    which: Which,
+}
+
+impl Pause {
+    pub(crate) fn run(self, _output: &Output) -> anyhow::Result<Outcome> {
+        let vm = self.which.vm;
+        ask(&vm, &Request::Pause { vm: vm.clone() }).map(Outcome::done)
+    }
+}
+
+impl Resume {
+    pub(crate) fn run(self, _output: &Output) -> anyhow::Result<Outcome> {
+        let vm = self.which.vm;
+        ask(&vm, &Request::Resume { vm: vm.clone() }).map(Outcome::done)
+    }
+}
+
+impl Save {
+    pub(crate) fn run(self, _output: &Output) -> anyhow::Result<Outcome> {
+        let vm = self.which.vm;
+        // The process that saves it has a working directory of its own.
+        let dir = std::path::absolute(&self.dir);
+        let dir = dir.with_context(|| format!("finding {}", self.dir.display()))?;
+        let request = Request::Save {
+            vm: vm.clone(),
+            dir,
+        };
+        let saved = ask(&vm, &request)?;
+        eprintln!(
+            "forkvm: `forkvm restore {}` lets it run on",
+            self.dir.display()
+        );
+        Ok(Outcome::done(saved))
+    }
+}
+
+impl Fork {
+    pub(crate) fn run(self, output: &Output) -> anyhow::Result<Outcome> {
+        if let Some(mode) = self.memory_mode {
+            self.freeze
+                .check(mode)
+                .map_err(|error| Usage(error.to_string()))?;
+        }
+        let vm = self.which.vm;
+        let request = Request::Fork {
+            vm: vm.clone(),
+            count: self.count,
+            memory_mode: self.memory_mode,
+            freeze: Some(self.freeze),
+        };
+        let forked = ask(&vm, &request)?;
+        let mut out = output.text();
+        for clone in forked["clones"].as_array().into_iter().flatten() {
+            writeln!(out, "{}", clone.as_str().unwrap_or_default())?;
+        }
+        Ok(Outcome::done(forked))
+    }
+}
+
+impl Kill {
+    pub(crate) fn run(self, _output: &Output) -> anyhow::Result<Outcome> {
+        let vm = self.which.vm;
+        ask(&vm, &Request::Kill { vm: vm.clone() }).map(|end| Outcome::done(ending(end)))
+    }
+}
+
+impl Wait {
+    pub(crate) fn run(self, _output: &Output) -> anyhow::Result<Outcome> {
+        let vm = self.which.vm;
+        let end = ask(&vm, &Request::Wait { vm: vm.clone() })?;
+        eprintln!("forkvm: {vm} {}", text(&end, "end"));
+        let status = end["exit_code"]
+            .as_u64()
+            .and_then(|code| u8::try_from(code).ok());
+        Ok(Outcome {
+            status: status.context("the machine's answer lacks the exit code")?,
+            report: ending(end),
+        })
+    }
+}
+
+/// As `run` tells of it.
+fn ending(mut answer: Value) -> Value {
+    if let Value::Object(answer) = &mut answer {
+        // It is the command's own.
+        answer.remove("exit_code");
+    }
+    answer
+}

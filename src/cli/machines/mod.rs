@@ -1,0 +1,46 @@
+//! Commands that hold on to a machine which another process runs: `forkvm ps`, `info`, `pause`, `resume`,
+//! `save`, `fork`, `kill`, `wait` and `console`.
+//!
+//! Each is a client of that process's control socket (`super::control`); nothing of a VM is here.
+
+mod acts;
+mod console;
+mod info;
+mod ps;
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde_json::Value;
+
+use super::control::client::Connection;
+use super::control::protocol::Request;
+
+pub(crate) use acts::{Fork, Kill, Pause, Resume, Save, Wait};
+pub(crate) use console::Console;
+pub(crate) use info::Info;
+pub(crate) use ps::Ps;
+
+/// Asks the machine that `vm` is of.
+fn ask(vm: &str, request: &Request) -> anyhow::Result<Value> {
+    Connection::to(vm)?.ask(request)
+}
+
+/// A text of an answer; empty if there is none.
+fn text<'a>(answer: &'a Value, key: &str) -> &'a str {
+    answer[key].as_str().unwrap_or_default()
+}
+
+/// What was said since when, for people.
+fn ago(unix_ms: &Value) -> String {
+    let since = UNIX_EPOCH + Duration::from_millis(unix_ms.as_u64().unwrap_or_default());
+    let seconds = SystemTime::now()
+        .duration_since(since)
+        .unwrap_or_default()
+        .as_secs();
+    match seconds {
+        0..120 => format!("{seconds} s"),
+        120..7_200 => format!("{} min", seconds / 60),
+        7_200..172_800 => format!("{} h", seconds / 3_600),
+        _ => format!("{} days", seconds / 86_400),
+    }
+}
