@@ -30,12 +30,12 @@ demo: ## Install what is missing, build, and map reads in 32 clones: target/demo
 linux: ## Install what is missing, and build the Linux image `minimal`, or find it in the cache
 	@scripts/setup build linux
 	@$(MAKE) --no-print-directory build
-	"$(TARGET)/release/forkvm" image build minimal
+	"$(TARGET)/release/forkvm" image build minimal --json "$(TARGET)/linux.json"
 
 # Test binaries that are run three times: with clones in the test's own process, in workers, and with a pool of shells.
 EVERY_WAY := $(foreach binary,forks faults lazy rewind saved_machines,--test $(binary))
 
-test: ## Install what is missing, and pass all tests of all crates, those that need KVM included
+test: linux ## Install what is missing, and pass all tests of all crates, those that need KVM included
 	@scripts/setup build test
 	@scripts/check-rust
 	@if cargo nextest --version >/dev/null 2>&1; then \
@@ -58,7 +58,7 @@ test-long: ## Only the tests that `make test` leaves out because they take long 
 	  cargo test --workspace --no-fail-fast -- --ignored; \
 	fi
 
-test-svm: ## The KVM tests and a small demo on emulated AMD hardware, Linux 6.12 and 6.1, npt on and off
+test-svm: linux ## The KVM tests and a small demo on emulated AMD hardware, Linux 6.12 and 6.1, npt on and off
 	@scripts/setup build svm
 	@scripts/check-rust
 	lanes/svm/run $(addprefix --cell ,$(CELL)) -- '$(FILTER)'

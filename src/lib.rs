@@ -37,6 +37,7 @@ pub mod demo;
 pub mod guest;
 #[cfg(feature = "cli")]
 pub mod host;
+pub mod linux;
 #[cfg(feature = "cli")]
 pub mod percentiles;
 mod vm;

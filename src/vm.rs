@@ -17,8 +17,8 @@ use thiserror::Error;
 /// It runs until its guest ends it or it is [killed](Vm::kill); dropping the handle does neither.
 /// Clones go on without their parent, as processes do.
 pub struct Vm {
-    family: Arc<Family>,
-    member: Arc<Member>,
+    pub(crate) family: Arc<Family>,
+    pub(crate) member: Arc<Member>,
 }
 
 impl Vm {

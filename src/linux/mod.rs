@@ -1,0 +1,108 @@
+//! Linux machines: a [`Vm`] whose guest has forkvm's agent in it, and clones that know who they are.
+//!
+//! A clone of a Linux machine begins as its parent to the last bit: with its host name, its machine-id, the
+//! state of its random numbers and its clock. So no clone is handed to anybody before its agent has taken on
+//! an identity of its own ([`introduce`]); one that does not is ended. docs/identity.md goes through the
+//! hazards. What is here knows no command line.
+
+mod introduce;
+
+use std::ops::Deref;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use forkvm_clone_engine::{BootSpec, CloneSpec, Family, FamilyConfig, Member};
+use thiserror::Error;
+
+use crate::agent::{AgentClient, AgentError};
+use crate::{Error, Vm};
+
+pub use introduce::{IntroduceError, introduce};
+
+/// How long a clone may take to be itself. Where KVM is software its kernel takes a second or more.
+pub const INTRODUCTION: Duration = Duration::from_secs(30);
+
+/// A Linux machine whose agent answers. Dropping the handle does not end it.
+pub struct LinuxVm {
+    vm: Vm,
+    agent: AgentClient,
+}
+
+impl LinuxVm {
+    /// Boots a machine in a family of its own, whose `config` has a vsock, and waits until it is itself.
+    /// One that is not so after `patience` is ended.
+    pub fn boot(
+        spec: BootSpec,
+        config: FamilyConfig,
+        patience: Duration,
+    ) -> Result<LinuxVm, LinuxError> {
+        let vm = Vm::boot_with(spec, config)?;
+        LinuxVm::meet(vm.family().clone(), vm.member().clone(), patience)
+    }
+
+    /// A machine of `family` that was just booted, restored or cloned, once it is itself; it is ended if that
+    /// does not come to be within `patience`.
+    pub fn meet(
+        family: Arc<Family>,
+        member: Arc<Member>,
+        patience: Duration,
+    ) -> Result<LinuxVm, LinuxError> {
+        let agent = introduce(&family, &member, Instant::now() + patience)?;
+        Ok(LinuxVm {
+            vm: Vm { family, member },
+            agent,
+        })
+    }
+
+    /// Forks it as [`Vm::fork`] does. All clones are themselves when this returns; if one cannot be, all of
+    /// them are ended.
+    pub fn fork(&self, spec: CloneSpec) -> Result<Vec<LinuxVm>, LinuxError> {
+        let clones = self.vm.fork(spec)?;
+        let members: Vec<Arc<Member>> = clones.iter().map(|clone| clone.member().clone()).collect();
+        let met: Vec<Result<LinuxVm, LinuxError>> = thread::scope(|scope| {
+            let meet = |member: &Arc<Member>| {
+                let (family, member) = (self.vm.family().clone(), member.clone());
+                scope.spawn(|| LinuxVm::meet(family, member, INTRODUCTION))
+            };
+            let meetings: Vec<_> = members.iter().map(meet).collect();
+            let join = |meeting: thread::ScopedJoinHandle<'_, _>| match meeting.join() {
+                Ok(met) => met,
+                Err(panic) => std::panic::resume_unwind(panic),
+            };
+            meetings.into_iter().map(join).collect()
+        });
+        let met: Result<Vec<LinuxVm>, LinuxError> = met.into_iter().collect();
+        if met.is_err() {
+            members.iter().for_each(|clone| clone.kill());
+        }
+        met
+    }
+
+    /// Its agent.
+    pub fn agent(&self) -> &AgentClient {
+        &self.agent
+    }
+}
+
+impl Deref for LinuxVm {
+    type Target = Vm;
+
+    fn deref(&self) -> &Vm {
+        &self.vm
+    }
+}
+
+/// Why a Linux machine could not be had.
+#[derive(Debug, Error)]
+pub enum LinuxError {
+    /// The VM could not be booted or forked.
+    #[error(transparent)]
+    Vm(#[from] Error),
+    /// It did not become itself.
+    #[error(transparent)]
+    Introduce(#[from] IntroduceError),
+    /// Its agent could not do what it was asked.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+}

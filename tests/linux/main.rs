@@ -1,0 +1,14 @@
+//! Linux machines on KVM: what their users, their agents and their clones rely on.
+//!
+//! All of them come from one template: a machine that was booted once, saved when its agent answered, and is
+//! restored here for each test (`template.rs`).
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod exec;
+mod forks;
+mod identities;
+mod machine;
+mod software_kvm;
+mod template;
