@@ -169,7 +169,7 @@ impl Drop for Running {
 }
 
 /// Waits for a condition.
-pub(crate) fn wait_until(what: &str, is_so: impl Fn() -> bool) {
+pub(crate) fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
     let start = Instant::now();
     while !is_so() {
         assert!(start.elapsed() < LONG, "not within {LONG:?}: {what}");

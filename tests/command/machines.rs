@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use tempfile::tempdir;
 
 use super::common::need_kvm;
-use super::harness::{Running, forkvm, names_in};
+use super::harness::{Running, forkvm, names_in, wait_until};
 use super::named::{Named, place};
 
 /// Types a line on a console that was started with a pipe.
@@ -90,8 +90,6 @@ fn a_paused_machine_stays_so_through_a_fork_a_failed_save_and_a_look_and_answers
     assert_eq!(web.json(&["pause", "web"])["state"], "paused");
     // It is nothing to pause it twice.
     assert_eq!(web.json(&["pause", "web"])["state"], "paused");
-    let mut typed = web.console("web");
-    type_in(&mut typed, "w 1 5 1\n");
     web.json(&["fork", "web", "-n", "1"]);
     std::fs::create_dir(web.dir().join("taken")).unwrap();
     web.forkvm(&["save", "web", "taken"])
@@ -102,6 +100,8 @@ fn a_paused_machine_stays_so_through_a_fork_a_failed_save_and_a_look_and_answers
         [state("web", "paused"), state("web.1", "running")]
     );
 
+    let mut typed = web.console("web");
+    type_in(&mut typed, "w 1 5 1\n");
     // A clone, which has been asked later, has answered by the time at which the machine has not.
     let mut clone = web.console("web.1");
     type_in(&mut clone, "r 1 1\n");
@@ -162,8 +162,6 @@ fn a_machine_and_a_clone_are_saved_where_they_are_told_and_run_on_from_there() {
     assert_eq!(saved["saved_to"], json!(dir));
     let saving = web.forkvm(&["save", "web", "root"]);
     saving.expect(0, "`forkvm restore root` lets it run on");
-    let Named { running, .. } = &web;
-    assert_eq!(running.id(), web.running.id());
 
     let restored = ["restore", "clone", "--name", "other"];
     let mut restored = Running::start(web.dir(), &restored);
@@ -257,19 +255,18 @@ fn clones_in_the_process_end_with_it_and_workers_end_themselves() {
             .map(|vm| vm["pid"].as_u64().unwrap())
             .collect();
         assert_eq!(pids[0] == pids[1], spawner == "in-process");
-        let waiting = Running::start(web.dir(), &["wait", "web.1"]);
+        let mut waiting = web.client();
+        waiting.send(b"{\"forkvm\":1,\"do\":\"wait\",\"vm\":\"web.1\"}\n");
         let console = web.console("web.2");
         web.running.signal("KILL").child().wait().unwrap();
-        waiting
-            .wait()
-            .expect(1, "machine web ended before it answered");
+        assert!(waiting.hear().is_none());
         console.wait().expect(1, "the process of web.2 has gone");
         for pid in pids {
             let gone = || {
                 let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
                 stat.map_or(true, |stat| stat.contains(") Z "))
             };
-            super::harness::wait_until("it ends with the engine", gone);
+            wait_until("it ends with the engine", gone);
         }
         assert_eq!(web.states(), []);
         web.forkvm(&["info", "web"])

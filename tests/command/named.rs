@@ -8,7 +8,7 @@ use std::process::Stdio;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::harness::{Ended, Running, forkvm};
+use super::harness::{Ended, Running, forkvm, wait_until};
 
 /// See the module's text.
 pub(crate) struct Named {
@@ -77,9 +77,9 @@ impl Named {
     /// `forkvm console VM`, to type by a pipe.
     pub(crate) fn console(&self, vm: &str) -> Running {
         let mut console = Running::start_with(self.dir(), &["console", vm], Stdio::piped());
-        // It is one as soon as a client more is served.
-        let pid = self.running.id();
-        console.wait_until("it is connected", || clients_of(pid) > 0);
+        let pid = console.id();
+        // It listens to its user once it hears the machine.
+        console.wait_until("it is connected", || has_thread(pid, "stdin"));
         console
     }
 
@@ -90,6 +90,21 @@ impl Named {
         let vms = ps["vms"].as_array().unwrap().iter();
         vms.map(|vm| (text(&vm["name"]), text(&vm["state"])))
             .collect()
+    }
+
+    /// As many clients as may be, all of which are served.
+    pub(crate) fn all_clients(&self) -> Vec<Client> {
+        let mut clients = Vec::new();
+        // Those who were served before may have hung up only just now.
+        wait_until("nobody else is served", || {
+            clients = (0..32).map(|_| self.client()).collect();
+            let served = |client: &mut Client| {
+                client.send(b"{\"forkvm\":1,\"do\":\"ps\"}\n");
+                client.hear().is_some_and(|answer| answer["ok"].is_object())
+            };
+            clients.iter_mut().all(served)
+        });
+        clients
     }
 
     /// A client of our own.
@@ -103,12 +118,11 @@ pub(crate) fn place(dir: &Path, name: &str) -> PathBuf {
     dir.join("forkvm").join(name)
 }
 
-/// Clients that process `pid` serves, each in a thread of its own.
-fn clients_of(pid: u32) -> usize {
+fn has_thread(pid: u32, name: &str) -> bool {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
     let tasks = tasks.into_iter().flatten().flatten();
-    let names = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
-    names.filter(|name| name.starts_with("client-")).count()
+    let mut names = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
+    names.any(|found| found.trim_end() == name)
 }
 
 /// Somebody who speaks, or should, what docs/control-socket.md says.
@@ -125,7 +139,11 @@ impl Client {
     }
 
     pub(crate) fn send(&mut self, bytes: &[u8]) {
-        self.stream.write_all(bytes).unwrap();
+        match self.stream.write_all(bytes) {
+            // It may have refused a client before that has asked; it says so.
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}
+            sent => sent.unwrap(),
+        }
     }
 
     /// The next line; `None` when the machine has hung up.
