@@ -17,6 +17,11 @@ pub(crate) fn forkvm(dir: &Path, args: &[&str]) -> Ended {
     Running::start(dir, args).wait()
 }
 
+/// The same with another runtime directory than `dir`.
+pub(crate) fn forkvm_at(dir: &Path, runtime_dir: &Path, args: &[&str]) -> Ended {
+    Running::start_at(dir, runtime_dir, args, Stdio::null()).wait()
+}
+
 /// A program that has ended.
 pub(crate) struct Ended(Output);
 
@@ -58,11 +63,17 @@ impl Running {
     }
 
     pub(crate) fn start_with(dir: &Path, args: &[&str], stdin: Stdio) -> Running {
+        // Machines of one name do not meet, unless they are of one test.
+        Running::start_at(dir, dir, args, stdin)
+    }
+
+    fn start_at(dir: &Path, runtime_dir: &Path, args: &[&str], stdin: Stdio) -> Running {
         let stdout = tempfile::tempfile().unwrap();
         let child = Command::new(env!("CARGO_BIN_EXE_forkvm"))
             .args(args)
             .current_dir(dir)
             .env_remove("FORKVM_LOG")
+            .env("XDG_RUNTIME_DIR", runtime_dir)
             .stdin(stdin)
             .stdout(stdout.try_clone().unwrap())
             .stderr(Stdio::piped())
@@ -76,6 +87,15 @@ impl Running {
 
     pub(crate) fn child(&mut self) -> &mut Child {
         self.child.as_mut().unwrap()
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.child.as_ref().unwrap().id()
+    }
+
+    /// What it has said on standard output.
+    pub(crate) fn said(&self) -> String {
+        String::from_utf8_lossy(&so_far(&self.stdout)).into_owned()
     }
 
     /// Waits until the VM that was started has said these words. What a guest's parent says after a fork
@@ -145,6 +165,15 @@ impl Drop for Running {
             child.kill().unwrap();
             child.wait().unwrap();
         }
+    }
+}
+
+/// Waits for a condition.
+pub(crate) fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < LONG, "not within {LONG:?}: {what}");
+        thread::sleep(Duration::from_millis(2));
     }
 }
 

@@ -7,6 +7,7 @@ mod disks;
 mod ends;
 mod fork_call;
 mod fork_matrix;
+mod held;
 mod hostile_guest;
 mod limits;
 mod lineage;

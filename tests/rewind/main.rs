@@ -5,6 +5,7 @@ mod common;
 
 mod breaks;
 mod calls;
+mod held;
 mod lineage;
 mod memory;
 mod refusals;

@@ -31,10 +31,13 @@ impl Connection {
     /// To the machine that `vm` is of: the longest part of its name, up to a dot, under which one runs.
     pub(crate) fn to(vm: &str) -> anyhow::Result<Connection> {
         let places = Places::of_user()?;
-        // Also where none runs: whoever asks learns why none could.
-        places.socket(vm)?;
         let mut name = vm;
         loop {
+            // A clone may have a longer name than a machine can.
+            if let (Err(_), Some(dot)) = (places.socket(name), name.rfind('.')) {
+                name = &name[..dot];
+                continue;
+            }
             match Connection::to_machine(&places, name)? {
                 Reached::Connected(connection) => return Ok(connection),
                 Reached::Silent { process } => bail!(

@@ -186,7 +186,7 @@ mod tests {
     #[test]
     fn a_request_is_as_its_description_shows_it() {
         let info = Request::Info { vm: "X.2".into() };
-        let line = "{\"forkvm\":1,\"do\":\"info\",\"vm\":\"X.2\"}";
+        let line = "{\"do\":\"info\",\"forkvm\":1,\"vm\":\"X.2\"}";
         assert_eq!(to_line(&info).unwrap(), format!("{line}\n").into_bytes());
         assert_eq!(request(line).unwrap(), info);
         let fork =

@@ -71,12 +71,7 @@ impl Registry {
     fn ended(&self, name: &str, end: &End) {
         let gone = {
             let mut vms = self.lock();
-            let ending = Ending {
-                end: end.to_string(),
-                status: end.status(),
-                exit_code: exit_code(end),
-            };
-            vms.ended.insert(name.to_owned(), ending);
+            vms.ended.insert(name.to_owned(), Ending::of(end));
             vms.oldest.push_back(name.to_owned());
             if vms.oldest.len() > ENDS
                 && let Some(oldest) = vms.oldest.pop_front()
@@ -140,6 +135,16 @@ impl Registry {
     /// Where the VM `name` was saved to by a client's word.
     pub(crate) fn saved_to(&self, name: &str) -> Option<PathBuf> {
         self.lock().saved.get(name).cloned()
+    }
+}
+
+impl Ending {
+    pub(super) fn of(end: &End) -> Ending {
+        Ending {
+            end: end.to_string(),
+            status: end.status(),
+            exit_code: exit_code(end),
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use serde_json::{Value, json};
 
 use super::bell::Bell;
-use super::protocol::{Failure, Request};
+use super::protocol::{Ending, Failure, Request};
 use super::registry::{Found, Running};
 use super::server::Machine;
 
@@ -59,8 +59,8 @@ pub(super) fn answer(machine: &Machine, request: Request) -> Result<Value, Failu
         Request::Kill { vm } => {
             let member = machine.vms.get(&vm)?.member;
             member.kill();
-            member.wait();
-            ending(machine, &vm)
+            // Not from the registry, which may hear of it a moment later.
+            Ok(tell(machine, &vm, &Ending::of(&member.wait().end)))
         }
         // These two need the connection as well.
         Request::Wait { .. } | Request::Console { .. } => {
@@ -76,11 +76,11 @@ pub(super) fn wait(
     client: &UnixStream,
 ) -> io::Result<Option<Result<Value, Failure>>> {
     let bell = Arc::new(Bell::new()?);
-    match machine.vms.watch(name, &bell) {
-        Ok(Found::Running(_)) => {}
-        Ok(Found::Ended(_)) => return Ok(Some(ending(machine, name))),
+    let member = match machine.vms.watch(name, &bell) {
+        Ok(Found::Running(member)) => member,
+        Ok(Found::Ended(ending)) => return Ok(Some(Ok(tell(machine, name, &ending)))),
         Err(failure) => return Ok(Some(Err(failure))),
-    }
+    };
     loop {
         // What more the client sends is read when this is answered; one that sends no more may still listen.
         let mut fds = [
@@ -92,7 +92,8 @@ pub(super) fn wait(
             Err(error) => return Err(error.into()),
         }
         if !fds[1].revents().is_empty() {
-            return Ok(Some(ending(machine, name)));
+            let ending = Ending::of(&member.wait().end);
+            return Ok(Some(Ok(tell(machine, name, &ending))));
         }
         if !fds[0].revents().is_empty() {
             return Ok(None);
@@ -100,17 +101,14 @@ pub(super) fn wait(
     }
 }
 
-fn ending(machine: &Machine, name: &str) -> Result<Value, Failure> {
-    let ending = machine.vms.ending(name);
-    let ending = ending.ok_or_else(|| Failure::ended(name, "ended long ago"))?;
-    let saved_to = machine.vms.saved_to(name);
-    Ok(json!({
+fn tell(machine: &Machine, name: &str, ending: &Ending) -> Value {
+    json!({
         "vm": name,
         "end": ending.end,
         "status": ending.status,
         "exit_code": ending.exit_code,
-        "saved_to": saved_to,
-    }))
+        "saved_to": machine.vms.saved_to(name),
+    })
 }
 
 fn save(machine: &Machine, name: &str, dir: PathBuf) -> Result<Value, Failure> {
