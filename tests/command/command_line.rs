@@ -64,10 +64,20 @@ fn help_teaches_by_examples() {
         &["run", "--help"],
         &["restore", "--help"],
         &["doctor", "--help"],
+        &["ps", "--help"],
+        &["info", "--help"],
+        &["pause", "--help"],
+        &["resume", "--help"],
+        &["save", "--help"],
+        &["fork", "--help"],
+        &["kill", "--help"],
+        &["wait", "--help"],
+        &["console", "--help"],
     ] {
         let help = forkvm(dir.path(), args);
         assert_eq!(help.code(), 0);
-        assert!(help.stdout().contains("Examples:\n  forkvm "), "{args:?}");
+        let text = help.stdout();
+        assert!(text.contains("Examples:\n  forkvm "), "{args:?}: {text}");
     }
 }
 

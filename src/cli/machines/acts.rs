@@ -24,8 +24,9 @@ It stands until `forkvm resume`: also through forks, a save that fails, a look. 
 host for meanwhile waits. The clock goes on: the guest sees that time has passed.";
 
 const RESUME: &str = "\
-Example:
-  forkvm resume web";
+Examples:
+  forkvm resume web
+  forkvm resume web.3                  a clone as well";
 
 const SAVE: &str = "\
 Examples:
