@@ -7,6 +7,7 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
@@ -43,14 +44,16 @@ impl VsockSpec {
     }
 }
 
-/// The CIDs of a family, each given once.
+/// The CIDs of a family, each given once. Where they begin is left to chance: so a machine that is restored
+/// gets another one than it had, by which its driver is seen to have heard of that.
 #[derive(Debug)]
 pub(crate) struct Cids(AtomicU32);
 
 impl Default for Cids {
     fn default() -> Cids {
-        // 0 to 2 are reserved (virtio 1.2 section 5.10.4).
-        Cids(AtomicU32::new(3))
+        let random = RandomState::new().build_hasher().finish() as u32;
+        // 0 to 2 are reserved (virtio 1.2 section 5.10.4), and there is room for as many as there can be.
+        Cids(AtomicU32::new(3 + random / 2))
     }
 }
 

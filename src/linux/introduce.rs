@@ -58,9 +58,12 @@ fn try_introduce(
         identity.wall_clock = wall_clock();
         match agent.identify(&identity) {
             Ok(_) => return Ok(agent),
+            Err(error @ (AgentError::Refused(_) | AgentError::Stranger(_))) => {
+                return Err(error.into());
+            }
             // A clone's driver ends what it has when it hears of the fork, also a stream that was opened
             // since (docs/vsock.md).
-            Err(AgentError::Broken(_)) if Instant::now() < deadline => {}
+            Err(_) if Instant::now() < deadline => {}
             Err(error) => return Err(error.into()),
         }
     }

@@ -1,12 +1,39 @@
-//! An AF_VSOCK listener: the one socket that neither the standard library nor rustix has.
+//! What of AF_VSOCK neither the standard library nor rustix has: a listener, and the machine's address.
 
-#![allow(unsafe_code)] // The address of a vsock socket is a C struct.
+#![allow(unsafe_code)] // The address of a vsock socket is a C struct; an ioctl.
 
+use std::fs::File;
 use std::io;
 use std::mem::{size_of, zeroed};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, accept_with, listen, socket_with};
+
+/// IOCTL_VM_SOCKETS_GET_LOCAL_CID of linux/vm_sockets.h.
+const GET_LOCAL_CID: libc::c_ulong = 0x7b9;
+
+/// The address that the driver has for this machine; `None` without a device.
+pub(crate) fn address() -> io::Result<Option<u64>> {
+    let device = match File::open("/dev/vsock") {
+        Ok(device) => device,
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::ENOENT | libc::ENODEV | libc::ENXIO)
+            ) =>
+        {
+            return Ok(None);
+        }
+        Err(error) => return Err(error),
+    };
+    let mut cid: libc::c_uint = 0;
+    // SAFETY: the ioctl writes an unsigned int to where the pointer leads.
+    let got = unsafe { libc::ioctl(device.as_raw_fd(), GET_LOCAL_CID, &raw mut cid) };
+    match got {
+        0.. => Ok(Some(cid.into())),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
 
 /// Sessions that wait to be let in.
 const BACKLOG: i32 = 32;

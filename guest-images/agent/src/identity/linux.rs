@@ -3,16 +3,24 @@
 use std::fs;
 use std::io;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use forkvm_agent_protocol::Identity;
 use rustix::time::{ClockId, Timespec, clock_settime};
 
 use super::hooks::{HookError, Hooks};
 use super::{System, machine_id, random};
+use crate::vsock;
 
 /// How long one hook may take.
 const HOOK_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long the driver may take to hear of a fork, where the kernel is interpreted and busy.
+const ADDRESS_LIMIT: Duration = Duration::from_secs(20);
+
+/// Between two looks.
+const ADDRESS_PAUSE: Duration = Duration::from_millis(5);
 
 const CLOCK_SOURCE: &str = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
 
@@ -33,6 +41,21 @@ impl LinuxSystem {
 }
 
 impl System for LinuxSystem {
+    fn wait_for_address(&self, cid: u64) -> io::Result<()> {
+        let deadline = Instant::now() + ADDRESS_LIMIT;
+        loop {
+            match vsock::address()? {
+                None => return Ok(()),
+                Some(known) if cid == 0 || known == cid => return Ok(()),
+                Some(_) if Instant::now() < deadline => thread::sleep(ADDRESS_PAUSE),
+                Some(known) => {
+                    let text = format!("the driver says {known}, the host {cid}");
+                    return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+                }
+            }
+        }
+    }
+
     fn set_hostname(&self, name: &str) -> io::Result<()> {
         Ok(rustix::system::sethostname(name.as_bytes())?)
     }

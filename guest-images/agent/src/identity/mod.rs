@@ -20,6 +20,12 @@ pub use linux::{LinuxSystem, clock_source};
 
 /// What an identity changes in a machine. Tests have one of their own.
 pub trait System: Send + Sync {
+    /// Waits until the driver of the machine's vsock knows its address, `cid`; 0 is none. What was connected
+    /// before ends at that moment, in a clone or a machine that was restored.
+    ///
+    /// # Errors
+    /// It does not come to know it.
+    fn wait_for_address(&self, cid: u64) -> io::Result<()>;
     /// The name of the machine.
     ///
     /// # Errors
@@ -95,6 +101,11 @@ impl Identities {
         let step = |step, done: io::Result<()>| {
             done.map_err(|source| IdentifyError::Step { step, source })
         };
+        // First: whoever asked, and hears no answer for it, asks again and finds all of it done.
+        step(
+            "learn its vsock address",
+            system.wait_for_address(identity.cid),
+        )?;
         step("set the hostname", system.set_hostname(&identity.hostname))?;
         step(
             "write /etc/machine-id",

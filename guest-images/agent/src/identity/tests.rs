@@ -39,6 +39,10 @@ impl Notes {
 }
 
 impl System for Notes {
+    fn wait_for_address(&self, cid: u64) -> io::Result<()> {
+        self.step("address", &cid.to_string())
+    }
+
     fn set_hostname(&self, name: &str) -> io::Result<()> {
         self.step("hostname", name)
     }
@@ -87,6 +91,7 @@ fn all_steps_are_taken_in_order_and_acknowledged() {
     assert_eq!(
         *done.lock().unwrap(),
         [
+            "address 3",
             "hostname clone-2",
             "machine-id 0123456789abcdef0123456789abcdef",
             "entropy 32",
@@ -111,11 +116,12 @@ fn the_same_generation_again_changes_nothing_and_is_acknowledged() {
 #[test]
 fn a_step_that_fails_fails_the_whole_by_its_name_and_ends_it_there() {
     for (fails, said, before) in [
-        ("hostname", "hostname", 0),
-        ("machine-id", "/etc/machine-id", 1),
-        ("entropy", "random numbers", 2),
-        ("clock", "clock", 3),
-        ("hooks", "\"app\"", 4),
+        ("address", "vsock address", 0),
+        ("hostname", "hostname", 1),
+        ("machine-id", "/etc/machine-id", 2),
+        ("entropy", "random numbers", 3),
+        ("clock", "clock", 4),
+        ("hooks", "\"app\"", 5),
     ] {
         let (identities, done) = machine(fails);
         let error = identities.identify(&identity(1, 1)).unwrap_err();
