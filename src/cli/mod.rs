@@ -14,6 +14,7 @@ mod doctor;
 mod errors;
 mod fork_options;
 mod image;
+mod introductions;
 mod log;
 mod machines;
 mod output;
@@ -102,6 +103,10 @@ enum Command {
     Wait(machines::Wait),
     /// See what it prints from now on, and type to it
     Console(machines::Console),
+    /// Run a program in it
+    Exec(machines::Exec),
+    /// Copy a file into it, or out of it
+    Cp(machines::Copy),
     /// Look at saved machines
     #[command(subcommand)]
     State(state::State),
@@ -164,6 +169,8 @@ impl Command {
             Command::Kill(command) => command.run(output),
             Command::Wait(command) => command.run(output),
             Command::Console(command) => command.run(output),
+            Command::Exec(command) => command.run(output),
+            Command::Cp(command) => command.run(output),
             Command::State(command) => command.run(output),
             Command::Disk(command) => command.run(output),
             Command::Image(command) => command.run(output),

@@ -30,6 +30,7 @@ use super::control::registry::{Registry, exit_code};
 use super::control::taps::Taps;
 use super::control::{Machine, Server};
 use super::fork_options::ForkOptions;
+use super::introductions::Introductions;
 use super::output::{Outcome, Output};
 use super::progress::Progress;
 use super::raw_terminal::{self, RawTerminal};
@@ -168,7 +169,9 @@ impl Session {
         let raw = raw.context("making the terminal raw")?;
         let escape: Option<fn()> = raw.is_some().then_some(interrupt);
         pass_input(root.clone(), escape).context("starting a thread for standard input")?;
-        let vms = self.wait_for_all(root.clone());
+        let introductions = Introductions::begin(&self.family, &root);
+        let introductions = introductions.context("starting a thread for the machine's agent")?;
+        let vms = self.wait_for_all(root.clone(), introductions.as_ref());
         drop(raw);
         let end = root.wait().end;
         let saved_to = self.vms.saved_to(root.name()).or(self.save.take());
@@ -201,7 +204,7 @@ impl Session {
     }
 
     /// Tells of each VM as it ends; returns what was told.
-    fn wait_for_all(&self, root: Arc<Member>) -> Vec<Value> {
+    fn wait_for_all(&self, root: Arc<Member>, introductions: Option<&Introductions>) -> Vec<Value> {
         let mut running = vec![root];
         let mut ended = Vec::new();
         loop {
@@ -216,7 +219,13 @@ impl Session {
             }
             running = left;
             let gone = before != running.len();
+            let born = running.len();
             running.extend(self.clones.try_iter());
+            if let Some(introductions) = introductions {
+                running[born..]
+                    .iter()
+                    .for_each(|clone| introductions.hear_of(clone));
+            }
             match running.first() {
                 None => return ended,
                 Some(_) if gone => {}

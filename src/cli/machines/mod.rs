@@ -1,10 +1,13 @@
 //! Commands that hold on to a machine which another process runs: `forkvm ps`, `info`, `pause`, `resume`,
-//! `save`, `fork`, `kill`, `wait` and `console`.
+//! `save`, `fork`, `kill`, `wait`, `console`, `exec` and `cp`.
 //!
-//! Each is a client of that process's control socket (`super::control`); nothing of a VM is here.
+//! Each is a client of that process's control socket (`super::control`), `exec` and `cp` of the machine's agent as
+//! well (`forkvm::agent`); nothing of a VM is here.
 
 mod acts;
 mod console;
+mod copy;
+mod exec;
 mod info;
 mod ps;
 
@@ -17,6 +20,8 @@ use super::control::protocol::Request;
 
 pub(crate) use acts::{Fork, Kill, Pause, Resume, Save, Wait};
 pub(crate) use console::Console;
+pub(crate) use copy::Copy;
+pub(crate) use exec::Exec;
 pub(crate) use info::Info;
 pub(crate) use ps::Ps;
 

@@ -1,0 +1,144 @@
+//! `forkvm exec`: a program in a machine that another process runs, as if it ran here.
+//!
+//! The machine's agent runs it; its streams, its terminal, the signals that this command gets and its status
+//! pass between the two. Nothing of the protocol is here: that is `forkvm::agent`.
+
+use std::io::{self, IsTerminal, Read};
+use std::thread;
+use std::time::Instant;
+
+use anyhow::Context;
+use clap::Args;
+use forkvm::agent::protocol::{Exec as Program, Size};
+use forkvm::agent::{AgentClient, Control, REQUEST_LIMIT};
+use rustix::termios::tcgetwinsize;
+use serde_json::json;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
+use signal_hook::iterator::Signals;
+
+use super::super::control::protocol::Request;
+use super::super::errors::Usage;
+use super::super::output::{Outcome, Output};
+use super::super::raw_terminal::RawTerminal;
+use super::super::run::vm_name;
+use super::{ask, text};
+
+const EXAMPLES: &str = "\
+Examples:
+  forkvm exec web -- uname -a
+  forkvm exec -t web.3 -- sh           a shell on a terminal
+  tar c src | forkvm exec web --dir /srv -- tar x
+  forkvm exec web --user nobody --env LANG=C -- sort < input > output
+
+Ends with the status of the program, 128+n when signal n ended it. Ctrl-C, SIGTERM, SIGHUP and SIGQUIT go to
+the program; when this command is gone it is hung up on. The machine needs a vsock and forkvm's agent.";
+
+/// Options of `exec`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Exec {
+    /// Give the program a terminal
+    #[arg(short = 't', long)]
+    terminal: bool,
+    /// Run it as this user of the guest, by name or number [default: root]
+    #[arg(long)]
+    user: Option<String>,
+    /// Its working directory
+    #[arg(long, value_name = "DIR")]
+    dir: Option<String>,
+    /// A variable of its environment; may be repeated
+    #[arg(long, value_name = "NAME=VALUE", value_parser = variable)]
+    env: Vec<(String, String)>,
+    /// The machine, such as `web`, or a clone of it, such as `web.3`
+    #[arg(value_parser = vm_name)]
+    vm: String,
+    /// The program and its arguments
+    #[arg(required = true, last = true)]
+    program: Vec<String>,
+}
+
+impl Exec {
+    pub(crate) fn run(self, output: &Output) -> anyhow::Result<Outcome> {
+        if self.terminal && !io::stdin().is_terminal() {
+            return Err(Usage("-t needs a terminal as standard input".into()).into());
+        }
+        let agent = agent_of(&self.vm)?;
+        let bytes = |text: String| text.into_bytes().as_slice().into();
+        let program = Program {
+            argv: self
+                .program
+                .iter()
+                .map(|word| word.as_str().into())
+                .collect(),
+            env: self
+                .env
+                .into_iter()
+                .map(|(name, value)| (bytes(name), bytes(value)))
+                .collect(),
+            directory: self.dir.map(bytes),
+            user: self.user,
+            terminal: self.terminal.then(size).transpose()?,
+        };
+        let running = agent.exec(&program)?;
+        let raw = self.terminal.then(|| RawTerminal::begin(&[])).transpose()?;
+        pass_signals(running.control()).context("hearing signals")?;
+        let stdin: Box<dyn Read + Send> = Box::new(io::stdin());
+        let ended = running.pump(Some(stdin), &mut output.text(), &mut io::stderr());
+        drop(raw);
+        let exit = ended?;
+        Ok(Outcome {
+            status: exit.status(),
+            report: json!({ "vm": self.vm, "status": exit.status() }),
+        })
+    }
+}
+
+/// The agent of a machine that runs.
+pub(super) fn agent_of(vm: &str) -> anyhow::Result<AgentClient> {
+    let info = ask(vm, &Request::Info { vm: vm.to_owned() })?;
+    let socket = text(&info, "vsock");
+    anyhow::ensure!(
+        !socket.is_empty(),
+        "{vm} has no vsock, and no agent can be reached in it: start it with --kernel and --name, or with --vsock"
+    );
+    let deadline = Instant::now() + REQUEST_LIMIT;
+    Ok(AgentClient::connect(socket.as_ref(), deadline)?)
+}
+
+/// Of the terminal that is standard input.
+fn size() -> io::Result<Size> {
+    let size = tcgetwinsize(io::stdin())?;
+    Ok(Size {
+        rows: size.ws_row,
+        columns: size.ws_col,
+    })
+}
+
+/// Passes on what this process is signalled, until it ends.
+fn pass_signals(program: Control) -> io::Result<()> {
+    let mut signals = Signals::new([SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH])?;
+    let pass = move || {
+        for signal in signals.forever() {
+            let passed = match signal {
+                SIGWINCH => match size() {
+                    Ok(size) => program.resize(size),
+                    // Not a terminal, which has no size.
+                    Err(_) => continue,
+                },
+                signal => program.signal(signal as u8),
+            };
+            if let Err(error) = passed {
+                tracing::debug!(%error, signal, "a signal reaches the program no more");
+            }
+        }
+    };
+    thread::Builder::new().name("signals".into()).spawn(pass)?;
+    Ok(())
+}
+
+fn variable(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("a variable is given as NAME=VALUE".into()),
+    }
+}
