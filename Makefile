@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: help build demo linux test test-long test-svm bench examples lint setup
+.PHONY: help build demo linux test test-linux test-long test-svm bench examples lint setup
 
 TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
 
@@ -35,7 +35,7 @@ linux: ## Install what is missing, and build the Linux image `minimal`, or find 
 # Test binaries that are run three times: with clones in the test's own process, in workers, and with a pool of shells.
 EVERY_WAY := $(foreach binary,forks faults lazy rewind saved_machines,--test $(binary))
 
-test: linux ## Install what is missing, and pass all tests of all crates, those that need KVM included
+test: ## Install what is missing, and pass all tests of all crates, those that need KVM included
 	@scripts/setup build test
 	@scripts/check-rust
 	@if cargo nextest --version >/dev/null 2>&1; then \
@@ -58,7 +58,15 @@ test-long: ## Only the tests that `make test` leaves out because they take long 
 	  cargo test --workspace --no-fail-fast -- --ignored; \
 	fi
 
-test-svm: linux ## The KVM tests and a small demo on emulated AMD hardware, Linux 6.12 and 6.1, npt on and off
+test-linux: linux ## The tests of Linux machines, on the image of `make linux`
+	@scripts/setup build test
+	@if cargo nextest --version >/dev/null 2>&1; then \
+	  cargo nextest run -p forkvm --test linux --run-ignored only --no-fail-fast; \
+	else \
+	  cargo test -p forkvm --test linux --no-fail-fast -- --ignored --test-threads 1; \
+	fi
+
+test-svm: ## The KVM tests and a small demo on emulated AMD hardware, Linux 6.12 and 6.1, npt on and off
 	@scripts/setup build svm
 	@scripts/check-rust
 	lanes/svm/run $(addprefix --cell ,$(CELL)) -- '$(FILTER)'

@@ -4,7 +4,6 @@ Nothing is installed on the host and nothing needs root. Knows nothing of what t
 """
 
 import glob
-import json
 import lzma
 import re
 import shutil
@@ -140,15 +139,6 @@ def make_disk(jobs: Jobs, plans: dict[str, list[tuple[Job, dict[str, str]]]], fi
              f"{used_kib // 1024 + SPARE_MIB}M"],
             stdout=subprocess.DEVNULL, check=True,
         )
-
-
-def linux_files(word: Path) -> list[str]:
-    """Patterns of the Linux image that `word`, the JSON of `forkvm image build`, is of."""
-    try:
-        directory = json.loads(word.read_text())["directory"]
-    except (OSError, ValueError, KeyError) as error:
-        raise LaneError(f"{word} does not say where the Linux image is ({error}): run 'make linux'") from error
-    return [str(word), f"{directory}/*"]
 
 
 def lay_out_system(root: Path) -> None:

@@ -21,7 +21,7 @@ use crate::{Error, Vm};
 pub use introduce::{IntroduceError, introduce};
 
 /// How long a clone may take to be itself. Where KVM is software its kernel takes a second or more.
-pub const INTRODUCTION: Duration = Duration::from_secs(30);
+pub const INTRODUCTION: Duration = Duration::from_secs(60);
 
 /// A Linux machine whose agent answers. Dropping the handle does not end it.
 pub struct LinuxVm {

@@ -10,23 +10,24 @@ use forkvm::{CloneSpec, End, FreezeKind, MemoryMode};
 use super::common::{LONG, fork_by, need_kvm};
 use super::machine::{Machine, run, sh};
 
-/// A program of the guest that counts in a file, and never ends.
-const COUNTER: &str =
-    "(i=0; while :; do i=$((i+1)); echo $i > /tmp/count; done) > /dev/null 2>&1 &";
+/// A program of the guest that counts the seconds in a file, and never ends. It waits for the fifo's writer, whom
+/// there never is: a program started each second would keep a guest busy whose ring 0 is interpreted.
+const COUNTER: &str = "mkfifo /tmp/never; (i=0; while :; do i=$((i+1)); echo $i > /tmp/count; \
+                       read -t 1 x <> /tmp/never; done) > /dev/null 2>&1 &";
 
 /// What is in the file, once it is more than `before`. For moments it is empty.
 fn count_beyond(vm: &LinuxVm, before: u64) -> u64 {
     let script = format!(
-        "while read -r i < /tmp/count; [ \"${{i:-0}}\" -le {before} ]; do :; done; echo $i"
+        "while read -r i < /tmp/count; [ \"${{i:-0}}\" -le {before} ]; do read -t 1 x <> /tmp/never; done; echo $i"
     );
     sh(vm, &script).parse().unwrap()
 }
 
-fn a_busy_program_goes_on_in_parent_and_clones(vcpus: u32, spec: CloneSpec) {
+fn a_program_with_a_timer_goes_on_in_parent_and_clones(vcpus: u32, spec: CloneSpec) {
     need_kvm!();
     let machine = Machine::restore(vcpus);
     sh(&machine, COUNTER);
-    let before = count_beyond(&machine, 3);
+    let before = count_beyond(&machine, 1);
     let clones = machine.fork(spec);
     for clone in &clones {
         let then = count_beyond(clone, before);
@@ -41,17 +42,20 @@ fn a_busy_program_goes_on_in_parent_and_clones(vcpus: u32, spec: CloneSpec) {
 }
 
 #[test]
-fn a_busy_program_goes_on_in_parent_and_cow_clones() {
-    a_busy_program_goes_on_in_parent_and_clones(1, CloneSpec::new(2));
+#[ignore = "make test-linux"]
+fn a_program_with_a_timer_goes_on_in_parent_and_cow_clones() {
+    a_program_with_a_timer_goes_on_in_parent_and_clones(1, CloneSpec::new(2));
 }
 
 #[test]
-fn a_busy_program_goes_on_in_parent_and_lazy_clones() {
+#[ignore = "make test-linux"]
+fn a_program_with_a_timer_goes_on_in_parent_and_lazy_clones() {
     let spec = fork_by(FreezeKind::WriteProtect, MemoryMode::Lazy, 2);
-    a_busy_program_goes_on_in_parent_and_clones(1, spec);
+    a_program_with_a_timer_goes_on_in_parent_and_clones(1, spec);
 }
 
 #[test]
+#[ignore = "make test-linux"]
 fn a_clone_of_a_clone_has_the_files_of_both() {
     need_kvm!();
     let machine = Machine::restore(1);
@@ -66,6 +70,7 @@ fn a_clone_of_a_clone_has_the_files_of_both() {
 }
 
 #[test]
+#[ignore = "make test-linux"]
 fn a_session_goes_on_in_the_parent_and_is_none_of_the_clones() {
     need_kvm!();
     let machine = Machine::restore(1);
@@ -90,6 +95,7 @@ fn a_session_goes_on_in_the_parent_and_is_none_of_the_clones() {
 }
 
 #[test]
+#[ignore = "make test-linux"]
 fn a_program_forks_its_machine_and_waits_for_the_clones() {
     need_kvm!();
     let machine = Machine::restore(1);

@@ -23,7 +23,9 @@ fn clones_are_told_from_each_other(spec: CloneSpec) {
     let clones = machine.fork(spec);
     let everybody = || clones.iter().chain([&machine.vm]);
     // Each word of what one program says is of another kind.
-    let script = "hostname; cat /etc/machine-id; head -c 16 /dev/urandom | md5sum | cut -c1-32; forkvm-guest id | tr ' ' -";
+    // The shell's own words: a program more in each VM costs much where ring 0 is interpreted.
+    let script = "for i in kernel/hostname kernel/random/uuid; do read -r word < /proc/sys/$i; echo $word; done; \
+                  read -r word < /etc/machine-id; echo $word; forkvm-guest id";
     let said: Vec<String> = everybody().map(|vm| sh(vm, script)).collect();
     for kind in 0..4 {
         let words: BTreeSet<&str> = said
@@ -40,17 +42,20 @@ fn clones_are_told_from_each_other(spec: CloneSpec) {
 }
 
 #[test]
+#[ignore = "make test-linux"]
 fn eight_clones_have_eight_identities_and_random_numbers_of_their_own() {
     clones_are_told_from_each_other(CloneSpec::new(8));
 }
 
 #[test]
+#[ignore = "make test-linux"]
 fn lazy_clones_have_identities_and_random_numbers_of_their_own() {
     let spec = fork_by(FreezeKind::WriteProtect, MemoryMode::Lazy, 2);
     clones_are_told_from_each_other(spec);
 }
 
 #[test]
+#[ignore = "make test-linux"]
 fn a_machine_that_was_saved_long_ago_has_the_time_of_its_host_and_its_own_clock_goes_on() {
     need_kvm!();
     let machine = Machine::restore(1);

@@ -95,6 +95,8 @@ pub(crate) fn run(vm: &LinuxVm, argv: &[&str], input: &[u8]) -> Said {
     let input = Box::new(Cursor::new(input.to_vec()));
     let exit = vm
         .agent()
+        .clone()
+        .with_limit(PATIENCE)
         .exec(&exec)
         .and_then(|running| running.pump(Some(input), &mut out, &mut err))
         .unwrap_or_else(|error| {

@@ -8,6 +8,7 @@ use super::common::need_kvm;
 use super::machine::{Machine, sh};
 
 #[test]
+#[ignore = "make test-linux"]
 fn linux_is_helped_where_kvm_is_software_and_nowhere_else() {
     need_kvm!();
     let kvm = Arc::new(Kvm::open().unwrap());

@@ -7,6 +7,7 @@
 //! it takes no packet until the guest has fetched some.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 
 use super::connection::{Connection, Next, Outcome, Outlet, READ_LEN};
@@ -22,6 +23,13 @@ pub(super) const MOST_REFUSALS: usize = 128;
 
 /// First of the ports that the host's side of a connection gets, above all that anybody listens on.
 const FIRST_HOST_PORT: u32 = 1 << 30;
+
+/// Where the ports of a device begin. A guest that was cloned or restored may still be closing the streams of
+/// the life before, and takes a new one that has both ports of such a one for a late word of it.
+fn random_host_port() -> u32 {
+    let random = RandomState::new().build_hasher().finish() as u32;
+    FIRST_HOST_PORT + random % FIRST_HOST_PORT
+}
 
 /// What tells a connection from all others of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -53,7 +61,7 @@ impl<S: HostStream> Muxer<S> {
         Muxer {
             guest_cid,
             tokens_given: 0,
-            next_host_port: FIRST_HOST_PORT,
+            next_host_port: random_host_port(),
             greetings: BTreeMap::new(),
             connections: BTreeMap::new(),
             by_token: BTreeMap::new(),
