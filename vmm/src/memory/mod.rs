@@ -18,6 +18,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use forkvm_abi::{HIGH_RAM_START, LOW_RAM_END};
@@ -551,6 +552,9 @@ pub fn memfd(name: &CStr, len: u64) -> Result<File, MemoryError> {
 /// Attempts at a seal that is refused at once, because the file is mapped.
 const SEAL_ATTEMPTS: u32 = 8;
 
+/// Between two of them: whoever is just unmapping it may wait for a core.
+const SEAL_PAUSE: Duration = Duration::from_millis(1);
+
 /// A refusal that comes later than this is one for pages that somebody holds on to.
 const AT_ONCE: Duration = Duration::from_millis(10);
 
@@ -573,7 +577,8 @@ pub fn seal(file: &File, seals: libc::c_int) -> Result<(), MemoryError> {
         }
         let error = io::Error::last_os_error();
         attempts += 1;
-        let given_up = match asked.elapsed() < AT_ONCE {
+        let at_once = asked.elapsed() < AT_ONCE;
+        let given_up = match at_once {
             true => attempts >= SEAL_ATTEMPTS,
             false => began.elapsed() >= SEAL_PATIENCE,
         };
@@ -581,6 +586,9 @@ pub fn seal(file: &File, seals: libc::c_int) -> Result<(), MemoryError> {
             return Err(MemoryError::Seal(error));
         }
         tracing::debug!(attempts, "a seal is refused for now");
+        if at_once {
+            thread::sleep(SEAL_PAUSE);
+        }
     }
 }
 
