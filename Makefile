@@ -49,7 +49,7 @@ test: ## Install what is missing, and pass all tests of all crates, those that n
 	  FORKVM_TEST_POOL=2 cargo test -p forkvm $(EVERY_WAY) --no-fail-fast; \
 	fi
 
-test-long: ## Only the tests that `make test` leaves out because they take long (#[ignore])
+test-long: linux ## Only the tests that `make test` leaves out because they take long (#[ignore])
 	@scripts/setup build test
 	@scripts/check-rust
 	@if cargo nextest --version >/dev/null 2>&1; then \

@@ -236,10 +236,10 @@ impl Machine {
             });
         }
         if let Some(host) = peripherals.vsock {
-            let line = line(slot::gsi(MachineVsock::SLOT));
+            let line = line(slot::gsi(slot::VSOCK));
             let vsock = MachineVsock::new(host, memory.clone(), line, brake)
                 .map_err(MachineError::Sockets)?;
-            machine.add_slot(MachineVsock::SLOT, vsock.device())?;
+            machine.add_slot(slot::VSOCK, vsock.device())?;
             machine.vsock = Some(vsock);
         }
         Ok(machine)

@@ -9,7 +9,6 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use forkvm_abi::slot;
 use forkvm_devices::virtio::mmio::MmioTransport;
 use forkvm_devices::virtio::vsock::{Cid, SocketThread, UnixBackend, UnixVsock, Vsock};
 use forkvm_devices::{Brake, GuestMemory, InterruptLine};
@@ -58,9 +57,6 @@ impl MachineVsock {
             listener: Some(listener),
         })
     }
-
-    /// Where it sits.
-    pub(crate) const SLOT: u32 = slot::VSOCK;
 
     /// The device, for its bus.
     pub(crate) fn device(&self) -> UnixVsock {
