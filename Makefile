@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: help build demo linux test test-linux test-long test-svm bench examples lint setup
+.PHONY: help build demo linux test test-ways test-linux test-long test-svm bench examples lint setup
 
 TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
 
@@ -13,6 +13,7 @@ help: ## Show this list
 	@echo
 	@echo "  One test:                 cargo nextest run NAME        (cargo test NAME without nextest)"
 	@echo "  One test on emulated SVM: make test-svm FILTER=NAME [CELL=6.1-npt0]"
+	@echo "  Each test on one of them: make test-svm TURNS=1"
 	@echo "  Does this host suffice?   $(TARGET)/release/forkvm doctor"
 	@echo "demo, linux, test, test-svm and lint install the Debian packages they lack: run them as root or with sudo at hand."
 
@@ -32,7 +33,7 @@ linux: ## Install what is missing, and build the Linux image `minimal`, or find 
 	@$(MAKE) --no-print-directory build
 	"$(TARGET)/release/forkvm" image build minimal --json "$(TARGET)/linux.json"
 
-# Test binaries that are run three times: with clones in the test's own process, in workers, and with a pool of shells.
+# Test binaries that do not care how clones live: in the test's own process, in workers, or from a pool of shells.
 EVERY_WAY := $(foreach binary,forks faults lazy rewind saved_machines,--test $(binary))
 
 test: ## Install what is missing, and pass all tests of all crates, those that need KVM included
@@ -40,11 +41,20 @@ test: ## Install what is missing, and pass all tests of all crates, those that n
 	@scripts/check-rust
 	@if cargo nextest --version >/dev/null 2>&1; then \
 	  cargo nextest run --workspace --no-fail-fast; \
-	  FORKVM_TEST_SPAWNER=process cargo nextest run -p forkvm $(EVERY_WAY) --no-fail-fast; \
-	  FORKVM_TEST_POOL=2 cargo nextest run -p forkvm $(EVERY_WAY) --no-fail-fast; \
+	  FORKVM_TEST_SPAWNER=process cargo nextest run -p forkvm $(EVERY_WAY) --partition hash:1/2 --no-fail-fast; \
+	  FORKVM_TEST_POOL=2 cargo nextest run -p forkvm $(EVERY_WAY) --partition hash:2/2 --no-fail-fast; \
 	  cargo test --workspace --doc; \
 	else \
 	  cargo test --workspace --no-fail-fast; \
+	fi
+
+test-ways: ## The tests that do not care how clones live, all of them in workers and all with a pool of shells
+	@scripts/setup build test
+	@scripts/check-rust
+	@if cargo nextest --version >/dev/null 2>&1; then \
+	  FORKVM_TEST_SPAWNER=process cargo nextest run -p forkvm $(EVERY_WAY) --no-fail-fast; \
+	  FORKVM_TEST_POOL=2 cargo nextest run -p forkvm $(EVERY_WAY) --no-fail-fast; \
+	else \
 	  FORKVM_TEST_SPAWNER=process cargo test -p forkvm $(EVERY_WAY) --no-fail-fast; \
 	  FORKVM_TEST_POOL=2 cargo test -p forkvm $(EVERY_WAY) --no-fail-fast; \
 	fi
@@ -69,7 +79,7 @@ test-linux: linux ## The tests of Linux machines, on the image of `make linux`
 test-svm: ## The KVM tests and a small demo on emulated AMD hardware, Linux 6.12 and 6.1, npt on and off
 	@scripts/setup build svm
 	@scripts/check-rust
-	lanes/svm/run $(addprefix --cell ,$(CELL)) -- '$(FILTER)'
+	lanes/svm/run $(addprefix --cell ,$(CELL)) $(if $(TURNS),--turns) -- '$(FILTER)'
 
 bench: build ## Measure everything, in less than 10 minutes: target/bench/index.html
 	@mkdir -p "$(TARGET)/bench"
