@@ -14,8 +14,10 @@ use super::session::Session;
 /// How long one try may take while a machine boots: one that was begun before the guest's driver was there is lost.
 const TRY: Duration = Duration::from_secs(5);
 
-/// Between two tries.
+/// Between the first two tries. Then more and more, up to [`LONGEST_PAUSE`]: a guest without an agent costs little.
 const PAUSE: Duration = Duration::from_millis(20);
+
+const LONGEST_PAUSE: Duration = Duration::from_millis(320);
 
 /// Most bytes of the answer to `CONNECT`.
 const LINE: usize = 64;
@@ -35,6 +37,7 @@ pub(super) fn until_it_answers(
     way: Way,
     deadline: Instant,
 ) -> Result<(), AgentError> {
+    let mut pause = PAUSE;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         // One try at least, even where the deadline has passed.
@@ -46,13 +49,14 @@ pub(super) fn until_it_answers(
         if !last.may_pass() {
             return Err(last);
         }
-        if Instant::now() + PAUSE >= deadline {
+        if Instant::now() + pause >= deadline {
             return Err(AgentError::NotYet {
                 socket: socket.to_owned(),
                 last: Box::new(last),
             });
         }
-        thread::sleep(PAUSE);
+        thread::sleep(pause);
+        pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 

@@ -80,9 +80,13 @@ impl AgentError {
         }
     }
 
-    /// Whether a machine that still boots may do better.
-    pub(super) fn may_pass(&self) -> bool {
-        !matches!(self, AgentError::Stranger(_))
+    /// Whether it may go another way a moment later: a machine boots, an agent has too many sessions.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            AgentError::Stranger(_) => false,
+            AgentError::Refused(refusal) => refusal.errno == libc::EAGAIN,
+            _ => true,
+        }
     }
 }
 

@@ -1,8 +1,8 @@
-//! Machines that have forkvm's agent in them become themselves (`forkvm::linux::introduce`): the VM that was
-//! started once its agent answers, and from then on each of its clones, whoever forked it.
+//! Machines that have forkvm's agent in them become themselves (`forkvm::linux::introduce`): each VM of a family with
+//! vsocks once its agent answers, whoever started or forked it.
 //!
-//! A VM without a vsock, or without an agent, is left as it is. One whose agent has answered is not: a clone that does
-//! not take on its identity in time is ended, and told of.
+//! A VM without a vsock, or without an agent, is left as it is. Where one VM's agent has answered, its family has
+//! agents: a clone that does not take on its identity in time is ended, and told of.
 
 use std::io;
 use std::sync::Arc;
@@ -12,72 +12,73 @@ use std::time::{Duration, Instant};
 
 use forkvm::agent::{AgentClient, AgentError};
 use forkvm::engine::{Family, Member};
-use forkvm::linux::{INTRODUCTION, introduce};
+use forkvm::linux::{INTRODUCTION, Why, introduce};
 
 /// How long an agent is waited for before it is looked whether the machine is still there.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
 /// See the module's text.
+#[derive(Clone)]
 pub(super) struct Introductions {
     family: Arc<Family>,
-    /// The agent of the VM that was started has answered.
-    has_agent: Arc<AtomicBool>,
+    /// The agent of one of the family's VMs has answered.
+    has_agents: Arc<AtomicBool>,
 }
 
 impl Introductions {
-    /// Waits for the agent of `root` in a thread of its own. `None` in a family without vsocks.
-    pub(super) fn begin(
-        family: &Arc<Family>,
-        root: &Arc<Member>,
-    ) -> io::Result<Option<Introductions>> {
-        let Some(spec) = &family.config().vsock else {
-            return Ok(None);
-        };
-        let has_agent = Arc::new(AtomicBool::new(false));
-        let (socket, seen) = (spec.path_of(&root.identity()), has_agent.clone());
-        let (family, root) = (family.clone(), root.clone());
-        let introductions = Introductions {
+    /// `None` in a family without vsocks.
+    pub(super) fn of(family: &Arc<Family>) -> Option<Introductions> {
+        family.config().vsock.as_ref()?;
+        Some(Introductions {
             family: family.clone(),
-            has_agent,
-        };
-        let meet = move || {
-            while root.wait_for(Duration::ZERO).is_none() {
-                match AgentClient::connect(&socket, Instant::now() + LOOK_EVERY) {
-                    Ok(_) => {
-                        seen.store(true, Ordering::Release);
-                        return tell(&family, &root);
-                    }
-                    Err(AgentError::NotYet { .. }) => {}
-                    Err(error) => {
-                        return tracing::warn!(%error, "clones will not be told who they are");
-                    }
-                }
-            }
-        };
+            has_agents: Arc::default(),
+        })
+    }
+
+    /// A VM was started. It is waited for in a thread of its own.
+    pub(super) fn hear_of(&self, member: &Arc<Member>) -> io::Result<()> {
+        let (introductions, member) = (self.clone(), member.clone());
         thread::Builder::new()
             .name("introduce".into())
-            .spawn(meet)?;
-        Ok(Some(introductions))
+            .spawn(move || introductions.meet(&member))?;
+        Ok(())
     }
 
-    /// A clone was started.
-    pub(super) fn hear_of(&self, clone: &Arc<Member>) {
-        if !self.has_agent.load(Ordering::Acquire) {
-            return tracing::debug!(clone = clone.name(), "forked before its agent answered");
+    fn meet(&self, member: &Arc<Member>) {
+        if !self.has_agents.load(Ordering::Acquire) && !self.wait_for_agent(member) {
+            return;
         }
-        let (family, member) = (self.family.clone(), clone.clone());
-        let spawned = thread::Builder::new()
-            .name("introduce".into())
-            .spawn(move || tell(&family, &member));
-        if let Err(error) = spawned {
-            tracing::error!(%error, clone = clone.name(), "no thread to tell a clone who it is: it is ended");
-            clone.kill();
+        if let Err(error) = introduce(&self.family, member, INTRODUCTION)
+            // Its end is told of as any is.
+            && !matches!(error.why, Why::Ended(_))
+        {
+            super::errors::report(&error.into());
         }
     }
-}
 
-fn tell(family: &Family, member: &Arc<Member>) {
-    if let Err(error) = introduce(family, member, Instant::now() + INTRODUCTION) {
-        super::errors::report(&error.into());
+    /// Waits until it is known that the family has agents, or that `member` has none; whether it has.
+    fn wait_for_agent(&self, member: &Member) -> bool {
+        let Some(spec) = &self.family.config().vsock else {
+            return false;
+        };
+        let socket = spec.path_of(&member.identity());
+        while member.wait_for(Duration::ZERO).is_none() {
+            match AgentClient::connect(&socket, Instant::now() + LOOK_EVERY) {
+                Ok(_) => {
+                    self.has_agents.store(true, Ordering::Release);
+                    return true;
+                }
+                Err(AgentError::NotYet { .. }) if self.has_agents.load(Ordering::Acquire) => {
+                    return true;
+                }
+                Err(AgentError::NotYet { .. }) => {}
+                Err(error) => {
+                    let vm = member.name();
+                    tracing::warn!(%error, vm, "it and its clones will not be told who they are");
+                    return false;
+                }
+            }
+        }
+        false
     }
 }

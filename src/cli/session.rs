@@ -7,7 +7,7 @@
 //! A second signal ends the process at once.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{self, PathBuf};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -124,7 +124,11 @@ impl Session {
             saver: save
                 .clone()
                 .map(|dir| Arc::new(saver(dir)) as Arc<dyn Saver>),
-            vsock: vsock.map(|path| VsockSpec { path }),
+            // Others are told where it is, and may ask from anywhere.
+            vsock: vsock
+                .map(path::absolute)
+                .transpose()?
+                .map(|path| VsockSpec { path }),
             ..forks.family()?
         };
         let family = Family::new(Arc::new(Kvm::open()?), config);
@@ -160,17 +164,11 @@ impl Session {
             .root
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = Some(root.clone());
-        let server = self.listen();
-        if server.is_err() {
+        let around = self.begin(&root, raw);
+        if around.is_err() {
             self.family.end();
         }
-        let server = server?;
-        let raw = raw.then(begin_raw).transpose();
-        let raw = raw.context("making the terminal raw")?;
-        let escape: Option<fn()> = raw.is_some().then_some(interrupt);
-        pass_input(root.clone(), escape).context("starting a thread for standard input")?;
-        let introductions = Introductions::begin(&self.family, &root);
-        let introductions = introductions.context("starting a thread for the machine's agent")?;
+        let (server, raw, introductions) = around?;
         let vms = self.wait_for_all(root.clone(), introductions.as_ref());
         drop(raw);
         let end = root.wait().end;
@@ -186,6 +184,25 @@ impl Session {
         let saved_to = saved_to.filter(|_| end == End::Saved);
         let report = json!({ "host": Host::here(), "vms": vms, "saved_to": saved_to });
         Ok(Outcome { status, report })
+    }
+
+    /// What is around a machine that runs.
+    fn begin(
+        &self,
+        root: &Arc<Member>,
+        raw: bool,
+    ) -> anyhow::Result<(Option<Server>, Option<RawTerminal>, Option<Introductions>)> {
+        let server = self.listen()?;
+        let raw = raw.then(begin_raw).transpose();
+        let raw = raw.context("making the terminal raw")?;
+        let escape: Option<fn()> = raw.is_some().then_some(interrupt);
+        pass_input(root.clone(), escape).context("starting a thread for standard input")?;
+        let introductions = Introductions::of(&self.family);
+        if let Some(introductions) = &introductions {
+            let heard = introductions.hear_of(root);
+            heard.context("starting a thread for the machine's agent")?;
+        }
+        Ok((server, raw, introductions))
     }
 
     /// Serves those who ask from outside.
@@ -222,9 +239,12 @@ impl Session {
             let born = running.len();
             running.extend(self.clones.try_iter());
             if let Some(introductions) = introductions {
-                running[born..]
-                    .iter()
-                    .for_each(|clone| introductions.hear_of(clone));
+                for clone in &running[born..] {
+                    if let Err(error) = introductions.hear_of(clone) {
+                        tracing::error!(%error, clone = clone.name(), "no thread to tell a clone who it is: it is ended");
+                        clone.kill();
+                    }
+                }
             }
             match running.first() {
                 None => return ended,

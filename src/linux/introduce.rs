@@ -3,7 +3,8 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use forkvm_clone_engine::{Family, Identity, Member};
 use thiserror::Error;
@@ -17,53 +18,63 @@ const ENTROPY: usize = 64;
 /// Longest host name of Linux.
 const HOSTNAME: usize = 64;
 
+/// How long an agent is waited for before it is looked how its machine is.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+
+/// Between two tries.
+const PAUSE: Duration = Duration::from_millis(20);
+
 /// Waits until the agent of `member` has taken on the identity of `member`: host name, machine-id, random
-/// numbers, clock, and what the hooks of its guest do. `member` is ended where that does not come to be until
-/// `deadline`, and the error says why.
+/// numbers, clock, and what the hooks of its guest do. `member` is ended where that does not come to be within
+/// `patience`, and the error says why. Time in which it is paused does not count.
 pub fn introduce(
     family: &Family,
     member: &Arc<Member>,
-    deadline: Instant,
+    patience: Duration,
 ) -> Result<AgentClient, IntroduceError> {
-    let introduced = try_introduce(family, member, deadline);
-    if introduced.is_err() {
-        member.kill();
-    }
-    introduced.map_err(|why| IntroduceError {
-        name: member.name().to_owned(),
-        why,
+    let introduced = try_introduce(family, member, patience);
+    introduced.map_err(|why| {
+        if !matches!(why, Why::Ended(_)) {
+            member.kill();
+        }
+        IntroduceError {
+            name: member.name().to_owned(),
+            why,
+        }
     })
 }
 
 fn try_introduce(
     family: &Family,
     member: &Arc<Member>,
-    deadline: Instant,
+    patience: Duration,
 ) -> Result<AgentClient, Why> {
     let vm = member.identity();
     let spec = family.config().vsock.as_ref().ok_or(Why::NoVsock)?;
     let socket = spec.path_of(&vm);
     // The same each time that it is tried: an agent that has it already says so.
     let mut identity = identity_of(&vm).map_err(Why::Entropy)?;
+    let mut left = patience;
     loop {
-        if let Some(finished) = member.wait_for(std::time::Duration::ZERO) {
+        let began = Instant::now();
+        let introduced =
+            AgentClient::connect(&socket, began + left.min(LOOK_EVERY)).and_then(|agent| {
+                identity.wall_clock = wall_clock();
+                agent.identify(&identity)?;
+                Ok(agent)
+            });
+        // What it ended with says more than that nobody answers.
+        if let Some(finished) = member.wait_for(Duration::ZERO) {
             return Err(Why::Ended(finished.end.to_string()));
         }
-        let agent = match AgentClient::connect(&socket, deadline) {
-            Ok(agent) => agent,
-            // What it ended with says more than that nobody answers.
-            Err(_) if member.wait_for(std::time::Duration::ZERO).is_some() => continue,
-            Err(error) => return Err(error.into()),
-        };
-        identity.wall_clock = wall_clock();
-        match agent.identify(&identity) {
-            Ok(_) => return Ok(agent),
-            Err(error @ (AgentError::Refused(_) | AgentError::Stranger(_))) => {
-                return Err(error.into());
-            }
-            // A clone's driver ends what it has when it hears of the fork, also a stream that was opened
-            // since (docs/vsock.md).
-            Err(_) if Instant::now() < deadline => {}
+        if !member.is_paused() {
+            left = left.saturating_sub(began.elapsed());
+        }
+        match introduced {
+            Ok(agent) => return Ok(agent),
+            // A stream breaks also because a clone's driver ends what it has when it hears of the fork, even if
+            // it was opened since (docs/vsock.md).
+            Err(error) if error.may_pass() && !left.is_zero() => thread::sleep(PAUSE),
             Err(error) => return Err(error.into()),
         }
     }
@@ -87,13 +98,17 @@ fn identity_of(vm: &Identity) -> io::Result<protocol::Identity> {
     })
 }
 
-/// The VM's name with dashes for its dots: a dot would begin a domain.
+/// The VM's name with dashes for its dots: a dot would begin a domain. Of one that is too long the end is kept, which
+/// tells clones apart.
 fn hostname_of(name: &str) -> String {
     let plain = |letter: char| match letter {
         letter if letter.is_ascii_alphanumeric() => letter,
         _ => '-',
     };
-    name.chars().map(plain).take(HOSTNAME).collect()
+    let plain: String = name.chars().map(plain).collect();
+    plain[plain.len().saturating_sub(HOSTNAME)..]
+        .trim_start_matches('-')
+        .to_owned()
 }
 
 /// Nanoseconds since 1970.
@@ -102,9 +117,9 @@ fn wall_clock() -> u64 {
     since.map_or(0, |since| since.as_nanos() as u64)
 }
 
-/// A machine did not become itself, and was ended.
+/// A machine did not become itself, and has ended.
 #[derive(Debug, Error)]
-#[error("{name} was ended: its agent did not take on its identity")]
+#[error("{name} did not become itself")]
 pub struct IntroduceError {
     /// Its name.
     pub name: String,
@@ -126,7 +141,7 @@ pub enum Why {
     #[error("the machine {0}")]
     Ended(String),
     /// The agent failed, or never answered.
-    #[error(transparent)]
+    #[error("its agent did not take on its identity, and it was ended")]
     Agent(#[from] AgentError),
 }
 
@@ -137,7 +152,10 @@ mod tests {
     #[test]
     fn a_host_name_is_the_name_of_the_vm_without_what_ends_a_host_name() {
         assert_eq!(hostname_of("web.1.2"), "web-1-2");
-        assert_eq!(hostname_of(&"x".repeat(80)).len(), HOSTNAME);
+        let long = "x".repeat(80);
+        assert_eq!(hostname_of(&long).len(), HOSTNAME);
+        let names = [format!("{long}.1"), format!("{long}.2")];
+        assert_ne!(hostname_of(&names[0]), hostname_of(&names[1]));
     }
 
     #[test]

@@ -7,18 +7,19 @@
 
 mod introduce;
 
+use std::io;
 use std::ops::Deref;
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use forkvm_clone_engine::{BootSpec, CloneSpec, Family, FamilyConfig, Member};
 use thiserror::Error;
 
-use crate::agent::{AgentClient, AgentError};
+use crate::agent::AgentClient;
 use crate::{Error, Vm};
 
-pub use introduce::{IntroduceError, introduce};
+pub use introduce::{IntroduceError, Why, introduce};
 
 /// How long a clone may take to be itself. Where KVM is software its kernel takes a second or more.
 pub const INTRODUCTION: Duration = Duration::from_secs(60);
@@ -48,7 +49,7 @@ impl LinuxVm {
         member: Arc<Member>,
         patience: Duration,
     ) -> Result<LinuxVm, LinuxError> {
-        let agent = introduce(&family, &member, Instant::now() + patience)?;
+        let agent = introduce(&family, &member, patience)?;
         Ok(LinuxVm {
             vm: Vm { family, member },
             agent,
@@ -60,23 +61,34 @@ impl LinuxVm {
     pub fn fork(&self, spec: CloneSpec) -> Result<Vec<LinuxVm>, LinuxError> {
         let clones = self.vm.fork(spec)?;
         let members: Vec<Arc<Member>> = clones.iter().map(|clone| clone.member().clone()).collect();
-        let met: Vec<Result<LinuxVm, LinuxError>> = thread::scope(|scope| {
+        let met = self.meet_all(&members);
+        if met.is_err() {
+            members.iter().for_each(|clone| clone.kill());
+        }
+        met
+    }
+
+    /// At the same time: each waits for its own kernel.
+    fn meet_all(&self, members: &[Arc<Member>]) -> Result<Vec<LinuxVm>, LinuxError> {
+        let family = self.vm.family();
+        thread::scope(|scope| {
             let meet = |member: &Arc<Member>| {
-                let (family, member) = (self.vm.family().clone(), member.clone());
-                scope.spawn(|| LinuxVm::meet(family, member, INTRODUCTION))
+                let (family, member) = (family.clone(), member.clone());
+                thread::Builder::new()
+                    .name("introduce".into())
+                    .spawn_scoped(scope, || LinuxVm::meet(family, member, INTRODUCTION))
+                    .map_err(LinuxError::Thread)
             };
             let meetings: Vec<_> = members.iter().map(meet).collect();
             let join = |meeting: thread::ScopedJoinHandle<'_, _>| match meeting.join() {
                 Ok(met) => met,
                 Err(panic) => std::panic::resume_unwind(panic),
             };
-            meetings.into_iter().map(join).collect()
-        });
-        let met: Result<Vec<LinuxVm>, LinuxError> = met.into_iter().collect();
-        if met.is_err() {
-            members.iter().for_each(|clone| clone.kill());
-        }
-        met
+            let met = meetings.into_iter().map(|meeting| meeting.and_then(join));
+            // All of them are waited for, whatever came of the first.
+            let met: Vec<Result<LinuxVm, LinuxError>> = met.collect();
+            met.into_iter().collect()
+        })
     }
 
     /// Its agent.
@@ -102,7 +114,7 @@ pub enum LinuxError {
     /// It did not become itself.
     #[error(transparent)]
     Introduce(#[from] IntroduceError),
-    /// Its agent could not do what it was asked.
-    #[error(transparent)]
-    Agent(#[from] AgentError),
+    /// No thread to wait for a clone.
+    #[error("starting a thread: {0}")]
+    Thread(#[source] io::Error),
 }

@@ -5,7 +5,11 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../command/harness.rs"]
+#[expect(dead_code, reason = "tests of the bare guest use the rest")]
+mod harness;
 
+mod commands;
 mod exec;
 mod forks;
 mod identities;

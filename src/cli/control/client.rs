@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use serde_json::Value;
@@ -9,6 +10,9 @@ use serde_json::Value;
 use super::lines::{LineError, Lines};
 use super::place::Places;
 use super::protocol::{self, Failure, LONGEST_ANSWER, Request};
+
+/// How long a process may take over what it only has to look up.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A connection to the process that runs a machine.
 pub(crate) struct Connection {
@@ -59,6 +63,7 @@ impl Connection {
     /// To the machine of exactly this name.
     pub(crate) fn to_machine(places: &Places, name: &str) -> anyhow::Result<Reached> {
         let path = places.socket(name)?;
+        places.check(name)?;
         match UnixStream::connect(&path) {
             Ok(stream) => Ok(Reached::Connected(Connection {
                 lines: Lines::new(stream, LONGEST_ANSWER),
@@ -93,12 +98,27 @@ impl Connection {
         }
     }
 
+    /// Asks for what needs no work of the machine. A process that was stopped answers nobody: that is an error here.
+    pub(crate) fn look_up(&mut self, request: &Request) -> anyhow::Result<Value> {
+        let stream = self.lines.stream();
+        let limited = stream
+            .set_read_timeout(Some(PATIENCE))
+            .and_then(|()| stream.set_write_timeout(Some(PATIENCE)));
+        limited.with_context(|| self.about("asking"))?;
+        self.ask(request)
+    }
+
     /// The next line; `None` when the machine has hung up.
     pub(crate) fn next_line(&mut self) -> anyhow::Result<Option<Vec<u8>>> {
         match self.lines.next() {
             Err(LineError::Read(error)) if error.kind() == io::ErrorKind::ConnectionReset => {
                 Ok(None)
             }
+            Err(LineError::Read(error)) if error.kind() == io::ErrorKind::WouldBlock => bail!(
+                "machine {} did not answer within {} s: was its process stopped?",
+                self.machine,
+                PATIENCE.as_secs()
+            ),
             line => line.with_context(|| self.about("hearing")),
         }
     }

@@ -12,7 +12,7 @@ use thiserror::Error;
 pub(crate) enum Kind {
     /// No VM of that name is or was in this family.
     NoSuchVm,
-    /// The VM is not in a state for it: it has ended.
+    /// The VM is not in a state for it: it has ended, or is being saved.
     State,
     /// The VM or the host could not do it; the VM goes on as before.
     Refused,

@@ -77,6 +77,17 @@ impl Places {
         Ok(names)
     }
 
+    /// That whoever listens under `name` is this user: both directories are, where they are there.
+    pub(super) fn check(&self, name: &str) -> anyhow::Result<()> {
+        for dir in [self.0.clone(), self.0.join(name)] {
+            // A file that stands in the way is nobody's.
+            if fs::symlink_metadata(&dir).is_ok_and(|found| !found.is_file()) {
+                check_private(&dir)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The process that holds `name`, as far as it has said so; `None` when nobody does.
     pub(crate) fn holder(&self, name: &str) -> anyhow::Result<Option<String>> {
         let path = self.0.join(name).join(LOCK);

@@ -3,6 +3,7 @@
 //! The session puts VMs in as they start. How they ended is kept, as a shell keeps the status of a process:
 //! whoever waits for one may come late.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -72,6 +73,9 @@ impl Registry {
         let gone = {
             let mut vms = self.lock();
             vms.ended.insert(name.to_owned(), Ending::of(end));
+            if *end != End::Saved {
+                vms.saved.remove(name);
+            }
             vms.oldest.push_back(name.to_owned());
             if vms.oldest.len() > ENDS
                 && let Some(oldest) = vms.oldest.pop_front()
@@ -122,9 +126,18 @@ impl Registry {
         self.lock().ended.get(name).cloned()
     }
 
-    /// The VM `name` is going to be saved to `dir`: known before it ends by that.
-    pub(super) fn saving(&self, name: &str, dir: PathBuf) {
-        self.lock().saved.insert(name.to_owned(), dir);
+    /// The VM `name` is going to be saved to `dir`: known before it ends by that. Not so if it is being saved already.
+    pub(super) fn saving(&self, name: &str, dir: PathBuf) -> Result<(), Failure> {
+        match self.lock().saved.entry(name.to_owned()) {
+            Entry::Vacant(entry) => {
+                entry.insert(dir);
+                Ok(())
+            }
+            Entry::Occupied(entry) => {
+                let text = format!("{name} is being saved to {} already", entry.get().display());
+                Err(Failure::new(Kind::State, text))
+            }
+        }
     }
 
     /// It was not.

@@ -118,7 +118,7 @@ fn save(machine: &Machine, name: &str, dir: PathBuf) -> Result<Value, Failure> {
         return Err(Failure::usage(text));
     }
     // Before it ends by that: whoever hears of the end is told where.
-    machine.vms.saving(name, dir.clone());
+    machine.vms.saving(name, dir.clone())?;
     if let Err(error) = member.save_to(dir.clone()) {
         machine.vms.not_saved(name);
         return Err(error.into());

@@ -19,7 +19,8 @@ Examples:
   forkvm cp input.fa web:/root/input.fa
   forkvm cp web.3:/root/result.txt .
 
-One file, with its permissions, whole or not at all. For directories: `tar c DIR | forkvm exec VM -- tar x`.";
+One file, with its permissions (setuid and the like are left out), whole or not at all.
+For directories: `tar c DIR | forkvm exec VM -- tar x`.";
 
 /// Options of `cp`.
 #[derive(Debug, Args)]
@@ -64,7 +65,7 @@ fn put(from: &Path, vm: &str, to: &Path) -> anyhow::Result<u64> {
     let mut file = File::open(from).with_context(what)?;
     let metadata = file.metadata().with_context(what)?;
     anyhow::ensure!(metadata.is_file(), "{} is no file", from.display());
-    let mode = metadata.permissions().mode() & 0o7777;
+    let mode = metadata.permissions().mode() & 0o777;
     agent_of(vm)?.put(to, mode, metadata.len(), &mut file)?;
     Ok(metadata.len())
 }
@@ -75,11 +76,16 @@ fn get(vm: &str, from: &Path, to: &Path) -> anyhow::Result<u64> {
     } else {
         to.to_owned()
     };
+    let what = || format!("writing {}", to.display());
+    // A device, or a pipe: what is there is written to, not replaced.
+    if to.metadata().is_ok_and(|there| !there.is_file()) {
+        let mut there = File::options().write(true).open(&to).with_context(what)?;
+        return Ok(agent_of(vm)?.get(from, &mut there)?.length);
+    }
     let folder: PathBuf = match to.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
         _ => ".".into(),
     };
-    let what = || format!("writing {}", to.display());
     let mut file = NamedTempFile::new_in(folder).with_context(what)?;
     let got = agent_of(vm)?.get(from, &mut file)?;
     let mode = std::fs::Permissions::from_mode(got.mode & 0o777);

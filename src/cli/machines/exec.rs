@@ -4,24 +4,25 @@
 //! pass between the two. Nothing of the protocol is here: that is `forkvm::agent`.
 
 use std::io::{self, IsTerminal, Read};
+use std::sync::mpsc::channel;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Args;
-use forkvm::agent::protocol::{Exec as Program, Size};
+use forkvm::agent::protocol::{Exec as Program, Healthy, Size};
 use forkvm::agent::{AgentClient, Control, REQUEST_LIMIT};
 use rustix::termios::tcgetwinsize;
 use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::Signals;
+use signal_hook::low_level::emulate_default_handler;
 
-use super::super::control::protocol::Request;
 use super::super::errors::Usage;
 use super::super::output::{Outcome, Output};
-use super::super::raw_terminal::RawTerminal;
+use super::super::raw_terminal::{self, ESCAPE, RawTerminal};
 use super::super::run::vm_name;
-use super::{ask, text};
+use super::{info_of, text};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -31,7 +32,8 @@ Examples:
   forkvm exec web --user nobody --env LANG=C -- sort < input > output
 
 Ends with the status of the program, 128+n when signal n ended it. Ctrl-C, SIGTERM, SIGHUP and SIGQUIT go to
-the program; when this command is gone it is hung up on. The machine needs a vsock and forkvm's agent.";
+the program; when this command is gone it is hung up on. Where the program does not hear, a second SIGTERM
+or SIGHUP ends this command, and with -t so does Ctrl-]. The machine needs a vsock and forkvm's agent.";
 
 /// Options of `exec`.
 #[derive(Debug, Args)]
@@ -82,7 +84,10 @@ impl Exec {
         let running = agent.exec(&program)?;
         let raw = self.terminal.then(|| RawTerminal::begin(&[])).transpose()?;
         pass_signals(running.control()).context("hearing signals")?;
-        let stdin: Box<dyn Read + Send> = Box::new(io::stdin());
+        let stdin: Box<dyn Read + Send> = match &raw {
+            Some(_) => Box::new(Keys(io::stdin())),
+            None => Box::new(io::stdin()),
+        };
         let ended = running.pump(Some(stdin), &mut output.text(), &mut io::stderr());
         drop(raw);
         let exit = ended?;
@@ -93,16 +98,35 @@ impl Exec {
     }
 }
 
-/// The agent of a machine that runs.
+/// The agent of a machine that runs, once the machine is itself: before, a clone has its parent's random numbers, and
+/// its streams end when its driver hears of the fork (docs/vsock.md).
 pub(super) fn agent_of(vm: &str) -> anyhow::Result<AgentClient> {
-    let info = ask(vm, &Request::Info { vm: vm.to_owned() })?;
+    let info = info_of(vm)?;
     let socket = text(&info, "vsock");
     anyhow::ensure!(
         !socket.is_empty(),
         "{vm} has no vsock, and no agent can be reached in it: start it with --kernel and --name, or with --vsock"
     );
     let deadline = Instant::now() + REQUEST_LIMIT;
-    Ok(AgentClient::connect(socket.as_ref(), deadline)?)
+    loop {
+        let agent = AgentClient::connect(socket.as_ref(), deadline)?;
+        match agent.health() {
+            Ok(Healthy {
+                generation: Some(taken_on),
+                ..
+            }) if taken_on.to_string() == text(&info, "generation") => {
+                return Ok(agent);
+            }
+            Err(error) if !error.may_pass() => return Err(error.into()),
+            _ => {}
+        }
+        anyhow::ensure!(
+            Instant::now() < deadline,
+            "{vm} did not take on its identity within {} s: its console may say why",
+            REQUEST_LIMIT.as_secs()
+        );
+        thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// Of the terminal that is standard input.
@@ -114,12 +138,15 @@ fn size() -> io::Result<Size> {
     })
 }
 
-/// Passes on what this process is signalled, until it ends.
+/// Passes on what this process is signalled, until it ends. A guest that hangs hears nothing: a second SIGTERM or SIGHUP ends
+/// this process as it always does.
 fn pass_signals(program: Control) -> io::Result<()> {
     let mut signals = Signals::new([SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH])?;
-    let pass = move || {
-        for signal in signals.forever() {
-            let passed = match signal {
+    let (to_program, heard) = channel();
+    // In a thread of its own: a guest that takes no more bytes holds up whoever sends.
+    let send = move || {
+        for signal in heard {
+            let sent = match signal {
                 SIGWINCH => match size() {
                     Ok(size) => program.resize(size),
                     // Not a terminal, which has no size.
@@ -127,13 +154,44 @@ fn pass_signals(program: Control) -> io::Result<()> {
                 },
                 signal => program.signal(signal as u8),
             };
-            if let Err(error) = passed {
+            if let Err(error) = sent {
                 tracing::debug!(%error, signal, "a signal reaches the program no more");
             }
         }
     };
-    thread::Builder::new().name("signals".into()).spawn(pass)?;
+    let pass = move || {
+        let mut to_end = false;
+        for signal in signals.forever() {
+            if matches!(signal, SIGTERM | SIGHUP) && std::mem::replace(&mut to_end, true) {
+                raw_terminal::restore();
+                if let Err(error) = emulate_default_handler(signal) {
+                    tracing::error!(%error, signal, "a signal that should end this process did not");
+                }
+            }
+            if to_program.send(signal).is_err() {
+                return;
+            }
+        }
+    };
+    let start = |name: &str| thread::Builder::new().name(name.into());
+    start("to-program").spawn(send)?;
+    start("signals").spawn(pass)?;
     Ok(())
+}
+
+/// Standard input of a raw terminal: the key that leaves it ends this process, whatever the guest does.
+struct Keys(io::Stdin);
+
+impl Read for Keys {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let len = self.0.read(buffer)?;
+        if buffer[..len].contains(&ESCAPE) {
+            raw_terminal::restore();
+            eprintln!("\nforkvm: left; the program is hung up on");
+            signal_hook::low_level::exit(128 + SIGHUP);
+        }
+        Ok(len)
+    }
 }
 
 fn variable(text: &str) -> Result<(String, String), String> {

@@ -6,10 +6,9 @@ use clap::Args;
 use comfy_table::{Table, presets};
 use serde_json::Value;
 
-use super::super::control::protocol::Request;
 use super::super::output::{Outcome, Output};
 use super::super::run::vm_name;
-use super::{ago, ask, text};
+use super::{ago, info_of, text};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -27,12 +26,7 @@ pub(crate) struct Info {
 
 impl Info {
     pub(crate) fn run(self, output: &Output) -> anyhow::Result<Outcome> {
-        let info = ask(
-            &self.vm,
-            &Request::Info {
-                vm: self.vm.clone(),
-            },
-        )?;
+        let info = info_of(&self.vm)?;
         print(output, &info)?;
         Ok(Outcome::done(info))
     }

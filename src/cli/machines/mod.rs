@@ -30,6 +30,12 @@ fn ask(vm: &str, request: &Request) -> anyhow::Result<Value> {
     Connection::to(vm)?.ask(request)
 }
 
+/// What is known of `vm`.
+fn info_of(vm: &str) -> anyhow::Result<Value> {
+    let request = Request::Info { vm: vm.to_owned() };
+    Connection::to(vm)?.look_up(&request)
+}
+
 /// A text of an answer; empty if there is none.
 fn text<'a>(answer: &'a Value, key: &str) -> &'a str {
     answer[key].as_str().unwrap_or_default()

@@ -37,7 +37,7 @@ impl Ps {
         let mut vms = Vec::new();
         let mut unreachable = Vec::new();
         if let Some(name) = &self.name {
-            let answer = Connection::to(name)?.ask(&Request::Ps {})?;
+            let answer = Connection::to(name)?.look_up(&Request::Ps {})?;
             vms.extend(list(answer));
         } else {
             for name in places.names()? {
@@ -61,7 +61,7 @@ impl Ps {
 /// The VMs of the machine `name`; none when it has ended.
 fn ask(places: &Places, name: &str) -> anyhow::Result<Vec<Value>> {
     match Connection::to_machine(places, name)? {
-        Reached::Connected(mut connection) => Ok(list(connection.ask(&Request::Ps {})?)),
+        Reached::Connected(mut connection) => Ok(list(connection.look_up(&Request::Ps {})?)),
         Reached::Silent { process } => {
             anyhow::bail!("process {process} is just starting or ending it")
         }
