@@ -33,16 +33,18 @@ linux: ## Install what is missing, and build the Linux image `minimal`, or find 
 	@$(MAKE) --no-print-directory build
 	"$(TARGET)/release/forkvm" image build minimal --json "$(TARGET)/linux.json"
 
-# Test binaries that do not care how clones live: in the test's own process, in workers, or from a pool of shells.
-EVERY_WAY := $(foreach binary,forks faults lazy rewind saved_machines,--test $(binary))
+# Tests that do not care how clones live: in the test's own process, in workers, or from a pool of shells. Always with --workspace:
+# a package alone has dependencies with other features, and all of it would be built again.
+EVERY_WAY := --workspace --no-fail-fast -E 'package(forkvm) & binary(/^(forks|faults|lazy|rewind|saved_machines)$$/)'
+EVERY_WAY_WITHOUT_NEXTEST := --workspace --no-fail-fast $(foreach binary,forks faults lazy rewind saved_machines,--test $(binary))
 
 test: ## Install what is missing, and pass all tests of all crates, those that need KVM included
 	@scripts/setup build test
 	@scripts/check-rust
 	@if cargo nextest --version >/dev/null 2>&1; then \
 	  cargo nextest run --workspace --no-fail-fast; \
-	  FORKVM_TEST_SPAWNER=process cargo nextest run -p forkvm $(EVERY_WAY) --partition hash:1/2 --no-fail-fast; \
-	  FORKVM_TEST_POOL=2 cargo nextest run -p forkvm $(EVERY_WAY) --partition hash:2/2 --no-fail-fast; \
+	  FORKVM_TEST_SPAWNER=process cargo nextest run $(EVERY_WAY) --partition hash:1/2; \
+	  FORKVM_TEST_POOL=2 cargo nextest run $(EVERY_WAY) --partition hash:2/2; \
 	  cargo test --workspace --doc; \
 	else \
 	  cargo test --workspace --no-fail-fast; \
@@ -52,11 +54,11 @@ test-ways: ## The tests that do not care how clones live, all of them in workers
 	@scripts/setup build test
 	@scripts/check-rust
 	@if cargo nextest --version >/dev/null 2>&1; then \
-	  FORKVM_TEST_SPAWNER=process cargo nextest run -p forkvm $(EVERY_WAY) --no-fail-fast; \
-	  FORKVM_TEST_POOL=2 cargo nextest run -p forkvm $(EVERY_WAY) --no-fail-fast; \
+	  FORKVM_TEST_SPAWNER=process cargo nextest run $(EVERY_WAY); \
+	  FORKVM_TEST_POOL=2 cargo nextest run $(EVERY_WAY); \
 	else \
-	  FORKVM_TEST_SPAWNER=process cargo test -p forkvm $(EVERY_WAY) --no-fail-fast; \
-	  FORKVM_TEST_POOL=2 cargo test -p forkvm $(EVERY_WAY) --no-fail-fast; \
+	  FORKVM_TEST_SPAWNER=process cargo test $(EVERY_WAY_WITHOUT_NEXTEST); \
+	  FORKVM_TEST_POOL=2 cargo test $(EVERY_WAY_WITHOUT_NEXTEST); \
 	fi
 
 test-long: linux ## Only the tests that `make test` leaves out because they take long (#[ignore])
@@ -71,9 +73,9 @@ test-long: linux ## Only the tests that `make test` leaves out because they take
 test-linux: linux ## The tests of Linux machines, on the image of `make linux`
 	@scripts/setup build test
 	@if cargo nextest --version >/dev/null 2>&1; then \
-	  cargo nextest run -p forkvm --test linux --run-ignored only --no-fail-fast; \
+	  cargo nextest run --workspace --test linux --run-ignored only --no-fail-fast; \
 	else \
-	  cargo test -p forkvm --test linux --no-fail-fast -- --ignored --test-threads 1; \
+	  cargo test --workspace --test linux --no-fail-fast -- --ignored --test-threads 1; \
 	fi
 
 test-svm: ## The KVM tests and a small demo on emulated AMD hardware, Linux 6.12 and 6.1, npt on and off
@@ -88,7 +90,8 @@ bench: build ## Measure everything, in less than 10 minutes: target/bench/index.
 
 examples: ## Run every program in examples/
 	@scripts/check-rust
-	for example in examples/*.rs; do cargo run --quiet --example "$$(basename "$$example" .rs)"; done
+	cargo build --quiet --workspace --examples
+	for example in examples/*.rs; do "$(TARGET)/debug/examples/$$(basename "$$example" .rs)"; done
 
 lint: ## Formatting, clippy and rustdoc with warnings as errors, shellcheck
 	@scripts/setup build lint
