@@ -1,5 +1,6 @@
 //! Programs: streams, ends, signals, terminals.
 
+use std::fs;
 use std::process::Command;
 use std::thread;
 
@@ -124,6 +125,29 @@ fn a_client_that_hangs_up_ends_the_whole_process_group() {
     session.hear_out("up");
     drop(session);
     ended.join().unwrap();
+    agent.assert_well();
+}
+
+#[test]
+fn what_a_leader_leaves_when_its_client_hangs_up_may_clean_up_and_is_ended_then() {
+    let agent = Agent::start();
+    let fifo = agent.path("fifo");
+    let made = Command::new("mkfifo").arg(&fifo).status().unwrap();
+    assert!(made.success());
+    // The leader dies of SIGHUP at once. One of the others needs a moment, one never goes.
+    let script = format!(
+        "exec 3>'{fifo}'; (trap '' HUP; exec sleep 1000) & \
+         (trap 'sleep 0.3; echo clean > {place}; exit' HUP; echo up; while :; do sleep 0.02; done) & wait",
+        fifo = fifo.display(),
+        place = agent.path("said").display(),
+    );
+    let mut session = run(&agent, shell(&script));
+    let place = agent.path("said");
+    let ended = thread::spawn(move || wait_for_end_of_fifo(&fifo));
+    session.hear_out("up");
+    drop(session);
+    ended.join().unwrap();
+    assert_eq!(fs::read_to_string(place).unwrap(), "clean\n");
     agent.assert_well();
 }
 
