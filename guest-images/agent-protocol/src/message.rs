@@ -18,7 +18,7 @@ pub enum ClientFrame {
     Stdin(Bytes),
     /// Exec: the standard input is over. With a terminal: its end-of-file character is typed.
     StdinEnd,
-    /// Exec: a signal for the process group, 1..=64.
+    /// Exec: a signal for the process group, 1..=31. Another one is refused, and the program goes on.
     Signal(u8),
     /// Exec: the terminal has another size.
     Resize(Size),

@@ -162,21 +162,6 @@ fn what_outlives_a_program_in_the_background_does_not_hold_its_session() {
 }
 
 #[test]
-fn a_terminal_has_its_size_and_one_stream() {
-    let agent = Agent::start();
-    let exec = Exec {
-        terminal: Some(Size {
-            rows: 33,
-            columns: 111,
-        }),
-        ..shell("stty size; echo err >&2; tty >/dev/null && echo tty")
-    };
-    let ran = run(&agent, exec).finish();
-    assert_eq!(ran.stdout, b"33 111\r\nerr\r\ntty\r\n");
-    assert!(ran.stderr.is_empty());
-}
-
-#[test]
 fn what_writes_for_ever_in_the_background_does_not_hold_a_session() {
     let agent = Agent::start();
     let mut session = run(&agent, shell("yes & read line; echo said >&2"));
