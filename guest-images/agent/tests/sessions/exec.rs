@@ -180,6 +180,21 @@ fn what_writes_for_ever_in_the_background_does_not_hold_a_session() {
 }
 
 #[test]
+fn a_terminal_has_its_size_and_one_stream() {
+    let agent = Agent::start();
+    let exec = Exec {
+        terminal: Some(Size {
+            rows: 33,
+            columns: 111,
+        }),
+        ..shell("stty size; echo err >&2; tty >/dev/null && echo tty")
+    };
+    let ran = run(&agent, exec).finish();
+    assert_eq!(ran.stdout, b"33 111\r\nerr\r\ntty\r\n");
+    assert!(ran.stderr.is_empty());
+}
+
+#[test]
 fn a_terminal_can_be_resized_and_interrupted_by_its_keys() {
     let agent = Agent::start();
     let exec = Exec {
@@ -222,11 +237,16 @@ fn the_end_of_a_terminals_input_is_typed() {
 }
 
 #[test]
-fn a_signal_that_there_is_not_is_refused() {
+fn a_signal_that_there_is_not_is_refused_and_the_program_goes_on() {
     let agent = Agent::start();
     let mut session = run(&agent, shell("sleep 1000"));
-    session.say(&ClientFrame::Signal(0));
-    assert!(session.refusal().text.contains("signal 0"));
+    for (number, named) in [(0, "signal 0"), (64, "signal 64")] {
+        session.say(&ClientFrame::Signal(number));
+        let refusal = session.refusal();
+        assert!(refusal.text.contains(named), "{refusal:?}");
+    }
+    session.say(&ClientFrame::Signal(15));
+    assert_eq!(session.finish().exit, Exit::Signal(15));
 }
 
 #[test]
@@ -247,4 +267,34 @@ fn a_program_can_run_as_another_user_where_the_agent_is_root() {
         ..shell("id")
     };
     assert!(run(&agent, exec).refusal().text.contains("no-such-user"));
+}
+
+#[test]
+fn a_program_of_another_user_can_open_its_own_streams() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: only root can run a program as somebody else");
+        return;
+    }
+    let agent = Agent::start();
+    let exec = Exec {
+        user: Some("4711".into()),
+        ..shell("echo out > /proc/self/fd/1; echo err > /dev/stderr; cat /dev/stdin")
+    };
+    let mut session = run(&agent, exec);
+    session.say(&ClientFrame::Stdin("in\n".into()));
+    session.say(&ClientFrame::StdinEnd);
+    let ran = session.finish();
+    assert_eq!(
+        (&*ran.stdout, &*ran.stderr),
+        (&b"out\nin\n"[..], &b"err\n"[..])
+    );
+    let exec = Exec {
+        user: Some("4711".into()),
+        terminal: Some(Size {
+            rows: 24,
+            columns: 80,
+        }),
+        ..shell("echo said > $(tty)")
+    };
+    assert_eq!(run(&agent, exec).finish().stdout, b"said\r\n");
 }
