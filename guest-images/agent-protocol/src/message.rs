@@ -233,7 +233,7 @@ pub struct Healthy {
     pub uptime_ms: u64,
     /// As in [`Identified`].
     pub clock_source: String,
-    /// The last identity that was taken on.
+    /// Of the identity that was taken on; none in a clone that has not been told its own.
     pub generation: Option<Generation>,
     /// Its clone id.
     pub clone_id: Option<u32>,
