@@ -124,7 +124,7 @@ pub enum Request {
     Put {
         /// Absolute. What is there is replaced, a symbolic link itself, not what it points to.
         path: Bytes,
-        /// Permissions, 0..=0o7777.
+        /// Permissions, 0..=0o7777; no file gets more of them than 0o777.
         mode: u32,
         /// Bytes that follow.
         length: u64,
