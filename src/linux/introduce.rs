@@ -56,7 +56,7 @@ fn try_introduce(
             Err(error) => return Err(error.into()),
         };
         identity.wall_clock = wall_clock();
-        match agent.identify(&identity) {
+        match agent.identify(&identity, deadline) {
             Ok(_) => return Ok(agent),
             Err(error @ (AgentError::Refused(_) | AgentError::Stranger(_))) => {
                 return Err(error.into());
