@@ -50,6 +50,9 @@ pub enum AgentError {
     /// The agent's word.
     #[error("{}", .0.text)]
     Refused(Refusal),
+    /// Not one that can be sent to a program.
+    #[error("there is no signal {0}: 1 to 31 can be sent")]
+    NoSignal(u8),
     /// What a file's content, or a program's input, is read from.
     #[error("reading what shall be sent to the guest: {0}")]
     Source(#[source] io::Error),

@@ -94,7 +94,7 @@ impl Running {
                     .spawn(move || outgoing.feed(stdin))
                     .map_err(AgentError::Thread)?;
             }
-            None => self.outgoing.say(&ClientFrame::StdinEnd)?,
+            None => self.outgoing.end(),
         }
         loop {
             match self.session.hear()? {
@@ -127,11 +127,14 @@ fn copy(bytes: &[u8], to: &mut dyn Write) -> Result<(), AgentError> {
 }
 
 impl Control {
-    /// Sends a signal, by its number in Linux, to the program's process group.
+    /// Sends a signal, by its number in Linux, to the program's process group: 1 to 31.
     ///
     /// # Errors
-    /// [`AgentError::Broken`]: the program has ended, most likely.
+    /// [`AgentError::Broken`]: the program has ended, most likely. [`AgentError::NoSignal`]: nothing was sent.
     pub fn signal(&self, number: u8) -> Result<(), AgentError> {
+        if !(1..=31).contains(&number) {
+            return Err(AgentError::NoSignal(number));
+        }
         self.outgoing.say(&ClientFrame::Signal(number))
     }
 
@@ -199,6 +202,11 @@ impl Outgoing {
                 rest = later;
             }
         }
+        self.end();
+    }
+
+    /// There is no more input. A program that has ended already does not mind: what it said is still to be read.
+    fn end(&self) {
         if let Err(error) = self.say(&ClientFrame::StdinEnd) {
             tracing::debug!("ending the input of a program in the guest: {error}");
         }

@@ -26,9 +26,6 @@ use session::Session;
 /// How long a request may take that does not wait for programs: a guest's kernel may be interpreted.
 pub const REQUEST_LIMIT: Duration = Duration::from_secs(30);
 
-/// How long an identification may take: it runs the guest's hooks.
-pub const IDENTIFY_LIMIT: Duration = Duration::from_secs(120);
-
 /// An agent that has answered.
 #[derive(Clone, Debug)]
 pub struct AgentClient {
@@ -77,12 +74,19 @@ impl AgentClient {
         }
     }
 
-    /// Gives the machine an identity. It has all of it once this returns, and must not go on if it fails.
+    /// Gives the machine an identity. It has all of it once this returns, and must not go on if it fails. The guest's hooks may
+    /// take until `deadline`.
     ///
     /// # Errors
     /// [`AgentError::Refused`] names the step that failed.
-    pub fn identify(&self, identity: &Identity) -> Result<Identified, AgentError> {
-        let limit = self.limit.max(IDENTIFY_LIMIT);
+    pub fn identify(
+        &self,
+        identity: &Identity,
+        deadline: Instant,
+    ) -> Result<Identified, AgentError> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        // A socket takes no limit of nothing.
+        let limit = left.max(Duration::from_millis(1));
         match self.ask(Request::Identify(identity.clone()), limit)? {
             AgentFrame::Identified(identified) if identified.generation == identity.generation => {
                 Ok(identified)

@@ -60,7 +60,7 @@ fn try_introduce(
         let introduced =
             AgentClient::connect(&socket, began + left.min(LOOK_EVERY)).and_then(|agent| {
                 identity.wall_clock = wall_clock();
-                agent.identify(&identity)?;
+                agent.identify(&identity, began + left)?;
                 Ok(agent)
             });
         // What it ended with says more than that nobody answers.

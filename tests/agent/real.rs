@@ -93,6 +93,9 @@ fn a_signal_reaches_a_program_that_reads_nothing_and_input_that_never_comes_hold
         running.pump(Some(input), &mut out, &mut io::sink())
     });
     assert_eq!(heard.recv().unwrap(), b"up\n");
+    // One that there is not does the program no harm.
+    let error = control.signal(64).unwrap_err();
+    assert!(matches!(error, AgentError::NoSignal(64)), "{error}");
     control.signal(15).unwrap();
     assert_eq!(pump.join().unwrap().unwrap(), Exit::Signal(15));
 }
@@ -205,6 +208,7 @@ fn an_identity_that_cannot_be_right_is_refused_before_anything_is_changed() {
         wall_clock: 0,
         cid: 3,
     };
-    let text = agent.client().identify(&identity).unwrap_err().to_string();
+    let refused = agent.client().identify(&identity, ample()).unwrap_err();
+    let text = refused.to_string();
     assert!(text.contains("hostname"), "{text}");
 }

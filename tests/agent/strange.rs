@@ -1,10 +1,14 @@
 //! Those that are no agent: a client says so, and in time.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use forkvm::agent::protocol::{AgentFrame, FRAME_MAX, Hello, frame};
+use forkvm::agent::protocol::{
+    AgentFrame, Bytes, ClientFrame, Exec, Exit, FRAME_MAX, Generation, Healthy, Hello, Identity,
+    Request, frame,
+};
 use forkvm::agent::{AgentClient, AgentError, Way};
 
 use crate::agents::{Fake, ample};
@@ -16,7 +20,7 @@ fn soon() -> Instant {
 
 /// Reads on until the client has gone.
 fn outlast(mut stream: UnixStream) {
-    std::io::copy(&mut stream, &mut std::io::sink()).ok();
+    io::copy(&mut stream, &mut io::sink()).ok();
 }
 
 fn last_of(error: AgentError) -> AgentError {
@@ -105,4 +109,74 @@ fn a_machine_that_ends_in_the_middle_breaks_the_session() {
     };
     let last = last_of(error_of(ends, Way::Direct));
     assert!(matches!(last, AgentError::Broken(_)), "{last}");
+}
+
+/// Hears a client's greeting and request; answers for health, and by `answers` whatever else it is asked.
+fn answer(stream: &mut UnixStream, answers: &[AgentFrame]) {
+    frame::write(stream, &AgentFrame::Hello(Hello::new(0))).unwrap();
+    let hello: Option<ClientFrame> = frame::read(stream).unwrap();
+    assert!(matches!(hello, Some(ClientFrame::Hello(_))), "{hello:?}");
+    let healthy = [AgentFrame::Healthy(Healthy {
+        version: String::new(),
+        uptime_ms: 1,
+        clock_source: String::new(),
+        generation: None,
+        clone_id: None,
+    })];
+    let answers = match frame::read(stream).unwrap() {
+        Some(ClientFrame::Request(Request::Health)) => &healthy,
+        _ => answers,
+    };
+    for one in answers {
+        frame::write(stream, one).unwrap();
+    }
+}
+
+#[test]
+fn a_program_that_has_ended_before_its_input_is_closed_still_has_its_status() {
+    let (hung_up, has_hung_up) = channel();
+    let fast = move |mut stream: UnixStream| {
+        let ran = [
+            AgentFrame::Started { pid: 7 },
+            AgentFrame::Stdout("said".into()),
+            AgentFrame::Ended(Exit::Code(5)),
+        ];
+        answer(&mut stream, &ran);
+        drop(stream);
+        hung_up.send(()).unwrap();
+    };
+    let fake = Fake::new(fast);
+    let client = AgentClient::by(&fake.socket(), Way::Direct, ample()).unwrap();
+    has_hung_up.recv().unwrap();
+    let running = client.exec(&Exec::default()).unwrap();
+    has_hung_up.recv().unwrap();
+    let mut out = Vec::new();
+    let exit = running.pump(None, &mut out, &mut io::sink()).unwrap();
+    assert_eq!((exit, &out[..]), (Exit::Code(5), &b"said"[..]));
+}
+
+#[test]
+fn a_machine_that_never_takes_its_identity_on_is_given_up_at_the_deadline() {
+    let stuck = |mut stream: UnixStream| {
+        answer(&mut stream, &[]);
+        outlast(stream);
+    };
+    let fake = Fake::new(stuck);
+    let client = AgentClient::by(&fake.socket(), Way::Direct, ample()).unwrap();
+    let identity = Identity {
+        clone_id: 1,
+        generation: Generation([1; 16]),
+        hostname: "clone".into(),
+        machine_id: "0".repeat(32),
+        entropy: Bytes(vec![0; 32]),
+        wall_clock: 0,
+        cid: 3,
+    };
+    let error = client.identify(&identity, soon()).unwrap_err();
+    assert!(
+        matches!(error, AgentError::Silent(limit) if limit <= Duration::from_millis(300)),
+        "{error}"
+    );
+    // Also one that is over is a deadline.
+    client.identify(&identity, Instant::now()).unwrap_err();
 }

@@ -87,7 +87,9 @@ fn a_program_runs_in_the_machine_as_if_it_ran_here() {
 fn a_file_is_copied_in_and_out_with_its_permissions() {
     need_kvm!();
     let web = Web::restore();
-    let content: Vec<u8> = (0..300_000u32).map(|at| (at.wrapping_mul(at) >> 7) as u8).collect();
+    let content: Vec<u8> = (0..300_000u32)
+        .map(|at| (at.wrapping_mul(at) >> 7) as u8)
+        .collect();
     fs::write(web.path("in"), &content).unwrap();
     fs::set_permissions(web.path("in"), PermissionsExt::from_mode(0o4750)).unwrap();
     web.said(&["cp", "in", "web:/tmp/file"]);

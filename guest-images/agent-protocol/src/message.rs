@@ -18,7 +18,7 @@ pub enum ClientFrame {
     Stdin(Bytes),
     /// Exec: the standard input is over. With a terminal: its end-of-file character is typed.
     StdinEnd,
-    /// Exec: a signal for the process group, 1..=64.
+    /// Exec: a signal for the process group, 1..=31. Another one is refused, and the program goes on.
     Signal(u8),
     /// Exec: the terminal has another size.
     Resize(Size),
@@ -124,7 +124,7 @@ pub enum Request {
     Put {
         /// Absolute. What is there is replaced, a symbolic link itself, not what it points to.
         path: Bytes,
-        /// Permissions, 0..=0o7777.
+        /// Permissions, 0..=0o7777; no file gets more of them than 0o777.
         mode: u32,
         /// Bytes that follow.
         length: u64,
@@ -233,7 +233,7 @@ pub struct Healthy {
     pub uptime_ms: u64,
     /// As in [`Identified`].
     pub clock_source: String,
-    /// The last identity that was taken on.
+    /// Of the identity that was taken on; none in a clone that has not been told its own.
     pub generation: Option<Generation>,
     /// Its clone id.
     pub clone_id: Option<u32>,

@@ -24,6 +24,16 @@ pub enum Last {
     Exit(u8),
 }
 
+impl Last {
+    /// What the host is told: a machine that was switched off ended well.
+    pub(crate) fn status(self) -> u8 {
+        match self {
+            Last::PowerOff => 0,
+            Last::Exit(status) => status,
+        }
+    }
+}
+
 /// The agent.
 pub struct Agent {
     doorbell: Box<dyn Doorbell>,

@@ -27,9 +27,7 @@ pub(crate) fn put(
     if mode > 0o7777 {
         return Err(invalid(format!("a file has no mode {mode:#o}")));
     }
-    if path.is_dir() {
-        return Err(directory(path));
-    }
+    check_replaceable(path)?;
     let what = format!("writing {}", path.display());
     let mut file = Unfinished::create(path).map_err(|error| of_io(&what, &error))?;
     outbox.send_if_heard(&AgentFrame::Ready);
@@ -95,7 +93,7 @@ pub(crate) fn get(path: &Bytes, outbox: &Outbox) -> Result<(), Refusal> {
 /// Paths are absolute: a session has no working directory.
 fn checked(path: &Bytes) -> Result<&Path, Refusal> {
     let path = path.as_path();
-    if path.is_absolute() && path.file_name().is_some() && !path.as_os_str().is_empty() {
+    if path.is_absolute() && path.file_name().is_some() {
         Ok(path)
     } else if path == Path::new("/") {
         Err(directory(path))
@@ -103,6 +101,22 @@ fn checked(path: &Bytes) -> Result<&Path, Refusal> {
         Err(invalid(format!(
             "{path:?} is no absolute path of a file in the guest"
         )))
+    }
+}
+
+/// A rename would put a file in the place of a device or a socket, which nobody means. Symbolic links are replaced, but not one
+/// that stands for a directory.
+fn check_replaceable(path: &Path) -> Result<(), Refusal> {
+    if path.is_dir() {
+        return Err(directory(path));
+    }
+    match path.symlink_metadata() {
+        Ok(there) if !there.is_file() && !there.is_symlink() => Err(invalid(format!(
+            "{} is there and is no file: it is not replaced by one",
+            path.display()
+        ))),
+        // Not there, most likely; else the file cannot be made either, and that says why.
+        _ => Ok(()),
     }
 }
 
@@ -126,14 +140,21 @@ struct Unfinished<'a> {
 
 impl Unfinished<'_> {
     fn create(place: &Path) -> io::Result<Unfinished<'_>> {
-        let number = UNFINISHED.fetch_add(1, Ordering::Relaxed);
-        let name = format!(".forkvm-{}-{number}", std::process::id());
-        let beside = place.with_file_name(name);
-        let file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&beside)?;
+        let (beside, file) = loop {
+            let number = UNFINISHED.fetch_add(1, Ordering::Relaxed);
+            let name = format!(".forkvm-{}-{number}", std::process::id());
+            let beside = place.with_file_name(name);
+            let made = OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&beside);
+            match made {
+                // Left by an agent of the same number whose machine was killed.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                made => break (beside, made?),
+            }
+        };
         Ok(Unfinished {
             file,
             beside,
@@ -142,9 +163,10 @@ impl Unfinished<'_> {
         })
     }
 
+    /// Set-user-id and its like are nothing that a copy brings along.
     fn finish(mut self, mode: u32) -> io::Result<()> {
         self.file
-            .set_permissions(fs::Permissions::from_mode(mode))?;
+            .set_permissions(fs::Permissions::from_mode(mode & 0o777))?;
         fs::rename(&self.beside, self.place)?;
         self.finished = true;
         Ok(())

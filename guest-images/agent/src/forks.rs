@@ -14,15 +14,17 @@ use crate::refusal::of_error;
 use crate::session::{Inbox, Peer, out_of_turn};
 
 /// How long a clone waits for its identity before the fork counts as failed there.
-const IDENTITY_LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const IDENTITY_LIMIT: Duration = Duration::from_secs(60);
 
-/// Forks, answers, and serves what comes then.
+/// Forks, answers, and serves what comes then. A clone that nobody identifies within `limit` is ended: it would go on as its
+/// parent's double.
 pub(crate) fn serve(
     agent: &Agent,
     peer: Peer,
     clones: u32,
     inbox: &mut Inbox,
     outbox: &Outbox,
+    limit: Duration,
 ) -> Result<(), Refusal> {
     let fork = agent
         .doorbell()
@@ -33,11 +35,10 @@ pub(crate) fn serve(
     if is_clone && peer == Peer::Host {
         return Ok(());
     }
-    if is_clone {
-        agent
-            .identities()
-            .wait_for(fork.generation, IDENTITY_LIMIT)
-            .map_err(|error| of_error(error.errno(), &error))?;
+    if is_clone && let Err(error) = agent.identities().wait_for(fork.generation, limit) {
+        crate::log::line(&format!("{error}; it ends, where the agent can end it"));
+        end(agent, 1);
+        return Err(of_error(error.errno(), &error));
     }
     outbox.send_if_heard(&AgentFrame::Forked(Forked {
         clone_id: fork.clone_id,

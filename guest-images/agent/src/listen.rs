@@ -1,6 +1,7 @@
 //! Who is let in: the host by vsock or a Unix socket of its own, programs of the guest by another one.
 //!
-//! A thread waits at each socket and starts one for each session, at most `SESSIONS` at a time in all.
+//! A thread waits at each socket and starts one for each session, as many at a time as the socket has places: whoever is in
+//! the guest can take those of programs, and the host gets in all the same.
 
 use std::fs::{self, File, Permissions};
 use std::io;
@@ -24,13 +25,14 @@ use crate::outbox::Outbox;
 use crate::session::{self, Peer};
 use crate::vsock::VsockListener;
 
-/// Most sessions at a time. A machine's vsock device has 128 streams.
-const SESSIONS: usize = 96;
+/// Most sessions of the host at a time. A machine's vsock device has 128 streams.
+const HOST_SESSIONS: usize = 96;
+
+/// Most sessions of programs at a time.
+const LOCAL_SESSIONS: usize = 32;
 
 /// How long a socket that cannot accept is left alone.
 const PAUSE: Duration = Duration::from_millis(200);
-
-static OPEN: AtomicUsize = AtomicUsize::new(0);
 
 /// Listens for the host and, where the options say so, for programs of the guest.
 ///
@@ -39,7 +41,7 @@ static OPEN: AtomicUsize = AtomicUsize::new(0);
 pub fn start(agent: &Arc<Agent>, options: &Options) -> Result<(), ListenError> {
     if let Some(path) = &options.local {
         let listener = bind(path, 0o666)?;
-        wait_at(agent, move || {
+        wait_at(agent, LOCAL_SESSIONS, move || {
             let (stream, _) = listener.accept()?;
             // Who cannot be told is nobody special.
             let root = socket_peercred(&stream).is_ok_and(|peer| peer.uid.is_root());
@@ -49,13 +51,15 @@ pub fn start(agent: &Arc<Agent>, options: &Options) -> Result<(), ListenError> {
     match &options.host {
         HostSocket::Unix(path) => {
             let listener = bind(path, 0o600)?;
-            wait_at(agent, move || {
+            wait_at(agent, HOST_SESSIONS, move || {
                 let (stream, _) = listener.accept()?;
                 Ok((OwnedFd::from(stream), Peer::Host))
             })
         }
         HostSocket::Vsock(port) => match VsockListener::bind(*port) {
-            Ok(listener) => wait_at(agent, move || Ok((listener.accept()?, Peer::Host))),
+            Ok(listener) => wait_at(agent, HOST_SESSIONS, move || {
+                Ok((listener.accept()?, Peer::Host))
+            }),
             Err(error) if options.local.is_some() => {
                 log::line(&format!(
                     "the host cannot reach the agent: vsock port {port}: {error}"
@@ -95,19 +99,21 @@ fn bind(path: &Path, mode: u32) -> Result<UnixListener, ListenError> {
     Ok(listener)
 }
 
-/// Serves whoever `accept` lets in, each in a thread of its own.
+/// Serves whoever `accept` lets in, each in a thread of its own, `most` of them at a time.
 fn wait_at(
     agent: &Arc<Agent>,
+    most: usize,
     accept: impl Fn() -> io::Result<(OwnedFd, Peer)> + Send + 'static,
 ) -> Result<(), ListenError> {
     let agent = agent.clone();
+    let open = Arc::new(AtomicUsize::new(0));
     let wait = move || {
         let mut failing = false;
         loop {
             match accept() {
                 Ok((stream, peer)) => {
                     failing = false;
-                    let_in(&agent, stream, peer);
+                    let_in(&agent, stream, peer, Place::take(&open, most));
                 }
                 // A transport that was reset, or too many descriptors: it passes. Said once.
                 Err(error) => {
@@ -128,25 +134,27 @@ fn wait_at(
 }
 
 /// One of the sessions that are counted.
-struct Place;
+struct Place {
+    open: Arc<AtomicUsize>,
+}
 
 impl Place {
-    fn take() -> Option<Place> {
-        let place = Place;
+    fn take(open: &Arc<AtomicUsize>, most: usize) -> Option<Place> {
+        let place = Place { open: open.clone() };
         // Given back by the drop, also where there was none.
-        (OPEN.fetch_add(1, Ordering::AcqRel) < SESSIONS).then_some(place)
+        (open.fetch_add(1, Ordering::AcqRel) < most).then_some(place)
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        OPEN.fetch_sub(1, Ordering::AcqRel);
+        self.open.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
-fn let_in(agent: &Arc<Agent>, stream: OwnedFd, peer: Peer) {
+fn let_in(agent: &Arc<Agent>, stream: OwnedFd, peer: Peer, place: Option<Place>) {
     let stream = Arc::new(File::from(stream));
-    let Some(place) = Place::take() else {
+    let Some(place) = place else {
         return turn_away(stream, libc::EAGAIN, "the agent has too many sessions");
     };
     let (agent, of_session) = (agent.clone(), stream.clone());

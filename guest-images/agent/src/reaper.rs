@@ -17,11 +17,15 @@ use forkvm_agent_protocol::Exit;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::process::{
-    Pid, Signal, WaitId, WaitIdOptions, WaitOptions, WaitStatus, kill_process_group, wait, waitid,
+    Pid, Signal, WaitId, WaitIdOptions, WaitOptions, WaitStatus, kill_process_group,
+    test_kill_process_group, wait, waitid,
 };
 
 /// How long a process group has between SIGHUP and SIGKILL.
 pub(crate) const MERCY: Duration = Duration::from_secs(2);
+
+/// Between two looks at a group, whose end gives no sign.
+const PAUSE: Duration = Duration::from_millis(10);
 
 static REAPER: Reaper = Reaper {
     table: Mutex::new(None),
@@ -36,17 +40,11 @@ struct Reaper {
 /// What is known of the children.
 #[derive(Default)]
 struct Table {
-    children: HashMap<i32, Entry>,
+    children: HashMap<i32, Arc<Ended>>,
     /// Counts starts: who found no child waits until it changes.
     started: u64,
     /// The thread has found that there is no child at all.
     childless: bool,
-}
-
-struct Entry {
-    ended: Arc<Ended>,
-    /// What is left of its group dies with it.
-    last_of_its_group: bool,
 }
 
 /// Starts the thread; once in a process, further calls do nothing.
@@ -77,11 +75,7 @@ pub(crate) fn spawn(command: &mut Command) -> io::Result<Spawned> {
         .ok_or_else(|| io::Error::other("the agent's reaper was not started"))?;
     let child = command.spawn()?;
     let pid = child.id() as i32;
-    let entry = Entry {
-        ended: ended.clone(),
-        last_of_its_group: false,
-    };
-    table.children.insert(pid, entry);
+    table.children.insert(pid, ended.clone());
     table.started += 1;
     table.childless = false;
     drop(guard);
@@ -135,13 +129,9 @@ impl Reaper {
         let mut guard = self.lock();
         let Some(table) = guard.as_mut() else { return };
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
-            let Some(entry) = table.children.remove(&pid.as_raw_pid()) else {
-                continue;
-            };
-            if entry.last_of_its_group {
-                kill_group(pid.as_raw_pid(), Signal::KILL);
+            if let Some(ended) = table.children.remove(&pid.as_raw_pid()) {
+                ended.tell(exit_of(status));
             }
-            entry.ended.tell(exit_of(status));
         }
     }
 }
@@ -192,31 +182,51 @@ impl Child {
 
     /// Sends a signal to its group, unless it has ended: its number may be another's then.
     pub(crate) fn signal(&self, signal: Signal) {
+        self.signal_all_of(&[signal]);
+    }
+
+    /// Whether it had not ended: then its group has the signals, one after the other.
+    fn signal_all_of(&self, signals: &[Signal]) -> bool {
         let guard = REAPER.lock();
-        let runs = guard
-            .as_ref()
-            .is_some_and(|table| table.children.contains_key(&self.pid));
+        let runs = self.is_in(&guard);
         if runs {
-            kill_group(self.pid, signal);
+            for signal in signals {
+                kill_group(self.pid, *signal);
+            }
+        }
+        runs
+    }
+
+    /// Whether it is among the children still: its number is its own as long as the table is held.
+    fn is_in(&self, table: &Option<Table>) -> bool {
+        let entry = table
+            .as_ref()
+            .and_then(|table| table.children.get(&self.pid));
+        entry.is_some_and(|ended| Arc::ptr_eq(ended, &self.ended))
+    }
+
+    /// Ends its group: SIGHUP, and SIGKILL for those who are there after [`MERCY`], whether or not their leader is. What it
+    /// left behind when it ended by itself is not hung up on.
+    pub(crate) fn hang_up(&self) {
+        // A stopped process hears SIGHUP only when it goes on.
+        if !self.signal_all_of(&[Signal::HUP, Signal::CONT]) {
+            return;
+        }
+        let deadline = Instant::now() + MERCY;
+        while self.has_group() {
+            if Instant::now() >= deadline {
+                return kill_group(self.pid, Signal::KILL);
+            }
+            thread::sleep(PAUSE);
         }
     }
 
-    /// Ends its group: SIGHUP, and SIGKILL after [`MERCY`]. What outlives the leader is killed with it.
-    pub(crate) fn hang_up(&self) {
-        let mut guard = REAPER.lock();
-        let entry = guard
-            .as_mut()
-            .and_then(|table| table.children.get_mut(&self.pid));
-        if let Some(entry) = entry {
-            entry.last_of_its_group = true;
-        }
-        drop(guard);
-        self.signal(Signal::HUP);
-        // A stopped process hears SIGHUP only when it goes on.
-        self.signal(Signal::CONT);
-        if self.ended.wait(Some(MERCY)).is_none() {
-            self.signal(Signal::KILL);
-        }
+    /// Whether anybody is left of its group. As long as somebody is, no other process and no other group has the number: who
+    /// has looked at every turn knows whom a signal reaches.
+    fn has_group(&self) -> bool {
+        let guard = REAPER.lock();
+        self.is_in(&guard)
+            || Pid::from_raw(self.pid).is_some_and(|group| test_kill_process_group(group).is_ok())
     }
 }
 

@@ -4,9 +4,10 @@
 //! on in this thread with its own copy of the answer.
 
 use std::io;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use forkvm_abi::doorbell::{Call, MAGIC, PORT, PORT_LEN, VERSION, op, reg, report};
 use forkvm_abi::{EXIT_PORT, EXIT_PORT_LEN};
@@ -17,6 +18,9 @@ use super::{Doorbell, DoorbellError, Fork, Who, port};
 
 /// The call slot of the thread.
 const SLOT: usize = 0;
+
+/// How long a machine that ends may still run, or its thread wait in a join.
+const EXIT_LIMIT: Duration = Duration::from_secs(10);
 
 /// A doorbell that answered.
 pub struct Hardware {
@@ -195,9 +199,13 @@ impl Doorbell for Hardware {
     fn exit(&self, status: u8) {
         let (returned, done) = channel();
         if let Err(error) = self.ask(Job::Exit { status, returned }) {
-            crate::log::line(&error.to_string());
-        } else if done.recv().is_ok() {
-            crate::log::line("this machine has no exit device");
+            return crate::log::line(&error.to_string());
+        }
+        match done.recv_timeout(EXIT_LIMIT) {
+            Err(RecvTimeoutError::Timeout) => {
+                crate::log::line("the doorbell is busy: nobody is told how this machine ended");
+            }
+            _ => crate::log::line("this machine has no exit device"),
         }
     }
 }

@@ -42,7 +42,7 @@ impl Client<'_> {
         let refusal = loop {
             match frame::read::<ClientFrame>(&mut inbox) {
                 Ok(Some(frame)) => {
-                    if let Err(refusal) = self.obey(frame, &to_input) {
+                    if let Err(refusal) = self.obey(frame, outbox, &to_input) {
                         break Some(refusal);
                     }
                 }
@@ -66,7 +66,12 @@ impl Client<'_> {
         // Else: the client is the parent's and did not come along. The program is this clone's own now, as after a fork().
     }
 
-    fn obey(&self, frame: ClientFrame, to_input: &Sender<Input>) -> Result<(), Refusal> {
+    fn obey(
+        &self,
+        frame: ClientFrame,
+        outbox: &Outbox,
+        to_input: &Sender<Input>,
+    ) -> Result<(), Refusal> {
         match frame {
             ClientFrame::Stdin(Bytes(bytes)) => {
                 let taken = self
@@ -81,11 +86,13 @@ impl Client<'_> {
                 to_input.send(Input::Bytes(bytes)).unwrap_or_default();
             }
             ClientFrame::StdinEnd => to_input.send(Input::End).unwrap_or_default(),
-            ClientFrame::Signal(number) => {
-                let signal = Signal::from_named_raw(number.into())
-                    .ok_or_else(|| invalid(format!("there is no signal {number}")))?;
-                self.child.signal(signal);
-            }
+            ClientFrame::Signal(number) => match Signal::from_named_raw(number.into()) {
+                Some(signal) => self.child.signal(signal),
+                // Not worth a program's life.
+                None => outbox.send_if_heard(&AgentFrame::Refused(invalid(format!(
+                    "there is no signal {number}: 1 to 31 can be sent"
+                )))),
+            },
             ClientFrame::Resize(size) => {
                 // Without a terminal there is nothing to resize: no harm either.
                 if let Some(terminal) = self.terminal

@@ -8,8 +8,9 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use forkvm_agent_protocol::Exec;
+use rustix::fs::fchown;
 use rustix::process::{Gid, Uid, ioctl_tiocsctty, setsid};
-use rustix::stdio::stdin;
+use rustix::stdio::{stderr, stdin, stdout};
 use rustix::thread::{set_thread_gid, set_thread_groups, set_thread_uid};
 
 use super::account::Account;
@@ -80,6 +81,7 @@ fn in_child(command: &mut Command, terminal: bool, account: Option<Account>) {
             take_terminal()?;
         }
         if let Some((uid, gid, groups)) = &become_user {
+            take_streams(*uid)?;
             take_user(*uid, *gid, groups)?;
         }
         Ok(())
@@ -92,6 +94,14 @@ fn in_child(command: &mut Command, terminal: bool, account: Option<Account>) {
 fn take_terminal() -> io::Result<()> {
     setsid()?;
     ioctl_tiocsctty(stdin())?;
+    Ok(())
+}
+
+/// Pipes and terminals belong to who made them, and only their owner can open them by /dev/stderr, or what `tty` says.
+fn take_streams(uid: Uid) -> io::Result<()> {
+    for stream in [stdin(), stdout(), stderr()] {
+        fchown(stream, Some(uid), None)?;
+    }
     Ok(())
 }
 

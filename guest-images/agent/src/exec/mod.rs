@@ -42,6 +42,8 @@ pub(crate) fn run(
     inbox: Inbox,
     outbox: &Outbox,
 ) -> Result<(), Refusal> {
+    // Before there is a program: a fork may come at once, and who this machine is then is the clone's.
+    let born_as = agent.doorbell().who();
     let Running {
         child,
         input,
@@ -58,7 +60,7 @@ pub(crate) fn run(
         child,
         terminal: terminal.as_ref(),
         room: &room,
-        born_as: agent.doorbell().who(),
+        born_as,
     };
     let has_terminal = terminal.is_some();
     thread::scope(|scope| {
@@ -84,14 +86,15 @@ pub(crate) fn run(
             None
         });
         pump::output(&output, child, outbox, stdout);
-        if let Some(errors) = errors
-            && errors.join().is_err()
-        {
-            crate::log::line("the thread of a standard error died");
-        }
-        if let Some(exit) = child.ended().wait(None) {
-            outbox.send_if_heard(&AgentFrame::Ended(exit));
-        }
+        let told = errors.is_none_or(|errors| errors.join().is_ok());
+        outbox.send_if_heard(&match child.ended().wait(None) {
+            Some(exit) if told => AgentFrame::Ended(exit),
+            // `Ended` would say that all was told.
+            _ => AgentFrame::Refused(Refusal {
+                errno: libc::EIO,
+                text: "a thread of the agent died, and some of the program's output with it".into(),
+            }),
+        });
         // The thread that reads the client's frames sees this, too.
         outbox.close();
     });

@@ -10,7 +10,8 @@ use std::sync::mpsc::Receiver;
 
 use forkvm_agent_protocol::{AgentFrame, CHUNK};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::{Errno, ioctl_fionbio};
+use rustix::io::{Errno, ioctl_fionbio, ioctl_fionread};
+use rustix::termios::isatty;
 
 use super::client::Input;
 use crate::outbox::Outbox;
@@ -18,6 +19,9 @@ use crate::reaper::{Child, Ended};
 
 /// What a terminal's user types to end its input (VEOF, as terminals begin).
 const END_OF_INPUT: &[u8] = b"\x04";
+
+/// More than a terminal holds: 4 KiB that can be read, and 8 KiB or a little more that are on their way there.
+const TERMINAL_HOLDS: u64 = 64 << 10;
 
 /// Makes a descriptor non-blocking. It is the agent's own end of a pipe or terminal; the program's is another.
 pub(super) fn prepare(fd: &OwnedFd) -> io::Result<()> {
@@ -38,8 +42,9 @@ fn wait(fd: BorrowedFd<'_>, flags: PollFlags, ended: &Ended) -> bool {
     had_ended
 }
 
-/// Copies what the program writes to its client, until all its writers are gone, or it has ended and nothing is left. What no
-/// client hears is read all the same: a program whose client is gone must not stand still.
+/// Copies what the program writes to its client, until all its writers are gone, or it has ended and what was there then is
+/// told: what others write from then on has no end that could be waited for. What no client hears is read all the same: a
+/// program whose client is gone must not stand still.
 pub(super) fn output(
     source: &OwnedFd,
     child: &Child,
@@ -47,13 +52,22 @@ pub(super) fn output(
     wrap: fn(&[u8]) -> AgentFrame,
 ) {
     let mut buffer = vec![0; CHUNK];
-    loop {
-        let had_ended = wait(source.as_fd(), PollFlags::IN, child.ended());
-        match rustix::io::read(source, &mut buffer) {
+    // Known once the program has ended.
+    let mut left = None;
+    while left != Some(0) {
+        if wait(source.as_fd(), PollFlags::IN, child.ended()) && left.is_none() {
+            left = Some(unread(source));
+            continue;
+        }
+        let most = left.map_or(CHUNK, |left| CHUNK.min(left as usize));
+        match rustix::io::read(source, &mut buffer[..most]) {
             // EIO: the last program has closed the terminal.
             Ok(0) | Err(Errno::IO) => return,
-            Ok(count) => outbox.send_if_heard(&wrap(&buffer[..count])),
-            Err(Errno::AGAIN) if had_ended => return,
+            Ok(count) => {
+                left = left.map(|left| left - count as u64);
+                outbox.send_if_heard(&wrap(&buffer[..count]));
+            }
+            Err(Errno::AGAIN) if left.is_some() => return,
             Err(Errno::AGAIN | Errno::INTR) => {}
             Err(error) => {
                 crate::log::line(&format!("reading a program's output: {error}"));
@@ -61,6 +75,17 @@ pub(super) fn output(
             }
         }
     }
+}
+
+/// Bytes that were written and not read. The kernel does not count all of a terminal's.
+fn unread(source: &OwnedFd) -> u64 {
+    if isatty(source) {
+        return TERMINAL_HOLDS;
+    }
+    ioctl_fionread(source).unwrap_or_else(|error| {
+        crate::log::line(&format!("measuring a program's output: {error}"));
+        0
+    })
 }
 
 /// Feeds the program's input, and tells the client of the room that this makes.

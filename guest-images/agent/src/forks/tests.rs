@@ -16,7 +16,8 @@ use forkvm_agent_protocol::{
 use crate::agent::{Agent, Last};
 use crate::doorbell::{Doorbell, DoorbellError, Fork, Who};
 use crate::identity::{HookError, Identities, System};
-use crate::session::{Peer, serve};
+use crate::outbox::Outbox;
+use crate::session::{Incoming, Peer, serve};
 
 /// The machine before the fork, and after it.
 const BEFORE: Generation = Generation([1; 16]);
@@ -202,7 +203,8 @@ fn a_clone_is_answered_once_it_has_its_new_identity_and_ends_with_a_status() {
     machine.identify(BEFORE);
     let mut stream = machine.fork(LOCAL);
     assert_eq!(machine.forks.recv().unwrap(), 4);
-    // Nothing may be there yet, however long one waits; there is no sign of that to wait for.
+    // Nothing may be there yet. It may be too early to tell, as the agent's thread may not be back from the fork; that nobody
+    // is answered without an identity is the next test's.
     stream.set_nonblocking(true).unwrap();
     assert!(frame::read::<AgentFrame>(&mut stream).is_err());
     stream.set_nonblocking(false).unwrap();
@@ -213,6 +215,38 @@ fn a_clone_is_answered_once_it_has_its_new_identity_and_ends_with_a_status() {
     assert_eq!((forked.clone_id, forked.generation), (3, AFTER));
     frame::write(&mut stream, &ClientFrame::End(9)).unwrap();
     assert_eq!(machine.ends.recv().unwrap(), Last::Exit(9));
+}
+
+#[test]
+fn a_clone_that_nobody_identifies_is_ended_before_its_program_hears_of_it() {
+    let machine = Machine::that_becomes(3);
+    machine.identify(BEFORE);
+    let (_program, theirs) = UnixStream::pair().unwrap();
+    let stream = Arc::new(File::from(OwnedFd::from(theirs)));
+    let (mut inbox, outbox) = (Incoming::inbox(stream.clone()), Outbox::new(stream));
+    let limit = Duration::from_millis(50);
+    let refusal =
+        crate::forks::serve(&machine.agent, LOCAL, 4, &mut inbox, &outbox, limit).unwrap_err();
+    assert_eq!(refusal.errno, libc::ETIMEDOUT, "{refusal:?}");
+    assert_eq!(machine.ends.try_recv(), Ok(Last::Exit(1)));
+}
+
+#[test]
+fn a_clone_does_not_say_that_it_is_its_parent() {
+    let machine = Machine::that_becomes(3);
+    machine.identify(BEFORE);
+    let says = || {
+        let (mut stream, _) = machine.session(LOCAL, Request::Health);
+        let Some(AgentFrame::Healthy(healthy)) = hear(&mut stream) else {
+            panic!("health");
+        };
+        (healthy.generation, healthy.clone_id)
+    };
+    assert_eq!(says(), (Some(BEFORE), Some(3)));
+    *machine.who.lock().unwrap() = AFTER;
+    assert_eq!(says(), (None, None));
+    machine.identify(AFTER);
+    assert_eq!(says(), (Some(AFTER), Some(3)));
 }
 
 #[test]

@@ -17,10 +17,10 @@ pub(super) fn machine(agent: Option<&Agent>, last: Last) -> ! {
     end_programs();
     sync();
     leave_disks();
-    if let (Last::Exit(status), Some(agent)) = (last, agent) {
-        agent.doorbell().exit(status);
+    if let Some(agent) = agent {
+        agent.doorbell().exit(last.status());
     }
-    // A virtual machine that restarts has ended.
+    // Without an exit device a virtual machine that restarts has ended; its host may take that for a fault.
     if let Err(error) = reboot(RebootCommand::Restart) {
         log::line(&format!("restarting the machine: {error}"));
     }

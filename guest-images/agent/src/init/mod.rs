@@ -6,6 +6,7 @@
 mod cmdline;
 mod console;
 mod end;
+mod loopback;
 mod mounts;
 
 use std::os::unix::process::CommandExt;
@@ -14,7 +15,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::{fs, thread};
 
 use forkvm_agent_protocol::Exit;
-use signal_hook::consts::SIGTERM;
+use rustix::system::{RebootCommand, reboot};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 use signal_hook::iterator::Signals;
 
 use crate::agent::{self, Agent, Last};
@@ -26,12 +28,25 @@ use cmdline::Words;
 /// Where programs are looked for. busybox's shell finds its applets in any case.
 pub(crate) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
+/// What busybox's `reboot`, `halt` and `poweroff` send to PID 1, and the kernel for Ctrl-Alt-Del.
+const END_SIGNALS: [i32; 4] = [SIGTERM, SIGUSR1, SIGUSR2, SIGINT];
+
+/// The status of a command that cannot be run, as shells have it.
+const NOT_RUN: u8 = 127;
+
 /// PID 1.
 pub fn main() -> ! {
     mounts::mount_all();
+    if let Err(error) = loopback::bring_up() {
+        log::line(&format!("there is no 127.0.0.1: {error}"));
+    }
     let (power, asked) = channel();
-    if let Err(error) = hear_sigterm(power.clone()) {
-        log::line(&format!("SIGTERM will not be heard: {error}"));
+    if let Err(error) = hear_signals(power.clone()) {
+        log::line(&format!("signals will not be heard: {error}"));
+    }
+    // Else Ctrl-Alt-Del would end the machine at once.
+    if let Err(error) = reboot(RebootCommand::CadOff) {
+        log::line(&format!("Ctrl-Alt-Del will not be heard: {error}"));
     }
     let agent = match agent::start(&Options::default(), Some(power.clone())) {
         Ok(agent) => Some(agent),
@@ -47,7 +62,7 @@ pub fn main() -> ! {
     if let Some(job) = words.job {
         if let Err(error) = run_job(job, power.clone()) {
             log::line(&format!("running what forkvm.run= says: {error}"));
-            end::machine(agent.as_deref(), Last::PowerOff);
+            end::machine(agent.as_deref(), Last::Exit(NOT_RUN));
         }
     } else if !words.quiet {
         console::start_shell();
@@ -61,8 +76,9 @@ fn wait_for_the_end(agent: Option<&Agent>, asked: &Receiver<Last>) -> ! {
     end::machine(agent, last)
 }
 
-fn hear_sigterm(power: Sender<Last>) -> std::io::Result<()> {
-    let mut signals = Signals::new([SIGTERM])?;
+/// A virtual machine is off, halted or restarted in one way: it has ended.
+fn hear_signals(power: Sender<Last>) -> std::io::Result<()> {
+    let mut signals = Signals::new(END_SIGNALS)?;
     let hear = move || {
         for _ in signals.forever() {
             // Nobody listens once the machine ends.
@@ -75,7 +91,7 @@ fn hear_sigterm(power: Sender<Last>) -> std::io::Result<()> {
         .map(drop)
 }
 
-/// Runs a command on the console; the machine ends with it.
+/// Runs a command on the console; the machine ends with it, and with its status.
 fn run_job(job: String, power: Sender<Last>) -> std::io::Result<()> {
     let mut command = Command::new("sh");
     command.arg("-c").arg(&job).env("PATH", PATH);
@@ -85,9 +101,9 @@ fn run_job(job: String, power: Sender<Last>) -> std::io::Result<()> {
     command.process_group(0);
     let child = reaper::spawn(&mut command)?.child;
     let wait = move || {
-        let exit = child.ended().wait(None).map_or(0, Exit::status);
-        log::line(&format!("'{job}' ended with status {exit}"));
-        power.send(Last::PowerOff).unwrap_or_default();
+        let status = child.ended().wait(None).map_or(NOT_RUN, Exit::status);
+        log::line(&format!("'{job}' ended with status {status}"));
+        power.send(Last::Exit(status)).unwrap_or_default();
     };
     thread::Builder::new()
         .name("job".into())

@@ -2,6 +2,8 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::symlink;
+use std::path::Path;
 
 use rustix::mount::{MountFlags, mount};
 
@@ -18,6 +20,14 @@ const ALL: &[(&str, &str, &str)] = &[
     ("tmpfs", "/run", "mode=0755"),
 ];
 
+/// Names of a program's own streams, which shells' scripts rely on; devtmpfs has none of them.
+const STREAMS: &[(&str, &str)] = &[
+    ("fd", "/proc/self/fd"),
+    ("stdin", "/proc/self/fd/0"),
+    ("stdout", "/proc/self/fd/1"),
+    ("stderr", "/proc/self/fd/2"),
+];
+
 /// Mounts what is missing. What fails is told; a system without it may still do.
 pub(super) fn mount_all() {
     for (kind, place, options) in ALL {
@@ -26,6 +36,19 @@ pub(super) fn mount_all() {
         }
         if let Err(error) = make(kind, place, options) {
             log::line(&format!("mounting {kind} on {place}: {error}"));
+        }
+    }
+    link_streams(Path::new("/dev"));
+}
+
+/// Makes [`STREAMS`] in `dev`, where they are not there already.
+fn link_streams(dev: &Path) {
+    for (name, target) in STREAMS {
+        match symlink(target, dev.join(name)) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                log::line(&format!("making {}/{name}: {error}", dev.display()));
+            }
+            _ => {}
         }
     }
 }
@@ -71,5 +94,15 @@ mod tests {
     fn places_are_read_with_their_blanks() {
         let text = "22 1 8:1 / / rw - ext4 /dev/vda rw\n23 22 0:5 / /a\\040b rw - tmpfs tmpfs rw\n";
         assert_eq!(places(text), ["/", "/a b"]);
+    }
+
+    #[test]
+    fn a_program_finds_its_own_streams_in_dev_and_what_was_there_stays() {
+        let dev = tempfile::tempdir().unwrap();
+        symlink("/tmp", dev.path().join("fd")).unwrap();
+        link_streams(dev.path());
+        let target = |name| fs::read_link(dev.path().join(name)).unwrap();
+        assert_eq!(target("fd"), Path::new("/tmp"));
+        assert_eq!(target("stderr"), Path::new("/proc/self/fd/2"));
     }
 }

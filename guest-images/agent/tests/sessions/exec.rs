@@ -1,5 +1,6 @@
 //! Programs: streams, ends, signals, terminals.
 
+use std::fs;
 use std::process::Command;
 use std::thread;
 
@@ -128,6 +129,30 @@ fn a_client_that_hangs_up_ends_the_whole_process_group() {
 }
 
 #[test]
+fn what_a_leader_leaves_when_its_client_hangs_up_may_clean_up_and_is_ended_then() {
+    let agent = Agent::start();
+    let fifo = agent.path("fifo");
+    let made = Command::new("mkfifo").arg(&fifo).status().unwrap();
+    assert!(made.success());
+    // The leader dies of SIGHUP at once. One of the others needs a moment, one never goes. None starts a program when the
+    // signal may come: a shell that does may not hear it.
+    let script = format!(
+        "exec 3>'{fifo}'; (trap '' HUP; exec sleep 1000) & \
+         (trap 'sleep 0.3; echo clean > {place}; exit' HUP; sleep 1000 & echo up; wait) & wait",
+        fifo = fifo.display(),
+        place = agent.path("said").display(),
+    );
+    let mut session = run(&agent, shell(&script));
+    let place = agent.path("said");
+    let ended = thread::spawn(move || wait_for_end_of_fifo(&fifo));
+    session.hear_out("up");
+    drop(session);
+    ended.join().unwrap();
+    assert_eq!(fs::read_to_string(place).unwrap(), "clean\n");
+    agent.assert_well();
+}
+
+#[test]
 fn what_outlives_a_program_in_the_background_does_not_hold_its_session() {
     let agent = Agent::start();
     let ran = run(&agent, shell("sleep 1000 & echo $!")).finish();
@@ -135,6 +160,24 @@ fn what_outlives_a_program_in_the_background_does_not_hold_its_session() {
     let pid = String::from_utf8(ran.stdout).unwrap();
     let killed = Command::new("kill").arg(pid.trim()).status().unwrap();
     assert!(killed.success(), "it lives on, as with a shell");
+}
+
+#[test]
+fn what_writes_for_ever_in_the_background_does_not_hold_a_session() {
+    let agent = Agent::start();
+    let mut session = run(&agent, shell("yes & read line; echo said >&2"));
+    session.hear_out("y\n");
+    session.say(&ClientFrame::StdinEnd);
+    let mut heard = 0;
+    loop {
+        match session.hear() {
+            Some(AgentFrame::Ended(exit)) => break assert_eq!(exit, Exit::Code(0)),
+            Some(AgentFrame::Stdout(Bytes(bytes))) => heard += bytes.len(),
+            Some(_) => {}
+            None => panic!("no end"),
+        }
+        assert!(heard < 256 << 20, "it goes on for ever");
+    }
 }
 
 #[test]
@@ -197,11 +240,16 @@ fn the_end_of_a_terminals_input_is_typed() {
 }
 
 #[test]
-fn a_signal_that_there_is_not_is_refused() {
+fn a_signal_that_there_is_not_is_refused_and_the_program_goes_on() {
     let agent = Agent::start();
     let mut session = run(&agent, shell("sleep 1000"));
-    session.say(&ClientFrame::Signal(0));
-    assert!(session.refusal().text.contains("signal 0"));
+    for (number, named) in [(0, "signal 0"), (64, "signal 64")] {
+        session.say(&ClientFrame::Signal(number));
+        let refusal = session.refusal();
+        assert!(refusal.text.contains(named), "{refusal:?}");
+    }
+    session.say(&ClientFrame::Signal(15));
+    assert_eq!(session.finish().exit, Exit::Signal(15));
 }
 
 #[test]
@@ -222,4 +270,34 @@ fn a_program_can_run_as_another_user_where_the_agent_is_root() {
         ..shell("id")
     };
     assert!(run(&agent, exec).refusal().text.contains("no-such-user"));
+}
+
+#[test]
+fn a_program_of_another_user_can_open_its_own_streams() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: only root can run a program as somebody else");
+        return;
+    }
+    let agent = Agent::start();
+    let exec = Exec {
+        user: Some("4711".into()),
+        ..shell("echo out > /proc/self/fd/1; echo err > /dev/stderr; cat /dev/stdin")
+    };
+    let mut session = run(&agent, exec);
+    session.say(&ClientFrame::Stdin("in\n".into()));
+    session.say(&ClientFrame::StdinEnd);
+    let ran = session.finish();
+    assert_eq!(
+        (&*ran.stdout, &*ran.stderr),
+        (&b"out\nin\n"[..], &b"err\n"[..])
+    );
+    let exec = Exec {
+        user: Some("4711".into()),
+        terminal: Some(Size {
+            rows: 24,
+            columns: 80,
+        }),
+        ..shell("echo said > $(tty)")
+    };
+    assert_eq!(run(&agent, exec).finish().stdout, b"said\r\n");
 }

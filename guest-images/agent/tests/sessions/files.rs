@@ -1,7 +1,7 @@
 //! Files, in and out.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 
 use forkvm_agent_protocol::{AgentFrame, Bytes, ClientFrame, Request};
@@ -101,4 +101,60 @@ fn directories_and_what_is_not_there_are_refused_by_name() {
         assert_eq!(refusal.errno, errno, "{refusal:?}");
         assert!(refusal.text.contains(path), "{refusal:?}");
     }
+}
+
+#[test]
+fn a_file_goes_in_beside_what_an_agent_of_a_killed_machine_left() {
+    let agent = Agent::start();
+    for number in 0..3 {
+        let left = format!(".forkvm-{}-{number}", agent.pid());
+        fs::write(agent.path(&left), "left").unwrap();
+    }
+    let place = agent.path("file");
+    let mut session = put(&agent, &place, 0);
+    assert_eq!(session.hear(), Some(AgentFrame::Ready));
+    assert_eq!(session.hear(), Some(AgentFrame::Stored));
+    assert_eq!(fs::read(&place).unwrap(), b"");
+    let left = agent.path(&format!(".forkvm-{}-0", agent.pid()));
+    assert_eq!(fs::read(left).unwrap(), b"left");
+}
+
+#[test]
+fn a_device_or_a_socket_is_not_replaced_by_a_file() {
+    let agent = Agent::start();
+    agent.assert_well();
+    let socket = agent.path("local");
+    let refusal = put(&agent, &socket, 0).refusal();
+    assert_eq!(refusal.errno, libc::EINVAL);
+    assert!(refusal.text.contains("is no file"), "{refusal:?}");
+    let there = fs::symlink_metadata(&socket).unwrap();
+    assert!(there.file_type().is_socket());
+}
+
+#[test]
+fn a_symbolic_link_is_replaced_and_what_it_points_to_is_not() {
+    let agent = Agent::start();
+    let (link, file) = (agent.path("link"), agent.path("file"));
+    fs::write(&file, "old").unwrap();
+    std::os::unix::fs::symlink(&file, &link).unwrap();
+    let mut session = put(&agent, &link, 0);
+    assert_eq!(session.hear(), Some(AgentFrame::Ready));
+    assert_eq!(session.hear(), Some(AgentFrame::Stored));
+    assert!(fs::symlink_metadata(&link).unwrap().is_file());
+    assert_eq!(fs::read(&file).unwrap(), b"old");
+}
+
+#[test]
+fn no_copy_makes_a_program_that_runs_as_somebody_else() {
+    let agent = Agent::start();
+    let place = agent.path("file");
+    let mut session = agent.ask(Request::Put {
+        path: place.as_path().into(),
+        mode: 0o6755,
+        length: 0,
+    });
+    assert_eq!(session.hear(), Some(AgentFrame::Ready));
+    assert_eq!(session.hear(), Some(AgentFrame::Stored));
+    let mode = fs::metadata(&place).unwrap().permissions().mode();
+    assert_eq!(mode & 0o7777, 0o755);
 }

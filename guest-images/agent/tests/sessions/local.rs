@@ -53,7 +53,7 @@ fn who_is_not_root_may_ask_for_health_and_forks_only() {
     // Root may.
     let session = Session::ask(connect(&agent.path("local")), Request::Exec(shell("true")));
     drop(session);
-    // The temporary directory is root's alone; the socket is passed open, as its peer's credentials are those of its maker.
+    // The temporary directory is root's alone: it is entered before another user connects from within.
     let said = Command::new("perl")
         .arg("-e")
         .arg(
@@ -76,6 +76,18 @@ fn who_is_not_root_may_ask_for_health_and_forks_only() {
         panic!("{heard:?}");
     };
     assert_eq!(refusal.errno, libc::EPERM, "{refusal:?}");
+}
+
+#[test]
+fn programs_of_the_guest_that_take_all_their_places_do_not_lock_the_host_out() {
+    let agent = Agent::start();
+    drop(connect(&agent.path("local")));
+    // More than the agent has threads for, and none says a word.
+    let held: Vec<_> = (0..100).map(|_| connect(&agent.path("local"))).collect();
+    let turned_away = Session::new(connect(&agent.path("local"))).refusal();
+    assert_eq!(turned_away.errno, libc::EAGAIN, "{turned_away:?}");
+    agent.assert_well();
+    drop(held);
 }
 
 fn hex_of(request: Request) -> String {
