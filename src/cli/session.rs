@@ -33,7 +33,7 @@ use super::fork_options::ForkOptions;
 use super::introductions::Introductions;
 use super::output::{Outcome, Output};
 use super::progress::Progress;
-use super::raw_terminal::{self, RawTerminal};
+use super::raw_terminal::{self, Lines, RawTerminal};
 use forkvm::host::Host;
 
 /// How long one VM is waited for before the others are looked at.
@@ -351,7 +351,7 @@ fn saver(dir: PathBuf) -> SaveTo {
 /// Of standard input, if people are at both ends.
 fn begin_raw() -> io::Result<RawTerminal> {
     // SIGINT, SIGTERM and SIGHUP end the family in its order.
-    let raw = RawTerminal::begin(&[SIGQUIT])?;
+    let raw = RawTerminal::begin(&[SIGQUIT], Lines::Processed)?;
     eprintln!("forkvm: keys go to the guest; Ctrl-] is what Ctrl-C is elsewhere");
     Ok(raw)
 }

@@ -16,7 +16,7 @@ use super::super::console::is_live;
 use super::super::control::client::{Connection, Typist};
 use super::super::control::protocol::{Bytes, CONSOLE_CHUNK, Ending, Request, Shown};
 use super::super::output::{Outcome, Output};
-use super::super::raw_terminal::{ESCAPE, RawTerminal};
+use super::super::raw_terminal::{ESCAPE, Lines, RawTerminal};
 use super::super::run::vm_name;
 
 const EXAMPLES: &str = "\
@@ -44,7 +44,7 @@ impl Console {
         })?;
         let raw = io::stdin().is_terminal().then(|| {
             eprintln!("forkvm: the console of {}; Ctrl-] leaves it", self.vm);
-            RawTerminal::begin(&[SIGHUP, SIGINT, SIGQUIT, SIGTERM])
+            RawTerminal::begin(&[SIGHUP, SIGINT, SIGQUIT, SIGTERM], Lines::Processed)
         });
         let raw = raw.transpose()?;
         let left = Arc::new(AtomicBool::new(false));

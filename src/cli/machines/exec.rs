@@ -3,13 +3,15 @@
 //! The machine's agent runs it; its streams, its terminal, the signals that this command gets and its status
 //! pass between the two. Nothing of the protocol is here: that is `forkvm::agent`.
 
+use std::env;
+use std::ffi::OsString;
 use std::io::{self, IsTerminal, Read};
 use std::thread;
 use std::time::Instant;
 
 use anyhow::Context;
 use clap::Args;
-use forkvm::agent::protocol::{Exec as Program, Size};
+use forkvm::agent::protocol::{Bytes, Exec as Program, Size};
 use forkvm::agent::{AgentClient, Control, REQUEST_LIMIT};
 use rustix::termios::tcgetwinsize;
 use serde_json::json;
@@ -19,7 +21,7 @@ use signal_hook::iterator::Signals;
 use super::super::control::protocol::Request;
 use super::super::errors::Usage;
 use super::super::output::{Outcome, Output};
-use super::super::raw_terminal::RawTerminal;
+use super::super::raw_terminal::{Lines, RawTerminal};
 use super::super::run::vm_name;
 use super::{ask, text};
 
@@ -63,24 +65,23 @@ impl Exec {
             return Err(Usage("-t needs a terminal as standard input".into()).into());
         }
         let agent = agent_of(&self.vm)?;
-        let bytes = |text: String| text.into_bytes().as_slice().into();
         let program = Program {
             argv: self
                 .program
                 .iter()
                 .map(|word| word.as_str().into())
                 .collect(),
-            env: self
-                .env
-                .into_iter()
-                .map(|(name, value)| (bytes(name), bytes(value)))
-                .collect(),
+            env: environment(env::var_os("TERM").filter(|_| self.terminal), self.env),
             directory: self.dir.map(bytes),
             user: self.user,
             terminal: self.terminal.then(size).transpose()?,
         };
         let running = agent.exec(&program)?;
-        let raw = self.terminal.then(|| RawTerminal::begin(&[])).transpose()?;
+        // The guest's terminal has made of line feeds what a terminal wants.
+        let raw = self
+            .terminal
+            .then(|| RawTerminal::begin(&[], Lines::AsTheyCome))
+            .transpose()?;
         pass_signals(running.control()).context("hearing signals")?;
         let stdin: Box<dyn Read + Send> = Box::new(io::stdin());
         let ended = running.pump(Some(stdin), &mut output.text(), &mut io::stderr());
@@ -91,6 +92,21 @@ impl Exec {
             report: json!({ "vm": self.vm, "status": exit.status() }),
         })
     }
+}
+
+/// What the program gets besides what the agent gives it: `term`, the kind of the terminal it is shown on, unless `given`
+/// says another one.
+fn environment(term: Option<OsString>, given: Vec<(String, String)>) -> Vec<(Bytes, Bytes)> {
+    let term = term.map(|kind| (Bytes::from("TERM"), kind.into()));
+    let given = given
+        .into_iter()
+        .map(|(name, value)| (bytes(name), bytes(value)));
+    // Of two with one name the later counts.
+    term.into_iter().chain(given).collect()
+}
+
+fn bytes(text: String) -> Bytes {
+    Bytes(text.into_bytes())
 }
 
 /// The agent of a machine that runs.
@@ -140,5 +156,23 @@ fn variable(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
         _ => Err("a variable is given as NAME=VALUE".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_on_a_terminal_hears_which_kind_it_is_and_the_user_has_the_last_word() {
+        let variable = |value: &str| (Bytes::from("TERM"), Bytes::from(value));
+        let shown_on = || Some("xterm".into());
+        assert_eq!(environment(shown_on(), Vec::new()), [variable("xterm")]);
+        let given = vec![("TERM".to_owned(), "dumb".to_owned())];
+        assert_eq!(
+            environment(shown_on(), given).last(),
+            Some(&variable("dumb"))
+        );
+        assert!(environment(None, Vec::new()).is_empty());
     }
 }
