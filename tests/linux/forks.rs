@@ -82,7 +82,7 @@ fn a_session_goes_on_in_the_parent_and_is_none_of_the_clones() {
     let (input, mut feed) = std::io::pipe().unwrap();
     feed.write_all(b"before\n").unwrap();
     let clones = machine.fork(CloneSpec::new(1));
-    // A clone's agent was hung up on, so its program goes.
+    // The clone's `cat` goes on without a client, and nobody hung up on it: its input is over, so it ends.
     let gone = "while ps | grep -v grep | grep -q ' cat$'; do :; done";
     sh(&clones[0], gone);
     feed.write_all(b"after\n").unwrap();
