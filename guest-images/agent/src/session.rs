@@ -205,7 +205,10 @@ pub(crate) fn next(inbox: &mut Inbox) -> Result<ClientFrame, Refusal> {
         Err(FrameError::Stream(error)) if error.kind() == std::io::ErrorKind::WouldBlock => {
             Err(Refusal {
                 errno: libc::ETIMEDOUT,
-                text: format!("the client did not say it within {} s", PATIENCE.as_secs()),
+                text: format!(
+                    "the client took longer than {} s over what it has to say",
+                    PATIENCE.as_secs()
+                ),
             })
         }
         Err(error) => Err(of_error(libc::EPROTO, &error)),
