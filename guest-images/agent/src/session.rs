@@ -252,8 +252,8 @@ mod tests {
         let agent = Agent::new(Box::new(Absent::new("a test")), identities, None);
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         let slow = thread::spawn(move || {
-            // A frame that takes five minutes at this pace.
-            let frame = frame::encode(&ClientFrame::Stdin(vec![0; 1000][..].into())).unwrap();
+            // A frame that takes twenty seconds at this pace.
+            let frame = frame::encode(&ClientFrame::Stdin(vec![0; 60][..].into())).unwrap();
             for byte in frame.chunks(1) {
                 if ours.write_all(byte).is_err() {
                     return;

@@ -128,3 +128,67 @@ fn feed(sink: &OwnedFd, mut bytes: &[u8], ended: &Ended) -> bool {
     }
     true
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::os::unix::process::CommandExt;
+    use std::process::Command;
+    use std::sync::Arc;
+    use std::sync::mpsc::channel;
+    use std::thread;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::reaper;
+
+    /// What the client of a program hears that has ended, and whose output comes from `source`.
+    fn told_of(source: OwnedFd) -> Vec<u8> {
+        reaper::start().unwrap();
+        let child = reaper::spawn(Command::new("true").process_group(0))
+            .unwrap()
+            .child;
+        child.ended().wait(None);
+        prepare(&source).unwrap();
+        let (client, stream) = UnixStream::pair().unwrap();
+        let (done, is_done) = channel();
+        thread::spawn(move || {
+            let outbox = Outbox::new(Arc::new(File::from(OwnedFd::from(stream))));
+            output(&source, &child, &outbox, |bytes| {
+                AgentFrame::Stdout(bytes.into())
+            });
+            outbox.close();
+            done.send(()).unwrap();
+        });
+        let mut heard = Vec::new();
+        let most = 8 << 20;
+        (&client).take(most).read_to_end(&mut heard).unwrap();
+        is_done.recv_timeout(Duration::from_secs(60)).unwrap();
+        let mut frames = &heard[..];
+        let mut told = Vec::new();
+        while let Some(frame) = forkvm_agent_protocol::frame::read(&mut frames).unwrap() {
+            match frame {
+                AgentFrame::Stdout(bytes) => told.extend(bytes.0),
+                other => panic!("{other:?}"),
+            }
+        }
+        told
+    }
+
+    #[test]
+    fn what_is_in_the_pipe_when_a_program_ends_is_told_though_others_hold_it_open() {
+        let (reader, mut writer) = io::pipe().unwrap();
+        writer.write_all(&[7; 40_000]).unwrap();
+        assert_eq!(told_of(reader.into()), [7; 40_000]);
+        drop(writer);
+    }
+
+    #[test]
+    fn who_never_stops_writing_holds_no_session_of_a_program_that_has_ended() {
+        // Never empty, as a pipe is that is filled faster than it is read.
+        let source = File::open("/dev/zero").unwrap();
+        assert!(told_of(source.into()).len() <= TERMINAL_HOLDS as usize);
+    }
+}

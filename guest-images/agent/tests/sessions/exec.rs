@@ -163,24 +163,6 @@ fn what_outlives_a_program_in_the_background_does_not_hold_its_session() {
 }
 
 #[test]
-fn what_writes_for_ever_in_the_background_does_not_hold_a_session() {
-    let agent = Agent::start();
-    let mut session = run(&agent, shell("yes & read line; echo said >&2"));
-    session.hear_out("y\n");
-    session.say(&ClientFrame::StdinEnd);
-    let mut heard = 0;
-    loop {
-        match session.hear() {
-            Some(AgentFrame::Ended(exit)) => break assert_eq!(exit, Exit::Code(0)),
-            Some(AgentFrame::Stdout(Bytes(bytes))) => heard += bytes.len(),
-            Some(_) => {}
-            None => panic!("no end"),
-        }
-        assert!(heard < 256 << 20, "it goes on for ever");
-    }
-}
-
-#[test]
 fn a_terminal_has_its_size_and_one_stream() {
     let agent = Agent::start();
     let exec = Exec {
