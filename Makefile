@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: help build demo linux test test-ways test-linux test-long test-svm bench examples lint setup
+.PHONY: help build demo linux test test-ways test-linux test-linux-svm test-long test-svm bench examples lint setup
 
 TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
 
@@ -82,6 +82,10 @@ test-svm: ## The KVM tests and a small demo on emulated AMD hardware, Linux 6.12
 	@scripts/setup build svm
 	@scripts/check-rust
 	lanes/svm/run $(addprefix --cell ,$(CELL)) $(if $(TURNS),--turns) -- '$(FILTER)'
+
+test-linux-svm: linux ## The tests of Linux machines on emulated AMD hardware
+	@scripts/setup build svm
+	lanes/svm/run $(addprefix --cell ,$(CELL)) --ignored -- 'forkvm/linux::$(FILTER)'
 
 bench: build ## Measure everything, in less than 10 minutes: target/bench/index.html
 	@mkdir -p "$(TARGET)/bench"

@@ -4,6 +4,7 @@ Nothing is installed on the host and nothing needs root. Knows nothing of what t
 """
 
 import glob
+import json
 import lzma
 import re
 import shutil
@@ -139,6 +140,17 @@ def make_disk(jobs: Jobs, plans: dict[str, list[tuple[Job, dict[str, str]]]], fi
              f"{used_kib // 1024 + SPARE_MIB}M"],
             stdout=subprocess.DEVNULL, check=True,
         )
+
+
+def linux_files(word: Path) -> list[str]:
+    """Patterns of the Linux image that `word`, the JSON of `forkvm image build`, is of; none where there is no such file."""
+    try:
+        directory = json.loads(word.read_text())["directory"]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError) as error:
+        raise LaneError(f"{word} does not say where the Linux image is ({error}): run 'make linux'") from error
+    return [str(word), f"{directory}/*"]
 
 
 def lay_out_system(root: Path) -> None:

@@ -49,8 +49,9 @@ DEMO_RESULT = "/lane/out/demo.json"
 ENVIRONMENT = {"FORKVM_SVM_LANE": "1", "FORKVM_TEST_SCALE": "small", "RUST_BACKTRACE": "1"}
 
 
-def collect(lane: dict, wanted: str) -> Jobs:
-    """Builds the workspace that the current directory belongs to. `wanted` is a part of the ids to run, or empty."""
+def collect(lane: dict, wanted: str, ignored: bool) -> Jobs:
+    """Builds the workspace that the current directory belongs to. `wanted` is a part of the ids to run, or empty; with `ignored`
+    only tests that are marked so are run, else all others and the demo."""
     metadata = json.loads(run_cargo("metadata", "--format-version=1"))
     packages = packages_on(metadata, lane["kvm_crate"])
     if not packages:
@@ -67,20 +68,20 @@ def collect(lane: dict, wanted: str) -> Jobs:
     patterns = {entry["tests"]: False for entry in lane.get("skip", [])}
     for artifact in tests:
         package = packages[artifact["package_id"]]
-        for name, ignored in list_tests(artifact):
+        for name, is_ignored in list_tests(artifact):
             job = test_job(artifact, package, name, helpers, lane["test_limit_seconds"])
             matching = [p for p in patterns if fnmatch.fnmatchcase(job.id, p)]
             patterns.update((p, True) for p in matching)
             if wanted not in job.id:
                 continue
-            if ignored or matching:
+            if is_ignored != ignored or matching:
                 skipped.append(job.id)
             else:
                 jobs.append(job)
     unused = [p for p, used in patterns.items() if not used]
     if unused:
         raise LaneError(f"lane.toml skips {', '.join(unused)}, but no such test exists: remove the entry")
-    if wanted in DEMO_ID:
+    if wanted in DEMO_ID and not ignored:
         jobs.append(demo_job(lane, demo, Path(metadata["workspace_root"])))
     if not jobs:
         raise LaneError(f"no test and no demo has '{wanted}' in its name")
@@ -149,7 +150,7 @@ def test_job(artifact: dict, package: dict, name: str, helpers: list[dict], limi
     """One test in one process, as nextest does it: a crash or a hang has the name of one test."""
     environment = dict(ENVIRONMENT, CARGO_MANIFEST_DIR=str(package["directory"]))
     environment |= {f"CARGO_BIN_EXE_{helper['target']['name']}": helper["executable"] for helper in helpers}
-    command = [artifact["executable"], "--exact", name, "--nocapture", "--test-threads=1"]
+    command = [artifact["executable"], "--exact", name, "--include-ignored", "--nocapture", "--test-threads=1"]
     return Job(
         id=f"{package['name']}/{artifact['target']['name']}::{name}",
         directory=package["directory"],
