@@ -73,6 +73,9 @@ impl Deref for Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            println!("{}", self.consoles.text());
+        }
         self.vm.family().end();
     }
 }
