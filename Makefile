@@ -85,7 +85,7 @@ test-svm: ## The KVM tests and a small demo on emulated AMD hardware, Linux 6.12
 
 test-linux-svm: linux ## The tests of Linux machines on emulated AMD hardware
 	@scripts/setup build svm
-	lanes/svm/run $(addprefix --cell ,$(CELL)) --ignored -- 'forkvm/linux::$(FILTER)'
+	lanes/svm/run $(addprefix --cell ,$(CELL)) --cpus 1 --ignored -- 'forkvm/linux::$(FILTER)'
 
 bench: build ## Measure everything, in less than 10 minutes: target/bench/index.html
 	@mkdir -p "$(TARGET)/bench"

@@ -77,8 +77,7 @@ def boot(machines: Machines, kernel: Path, initrd: Path, disk: Path, plan: str, 
         # machine instead.
         "-accel": "tcg,thread=single,tb-size=512",
         "-cpu": "EPYC,+svm,+npt",
-        # One CPU: with two QEMU gives guests interrupts twice (docs/testing.md).
-        "-smp": "1",
+        "-smp": str(lane["cpus"]),
         "-m": str(lane["memory_mib"]),
         "-display": "none",
         "-serial": f"file:{console}",
