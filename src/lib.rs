@@ -40,6 +40,8 @@ pub mod host;
 pub mod linux;
 #[cfg(feature = "cli")]
 pub mod percentiles;
+#[cfg(feature = "cli")]
+pub mod templates;
 mod vm;
 
 pub use forkvm_abi as abi;

@@ -1,7 +1,7 @@
 //! `--disk FILE[,ro][,overlay][,format=raw][,name=NAME]`.
 
 use std::collections::HashSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -64,6 +64,16 @@ impl FromStr for DiskOption {
 }
 
 impl DiskOption {
+    /// The file.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether the guest's writes go to the file.
+    pub(crate) fn is_written(&self) -> bool {
+        self.mode == Mode::Write
+    }
+
     fn set(&mut self, field: &str) -> Result<(), String> {
         match field.split_once('=') {
             Some(("name", name)) => {

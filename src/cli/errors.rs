@@ -36,10 +36,15 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     ExitCode::from(1)
 }
 
-/// The same for programs.
+/// An error as [`report`] prints it, for programs.
 pub(crate) fn to_json(error: &anyhow::Error) -> Value {
     let mut lines = lines(error).into_iter();
     json!({ "error": lines.next().unwrap_or_default(), "causes": lines.collect::<Vec<_>>() })
+}
+
+/// Tells of an error after which the command goes on.
+pub(crate) fn warn(error: &anyhow::Error) {
+    eprintln!("forkvm: {}", lines(error).join(": "));
 }
 
 /// The error and its causes. A cause that the line before has already told is left out.

@@ -22,9 +22,11 @@ mod progress;
 mod raw_terminal;
 mod restore;
 mod run;
+mod said;
 mod session;
 mod state;
 mod stop;
+mod template;
 mod worker;
 
 use std::path::PathBuf;
@@ -52,6 +54,8 @@ Examples:
   forkvm bench instantiate --quick               How fast is it here?
   forkvm disk commit disk.img                    Merge what a forked VM wrote into its disk
   forkvm image build minimal                     A Linux kernel and initramfs to boot
+  forkvm template create web                     ... boot them once, and from then on start
+  forkvm fork web -n 8 -- hostname               ... clones, with a program in each
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 the host lacks something, 128+n ended by signal n;
 run and restore end with the status of the VM that was started.";
@@ -116,6 +120,9 @@ enum Command {
     /// Build the Linux images that machines boot, and look after those that were built
     #[command(subcommand)]
     Image(image::Image),
+    /// Make templates: machines that were booted once, for clones to start from
+    #[command(subcommand)]
+    Template(template::Template),
     /// Run clones for the process that started this one
     #[command(hide = true)]
     Worker,
@@ -174,6 +181,7 @@ impl Command {
             Command::State(command) => command.run(output),
             Command::Disk(command) => command.run(output),
             Command::Image(command) => command.run(output),
+            Command::Template(command) => command.run(output),
             Command::Worker => worker::run(),
             Command::Completions { shell } => {
                 let mut text = output.text();

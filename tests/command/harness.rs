@@ -74,6 +74,7 @@ impl Running {
             .current_dir(dir)
             .env_remove("FORKVM_LOG")
             .env("XDG_RUNTIME_DIR", runtime_dir)
+            .env("XDG_DATA_HOME", runtime_dir.join("data"))
             .stdin(stdin)
             .stdout(stdout.try_clone().unwrap())
             .stderr(Stdio::piped())

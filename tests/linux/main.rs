@@ -16,3 +16,4 @@ mod identities;
 mod machine;
 mod software_kvm;
 mod template;
+mod templates;

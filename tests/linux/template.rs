@@ -24,9 +24,14 @@ const BOOT: Duration = Duration::from_secs(400);
 pub(crate) const MEMORY_MIB: u64 = 64;
 
 /// The image `minimal`, as `make linux` left it.
-struct Image {
-    directory: PathBuf,
-    cmdline: String,
+pub(crate) struct Image {
+    pub(crate) directory: PathBuf,
+    pub(crate) cmdline: String,
+}
+
+/// See [`Image`].
+pub(crate) fn image() -> Image {
+    Image::find()
 }
 
 impl Image {

@@ -101,17 +101,11 @@ impl SavedFile {
     }
 
     /// The file at `path` as it is now.
-    fn look(path: &Path) -> Result<SavedFile, DiskSaveError> {
-        let look = |path: &Path| -> io::Result<SavedFile> {
-            Ok(SavedFile::new(
-                std::path::absolute(path)?,
-                &fs::metadata(path)?,
-            ))
-        };
-        look(path).map_err(|source| DiskSaveError::Look {
-            path: path.into(),
-            source,
-        })
+    pub fn look(path: &Path) -> io::Result<SavedFile> {
+        Ok(SavedFile::new(
+            std::path::absolute(path)?,
+            &fs::metadata(path)?,
+        ))
     }
 
     /// What tells the file behind `metadata` from the one that was saved, in words; `None` when
@@ -129,6 +123,13 @@ impl SavedFile {
         }
         (now.ctime_ns != self.ctime_ns).then(|| "it was touched (ctime)".into())
     }
+}
+
+fn look(path: &Path) -> Result<SavedFile, DiskSaveError> {
+    SavedFile::look(path).map_err(|source| DiskSaveError::Look {
+        path: path.into(),
+        source,
+    })
 }
 
 impl SavedDisk {
@@ -157,13 +158,13 @@ impl SavedDisk {
                     base,
                     ..
                 } => {
-                    let data = SavedFile::look(path)?;
-                    let map = SavedFile::look(&Overlay::map_path(path))?;
+                    let data = look(path)?;
+                    let map = look(&Overlay::map_path(path))?;
                     overlays.push(SavedOverlay { data, map });
                     layer = base;
                 }
                 Storage::Raw { path, file } => {
-                    let found = SavedFile::look(path)?;
+                    let found = look(path)?;
                     let open = file.metadata().map_err(DiskSaveError::Content)?;
                     if found.difference(&open).is_some() {
                         return Err(DiskSaveError::Replaced { path: path.into() });

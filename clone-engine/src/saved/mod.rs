@@ -22,6 +22,7 @@ use thiserror::Error;
 use crate::disks::DiskSource;
 use crate::identity::Identity;
 
+pub use disk::SavedFile;
 pub use open::{OpenError, OpenMachine};
 pub use restore::RestoreError;
 pub use save_to::SaveTo;

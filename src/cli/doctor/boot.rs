@@ -1,13 +1,12 @@
 //! A VM that really boots.
 
-use std::io::{self, Write};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forkvm::engine::Consoles;
-use forkvm::{BootSpec, End, FamilyConfig, Identity, Vm, guest};
+use forkvm::{BootSpec, End, FamilyConfig, Vm, guest};
 
 use super::Lack;
+use crate::cli::said::Said;
 
 /// A host without hardware KVM takes milliseconds, an emulated one seconds.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -51,35 +50,4 @@ pub(super) fn hello() -> Result<String, Lack> {
         "a guest of {MEMORY_MIB} MiB booted and ended in {:.0?}",
         start.elapsed()
     ))
-}
-
-/// Keeps what the guest says.
-#[derive(Clone, Default)]
-struct Said(Arc<Mutex<Vec<u8>>>);
-
-impl Said {
-    fn text(&self) -> String {
-        let bytes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        String::from_utf8_lossy(&bytes).into_owned()
-    }
-}
-
-impl Consoles for Said {
-    fn open(&self, _vm: &Identity) -> io::Result<Box<dyn Write + Send>> {
-        Ok(Box::new(self.clone()))
-    }
-}
-
-impl Write for Said {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }

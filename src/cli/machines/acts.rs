@@ -5,14 +5,18 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
-use forkvm::{FreezeKind, MemoryMode};
-use serde_json::Value;
+use forkvm::templates::{Template, TemplateError, Templates};
+use forkvm::{CloneSpec, FreezeKind, MemoryMode};
+use serde_json::{Value, json};
 
+use super::super::control::place::Places;
 use super::super::control::protocol::Request;
 use super::super::errors::Usage;
 use super::super::fork_options::{freezes, modes};
 use super::super::output::{Outcome, Output};
 use super::super::run::vm_name;
+use super::super::template::{self, Place};
+use super::exec::agent_of;
 use super::{ask, text};
 
 const PAUSE: &str = "\
@@ -43,7 +47,13 @@ Examples:
   forkvm fork web -n 8 --memory-mode lazy
   for vm in $(forkvm fork web -n 4 --json - | jq -r '.clones[]'); do forkvm wait $vm; done
 
-All of them run, or none and the machine goes on as before. A clone runs also where the machine is paused.";
+All of them run, or none and the machine goes on as before. A clone runs also where the machine is paused.
+
+With a program, in machines with forkvm's agent:
+  forkvm fork web -n 8 -- sh -c 'echo I am $FORKVM_CLONE_ID'
+
+It runs in each clone, its output line by line behind the clone's name. The command ends with the worst of its
+statuses, and the clones end then. X may be a template as well (`forkvm template create`); a machine that runs is taken first.";
 
 const KILL: &str = "\
 Examples:
@@ -109,6 +119,9 @@ pub(crate) struct Fork {
     /// How the fork keeps the machine's memory
     #[arg(long, value_name = "FREEZE", default_value = "auto", value_parser = freezes())]
     freeze: FreezeKind,
+    /// What to run in each clone; they end with it
+    #[arg(last = true)]
+    program: Vec<String>,
 }
 
 /// Options of `kill`.
@@ -167,6 +180,14 @@ impl Fork {
                 .check(mode)
                 .map_err(|error| Usage(error.to_string()))?;
         }
+        if let Some(template) = self.template()? {
+            let spec = CloneSpec {
+                memory_mode: self.memory_mode.unwrap_or_default(),
+                freeze: self.freeze,
+                ..CloneSpec::new(self.count)
+            };
+            return template::fork(&template, spec, &self.program, output);
+        }
         let vm = self.which.vm;
         let request = Request::Fork {
             vm: vm.clone(),
@@ -175,12 +196,60 @@ impl Fork {
             freeze: Some(self.freeze),
         };
         let forked = ask(&vm, &request)?;
+        if !self.program.is_empty() {
+            return run_in_clones(forked, &self.program, output);
+        }
         let mut out = output.text();
         for clone in forked["clones"].as_array().into_iter().flatten() {
             writeln!(out, "{}", clone.as_str().unwrap_or_default())?;
         }
         Ok(Outcome::done(forked))
     }
+}
+
+impl Fork {
+    /// The template of that name, where a program is to run and no such machine runs.
+    fn template(&self) -> anyhow::Result<Option<Template>> {
+        let name = &self.which.vm;
+        if self.program.is_empty() || Places::of_user()?.holder(name)?.is_some() {
+            return Ok(None);
+        }
+        match Templates::of_user()?.find(name) {
+            // Of a clone, such as `web.3`, or of nothing.
+            Err(TemplateError::Unknown { .. }) => Ok(None),
+            found => Ok(Some(found?)),
+        }
+    }
+}
+
+/// Runs `program` in clones that were just made, and ends them.
+fn run_in_clones(forked: Value, program: &[String], output: &Output) -> anyhow::Result<Outcome> {
+    let clones = forked["clones"].as_array().into_iter().flatten();
+    let clones: Vec<&str> = clones.filter_map(Value::as_str).collect();
+    let place = |(clone_id, vm): (u32, &&str)| {
+        let vm = (*vm).to_owned();
+        anyhow::Ok(Place {
+            agent: agent_of(&vm)?,
+            vm,
+            clone_id,
+        })
+    };
+    let places: anyhow::Result<Vec<Place>> = (1..).zip(&clones).map(place).collect();
+    let ran = places.and_then(|places| template::run_in_each(&places, program, output));
+    for vm in &clones {
+        let vm = (*vm).to_owned();
+        if let Err(error) = ask(&vm, &Request::Kill { vm: vm.clone() }) {
+            // It may have ended itself.
+            tracing::debug!(%error, vm, "a clone is not killed");
+        }
+    }
+    let statuses = ran?;
+    let ended = clones.iter().zip(&statuses);
+    let ended = ended.map(|(name, status)| json!({ "name": name, "status": status }));
+    Ok(Outcome {
+        report: json!({ "clones": ended.collect::<Vec<Value>>() }),
+        status: statuses.into_iter().max().unwrap_or_default(),
+    })
 }
 
 impl Kill {

@@ -42,7 +42,7 @@ fn text<'a>(answer: &'a Value, key: &str) -> &'a str {
 }
 
 /// What was said since when, for people.
-fn ago(unix_ms: &Value) -> String {
+pub(crate) fn ago(unix_ms: &Value) -> String {
     let since = UNIX_EPOCH + Duration::from_millis(unix_ms.as_u64().unwrap_or_default());
     let seconds = SystemTime::now()
         .duration_since(since)

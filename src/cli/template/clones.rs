@@ -1,0 +1,100 @@
+//! `forkvm fork TEMPLATE -n N -- PROGRAM`: clones of a template, a program in each, and the end of all.
+//!
+//! The template's machine is restored in this process and forked; the clones end with the programs, or with this process.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::Context;
+use forkvm::engine::Family;
+use forkvm::linux::{INTRODUCTION, LinuxVm};
+use forkvm::templates::Template;
+use forkvm::vmm::Kvm;
+use forkvm::{CloneSpec, FamilyConfig, MemoryMode, VsockSpec};
+use serde_json::{Value, json};
+
+use super::each::{Place, run_in_each};
+use super::end_when_asked;
+use crate::cli::errors;
+use crate::cli::output::{Outcome, Output};
+use crate::cli::progress::Progress;
+use crate::cli::stop::Stop;
+
+/// See the module's text. `spec` says how many clones, and how they get their memory; so does the machine.
+pub(crate) fn fork(
+    template: &Template,
+    spec: CloneSpec,
+    program: &[String],
+    output: &Output,
+) -> anyhow::Result<Outcome> {
+    let sockets = tempfile::tempdir().context("making a directory for sockets")?;
+    let config = FamilyConfig {
+        vsock: Some(VsockSpec {
+            path: sockets.path().join("vsock"),
+        }),
+        ..FamilyConfig::default()
+    };
+    let family = Family::new(Arc::new(Kvm::open()?), config);
+    let stop = Stop::on_signals().context("hearing signals")?;
+    end_when_asked(&stop, &family).context("starting a thread")?;
+    let ran = run(&family, template, spec, program, output);
+    family.end();
+    match (ran, stop.exit_code()) {
+        (Ok(outcome), None) => Ok(outcome),
+        (Ok(outcome), Some(status)) => Ok(Outcome { status, ..outcome }),
+        (Err(error), Some(status)) => {
+            errors::report(&error);
+            Ok(Outcome {
+                status,
+                report: errors::to_json(&error),
+            })
+        }
+        (Err(error), None) => Err(error),
+    }
+}
+
+fn run(
+    family: &Arc<Family>,
+    template: &Template,
+    spec: CloneSpec,
+    program: &[String],
+    output: &Output,
+) -> anyhow::Result<Outcome> {
+    let start = Instant::now();
+    let vm = restore(family, template, spec.memory_mode)?;
+    let restored_ms = start.elapsed().as_millis() as u64;
+    let clones = vm.fork(spec).context("forking the template's machine")?;
+    let clones_ms = start.elapsed().as_millis() as u64 - restored_ms;
+    let place = |(number, clone): (u32, &LinuxVm)| Place {
+        vm: clone.identity().name,
+        clone_id: number,
+        agent: clone.agent().clone(),
+    };
+    let places: Vec<Place> = (1..).zip(&clones).map(place).collect();
+    let statuses = run_in_each(&places, program, output)?;
+    let ended = places.iter().zip(&statuses);
+    let ended = ended.map(|(place, status)| json!({ "name": place.vm, "status": status }));
+    let ended: Vec<Value> = ended.collect();
+    Ok(Outcome {
+        status: statuses.into_iter().max().unwrap_or_default(),
+        report: json!({
+            "template": template.name(),
+            "clones": ended,
+            "restored_ms": restored_ms,
+            "clones_ms": clones_ms,
+            "took_ms": start.elapsed().as_millis() as u64,
+        }),
+    })
+}
+
+fn restore(family: &Arc<Family>, template: &Template, mode: MemoryMode) -> anyhow::Result<LinuxVm> {
+    let what = || format!("restoring {}", template.name());
+    let machine = template.machine()?;
+    let mut bar = Progress::new("loading memory");
+    let member = family.restore(machine, Some(template.name()), mode, &mut |progress| {
+        bar.update(progress.done, progress.total);
+    });
+    drop(bar);
+    let member = member.with_context(what)?;
+    LinuxVm::meet(family.clone(), member, INTRODUCTION).with_context(what)
+}
