@@ -119,16 +119,21 @@ pub(crate) fn settled(before: Option<&Census>, take: impl Fn() -> Census) -> Cen
     }
 }
 
-/// What `take` sees once it does not change by itself: what came before may still be going.
+/// What `take` sees once it does not change by itself: what came before may still be going. On a slow host that takes longer, as
+/// does a look.
 pub(crate) fn stable(take: impl Fn() -> Census) -> Census {
-    let mut last = take();
+    let look = || {
+        let start = Instant::now();
+        (take(), start.elapsed())
+    };
+    let (mut last, mut took) = look();
     loop {
-        thread::sleep(Duration::from_millis(20));
-        let now = take();
+        thread::sleep(Duration::from_millis(20).max(took * 10));
+        let (now, again) = look();
         if now == last {
             return now;
         }
-        last = now;
+        (last, took) = (now, again);
     }
 }
 
