@@ -8,6 +8,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 
+use super::errors;
+use super::output::Outcome;
+
 /// What was heard.
 pub(super) struct Stop {
     asked: Arc<AtomicBool>,
@@ -36,6 +39,18 @@ impl Stop {
     /// Set once the end is asked for.
     pub(super) fn asked(&self) -> Arc<AtomicBool> {
         self.asked.clone()
+    }
+
+    /// What a command came to that failed with `error`: where it was asked to end, that is why.
+    pub(super) fn outcome(&self, error: anyhow::Error) -> anyhow::Result<Outcome> {
+        let Some(status) = self.exit_code() else {
+            return Err(error);
+        };
+        errors::report(&error);
+        Ok(Outcome {
+            status,
+            report: errors::to_json(&error),
+        })
     }
 
     /// The exit code of a command that ends because it was asked to.

@@ -29,13 +29,8 @@ pub(crate) struct Image {
     pub(crate) cmdline: String,
 }
 
-/// See [`Image`].
-pub(crate) fn image() -> Image {
-    Image::find()
-}
-
 impl Image {
-    fn find() -> Image {
+    pub(crate) fn find() -> Image {
         let path = target().join("linux.json");
         let text = fs::read_to_string(&path).unwrap_or_else(|error| {
             panic!("{}: {error}; `make linux` makes it", path.display());

@@ -9,7 +9,7 @@ use tempfile::TempDir;
 
 use super::common::need_kvm;
 use super::harness::{Ended, forkvm};
-use super::template::{MEMORY_MIB, image, template};
+use super::template::{Image, MEMORY_MIB, template};
 
 /// A user with templates of their own.
 struct User(TempDir);
@@ -82,7 +82,7 @@ fn a_program_runs_in_each_clone_of_a_template_and_the_worst_status_is_the_comman
 fn a_template_is_booted_once_and_names_what_has_changed_since() {
     need_kvm!();
     let user = User::new();
-    let image = image();
+    let image = Image::find();
     for file in ["vmlinux", "initramfs.cpio"] {
         fs::copy(image.directory.join(file), user.path(file)).unwrap();
     }
@@ -126,7 +126,7 @@ fn a_template_is_booted_once_and_names_what_has_changed_since() {
 fn a_machine_without_an_agent_makes_no_template_and_shows_its_console() {
     need_kvm!();
     let user = User::new();
-    let image = image();
+    let image = Image::find();
     let (kernel, initrd) = (
         image.directory.join("vmlinux"),
         image.directory.join("initramfs.cpio"),

@@ -12,7 +12,7 @@ use forkvm_linux_image::{
 
 use super::progress::Bar;
 use super::{kib, to_json};
-use crate::cli::errors::{self, Usage};
+use crate::cli::errors::Usage;
 use crate::cli::output::{Outcome, Output};
 use crate::cli::stop::Stop;
 
@@ -45,16 +45,9 @@ impl Build {
         let mut bar = Bar::new(output.text(), stop.asked());
         let built = build(&request, &mut bar);
         drop(bar);
-        let built = match (built, stop.exit_code()) {
-            (Err(error @ BuildError::Stopped), Some(status)) => {
-                let error = anyhow::Error::from(error);
-                errors::report(&error);
-                return Ok(Outcome {
-                    status,
-                    report: errors::to_json(&error),
-                });
-            }
-            (built, _) => built?,
+        let built = match built {
+            Err(error @ BuildError::Stopped) => return stop.outcome(error.into()),
+            built => built?,
         };
         let took = start.elapsed();
         print(&mut output.text(), &built, took.as_secs_f64())?;

@@ -205,9 +205,7 @@ impl Fork {
         }
         Ok(Outcome::done(forked))
     }
-}
 
-impl Fork {
     /// The template of that name, where a program is to run and no such machine runs.
     fn template(&self) -> anyhow::Result<Option<Template>> {
         let name = &self.which.vm;
@@ -243,12 +241,10 @@ fn run_in_clones(forked: Value, program: &[String], output: &Output) -> anyhow::
             tracing::debug!(%error, vm, "a clone is not killed");
         }
     }
-    let statuses = ran?;
-    let ended = clones.iter().zip(&statuses);
-    let ended = ended.map(|(name, status)| json!({ "name": name, "status": status }));
+    let ran = ran?;
     Ok(Outcome {
-        report: json!({ "clones": ended.collect::<Vec<Value>>() }),
-        status: statuses.into_iter().max().unwrap_or_default(),
+        status: ran.worst(),
+        report: json!({ "clones": ran.to_json() }),
     })
 }
 

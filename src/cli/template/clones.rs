@@ -11,11 +11,10 @@ use forkvm::linux::{INTRODUCTION, LinuxVm};
 use forkvm::templates::Template;
 use forkvm::vmm::Kvm;
 use forkvm::{CloneSpec, FamilyConfig, MemoryMode, VsockSpec};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::each::{Place, run_in_each};
 use super::end_when_asked;
-use crate::cli::errors;
 use crate::cli::output::{Outcome, Output};
 use crate::cli::progress::Progress;
 use crate::cli::stop::Stop;
@@ -40,16 +39,9 @@ pub(crate) fn fork(
     let ran = run(&family, template, spec, program, output);
     family.end();
     match (ran, stop.exit_code()) {
-        (Ok(outcome), None) => Ok(outcome),
         (Ok(outcome), Some(status)) => Ok(Outcome { status, ..outcome }),
-        (Err(error), Some(status)) => {
-            errors::report(&error);
-            Ok(Outcome {
-                status,
-                report: errors::to_json(&error),
-            })
-        }
-        (Err(error), None) => Err(error),
+        (Ok(outcome), None) => Ok(outcome),
+        (Err(error), _) => stop.outcome(error),
     }
 }
 
@@ -71,15 +63,12 @@ fn run(
         agent: clone.agent().clone(),
     };
     let places: Vec<Place> = (1..).zip(&clones).map(place).collect();
-    let statuses = run_in_each(&places, program, output)?;
-    let ended = places.iter().zip(&statuses);
-    let ended = ended.map(|(place, status)| json!({ "name": place.vm, "status": status }));
-    let ended: Vec<Value> = ended.collect();
+    let ran = run_in_each(&places, program, output)?;
     Ok(Outcome {
-        status: statuses.into_iter().max().unwrap_or_default(),
+        status: ran.worst(),
         report: json!({
             "template": template.name(),
-            "clones": ended,
+            "clones": ran.to_json(),
             "restored_ms": restored_ms,
             "clones_ms": clones_ms,
             "took_ms": start.elapsed().as_millis() as u64,

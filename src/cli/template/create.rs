@@ -22,7 +22,7 @@ use serde_json::json;
 
 use super::end_when_asked;
 use crate::cli::disk_option::{self, DiskOption};
-use crate::cli::errors::{self, Usage};
+use crate::cli::errors::Usage;
 use crate::cli::output::{Outcome, Output};
 use crate::cli::run::vm_name;
 use crate::cli::said::Said;
@@ -112,29 +112,21 @@ impl Create {
         end_when_asked(&stop, &family).context("starting a thread")?;
         let made = self.make(&family, &kernel, draft);
         family.end();
-        match (made, stop.exit_code()) {
-            (Ok(template), _) => {
+        let error = match made {
+            Ok(template) => {
                 let (name, directory) = (template.name(), template.directory().display());
                 writeln!(output.text(), "made {name} in {directory}")?;
-                Ok(Outcome::done(super::to_json(&template)))
+                return Ok(Outcome::done(super::to_json(&template)));
             }
-            (Err(error), Some(status)) => {
-                errors::report(&error);
-                Ok(Outcome {
-                    status,
-                    report: errors::to_json(&error),
-                })
-            }
-            (Err(error), None) => {
-                let said = console.text();
-                let lines: Vec<&str> = said.lines().collect();
-                let last = lines[lines.len().saturating_sub(LINES)..].join("\n  ");
-                if !last.is_empty() {
-                    eprintln!("forkvm: the machine's console ended with\n  {last}");
-                }
-                Err(error)
-            }
+            Err(error) => error,
+        };
+        let said = console.text();
+        let lines: Vec<&str> = said.lines().collect();
+        let last = lines[lines.len().saturating_sub(LINES)..].join("\n  ");
+        if stop.exit_code().is_none() && !last.is_empty() {
+            eprintln!("forkvm: the machine's console ended with\n  {last}");
         }
+        stop.outcome(error)
     }
 
     fn kernel(&self) -> anyhow::Result<Kernel> {

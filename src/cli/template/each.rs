@@ -7,6 +7,7 @@ use std::thread;
 use anyhow::Context;
 use forkvm::agent::protocol::Exec;
 use forkvm::agent::{AgentClient, AgentError};
+use serde_json::{Value, json};
 
 use crate::cli::errors;
 use crate::cli::output::Output;
@@ -25,12 +26,30 @@ pub(crate) struct Place {
     pub(crate) agent: AgentClient,
 }
 
-/// Runs `program` in all of them at once; with what it ended in each, in their order.
+/// With what a program ended in each place.
+pub(crate) struct Ran(Vec<(String, u8)>);
+
+impl Ran {
+    /// The status that a command ends with.
+    pub(crate) fn worst(&self) -> u8 {
+        let statuses = self.0.iter().map(|(_, status)| *status);
+        statuses.max().unwrap_or_default()
+    }
+
+    pub(crate) fn to_json(&self) -> Value {
+        let ended = self.0.iter();
+        ended
+            .map(|(name, status)| json!({ "name": name, "status": status }))
+            .collect()
+    }
+}
+
+/// Runs `program` in all of them at once, and waits for its end in each.
 pub(crate) fn run_in_each(
     places: &[Place],
     program: &[String],
     output: &Output,
-) -> anyhow::Result<Vec<u8>> {
+) -> anyhow::Result<Ran> {
     let out = Arc::new(Mutex::new(output.text()));
     let err: Arc<Mutex<Box<dyn Write + Send>>> = Arc::new(Mutex::new(Box::new(io::stderr())));
     thread::scope(|scope| {
@@ -50,7 +69,9 @@ pub(crate) fn run_in_each(
         // All of them are waited for, whatever came of the first.
         let statuses: Vec<io::Result<u8>> = statuses.collect();
         let statuses: io::Result<Vec<u8>> = statuses.into_iter().collect();
-        statuses.context("starting a thread")
+        let statuses = statuses.context("starting a thread")?;
+        let names = places.iter().map(|place| place.vm.clone());
+        Ok(Ran(names.zip(statuses).collect()))
     })
 }
 
