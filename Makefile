@@ -3,13 +3,13 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: help build demo linux test test-ways test-linux test-linux-svm test-long test-svm bench examples lint setup
+.PHONY: help build demo demo-linux linux test test-ways test-linux test-linux-svm test-long test-svm bench examples lint setup
 
 TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
 
 help: ## Show this list
 	@echo "forkvm: fork() for virtual machines. Targets:"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s  %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  One test:                 cargo nextest run NAME        (cargo test NAME without nextest)"
 	@echo "  One test on emulated SVM: make test-svm FILTER=NAME [CELL=6.1-npt0]"
@@ -27,6 +27,11 @@ demo: ## Install what is missing, build, and map reads in 32 clones: target/demo
 	"$(TARGET)/release/forkvm" demo --clones 32
 	samtools quickcheck target/demo.sam
 	@echo "samtools reads $$(samtools view -c target/demo.sam) records of target/demo.sam"
+
+demo-linux: ## Install what is missing, boot a Linux machine once, and align sequences in 4 clones: target/demo-linux.json
+	@scripts/setup build linux demo-linux
+	@$(MAKE) --no-print-directory build
+	"$(TARGET)/release/forkvm" demo-linux --clones 4
 
 linux: ## Install what is missing, and build the Linux image `minimal`, or find it in the cache
 	@scripts/setup build linux

@@ -34,10 +34,14 @@ pub mod agent;
 pub mod bench;
 #[cfg(feature = "cli")]
 pub mod demo;
+#[cfg(feature = "cli")]
+pub mod demo_linux;
 pub mod guest;
 #[cfg(feature = "cli")]
 pub mod host;
 pub mod linux;
+#[cfg(feature = "cli")]
+pub mod packaged;
 #[cfg(feature = "cli")]
 pub mod percentiles;
 #[cfg(feature = "cli")]

@@ -153,6 +153,11 @@ impl ForkPoint {
         touches.map_or_else(WorkingSet::default, |touches| touches.working_set())
     }
 
+    /// Whom it is of.
+    pub fn parent(&self) -> &Identity {
+        &self.parent
+    }
+
     /// Whether the guest asked for it, rather than the host.
     pub fn by_guest(&self) -> bool {
         self.forker.is_some()

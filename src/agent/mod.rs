@@ -95,6 +95,17 @@ impl AgentClient {
         }
     }
 
+    /// Tells a machine that the host has forked it, and waits until its hooks have run as a parent's: names of those that did.
+    ///
+    /// # Errors
+    /// [`AgentError::Refused`] names the hook that failed. The machine is who it was.
+    pub fn after_fork(&self) -> Result<Vec<String>, AgentError> {
+        match self.ask(Request::AfterFork, self.limit)? {
+            AgentFrame::HooksRan(ran) => Ok(ran),
+            other => Err(AgentError::unexpected(&other)),
+        }
+    }
+
     /// Has the machine fork itself; answers for the parent.
     ///
     /// # Errors

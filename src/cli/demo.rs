@@ -5,7 +5,6 @@ use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
@@ -25,6 +24,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use super::console::Terminal;
 use super::fork_options::ForkOptions;
 use super::output::{Outcome, Output};
+use super::progress::Spinner;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -93,7 +93,7 @@ impl Demo {
             lambda_pairs: self.lambda_pairs,
         };
         let input = {
-            let _spinner = spinner("drawing reads and writing disks");
+            let _spinner = Spinner::new("drawing reads and writing disks");
             Input::prepare(&folder, &spec)?
         };
         writeln!(text, "{} reads to map; seed {seed}", input.reads)?;
@@ -108,7 +108,7 @@ impl Demo {
             consoles: Arc::new(Terminal::new(Box::new(log), None)),
         };
         let run = {
-            let _spinner = spinner("guests at work");
+            let _spinner = Spinner::new("guests at work");
             run::run(&input, &spec)
                 .with_context(|| format!("consoles are in {}", folder.display()))?
         };
@@ -244,21 +244,6 @@ fn records(answers: &Answers) -> String {
     let placed = answers.simulated_placed_percent.unwrap_or_default();
     let (records, checks) = (answers.records, answers.independent_checks);
     format!("{records}, {verdict}; {checks} checked by Myers; {placed:.2} % where they were drawn")
-}
-
-/// A sign of life on a terminal, while it lives.
-fn spinner(what: &'static str) -> Spinner {
-    let bar = ProgressBar::new_spinner().with_message(what);
-    bar.enable_steady_tick(Duration::from_millis(100));
-    Spinner(bar)
-}
-
-struct Spinner(ProgressBar);
-
-impl Drop for Spinner {
-    fn drop(&mut self) {
-        self.0.finish_and_clear();
-    }
 }
 
 fn bar(len: u64, what: &'static str) -> ProgressBar {

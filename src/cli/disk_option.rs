@@ -69,6 +69,20 @@ impl DiskOption {
         &self.path
     }
 
+    /// Whether the guest may not write.
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.mode == Mode::ReadOnly
+    }
+
+    /// The same, called `name` unless it has a name.
+    pub(crate) fn named(self, name: &str) -> DiskOption {
+        let name = self.name.unwrap_or_else(|| name.to_owned());
+        DiskOption {
+            name: Some(name),
+            ..self
+        }
+    }
+
     /// Whether the guest's writes go to the file.
     pub(crate) fn is_written(&self) -> bool {
         self.mode == Mode::Write

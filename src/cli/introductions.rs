@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use forkvm::agent::{AgentClient, AgentError};
 use forkvm::engine::{Family, Member};
-use forkvm::linux::{INTRODUCTION, Why, introduce};
+use forkvm::linux::{INTRODUCTION, Why, introduce, tell_parent};
 
 /// How long an agent is waited for before it is looked whether the machine is still there.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
@@ -41,6 +41,26 @@ impl Introductions {
         thread::Builder::new()
             .name("introduce".into())
             .spawn(move || introductions.meet(&member))?;
+        Ok(())
+    }
+
+    /// The host has forked a VM. Its agent, if it has one, is told in a thread of its own.
+    pub(super) fn hear_of_fork(&self, parent: &Arc<Member>) -> io::Result<()> {
+        if !self.has_agents.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let Some(spec) = &self.family.config().vsock else {
+            return Ok(());
+        };
+        let (socket, parent) = (spec.path_of(&parent.identity()), parent.clone());
+        let tell = move || match AgentClient::connect(&socket, Instant::now() + LOOK_EVERY) {
+            Ok(agent) => tell_parent(&parent, &agent),
+            Err(error) => {
+                let vm = parent.name();
+                tracing::warn!(%error, vm, "it is not told that it was forked");
+            }
+        };
+        thread::Builder::new().name("forked".into()).spawn(tell)?;
         Ok(())
     }
 

@@ -8,6 +8,7 @@ mod bench;
 mod console;
 mod control;
 mod demo;
+mod demo_linux;
 mod disk;
 mod disk_option;
 mod doctor;
@@ -15,6 +16,7 @@ mod errors;
 mod fork_options;
 mod image;
 mod introductions;
+mod kernel_options;
 mod log;
 mod machines;
 mod output;
@@ -42,7 +44,7 @@ Examples:
   forkvm doctor                                  Does this host suffice?
   forkvm run --guest hello                       Boot the guest that forkvm carries with it
   forkvm run --guest 'fork n=3 mib=4'            A guest that forks itself into three clones
-  forkvm run --kernel bzImage --initrd initrd --cmdline 'console=ttyS0' --disk root.img,overlay
+  forkvm run --image minimal                     A Linux machine (`forkvm image build minimal`)
   forkvm run --guest 'touch mib=64' --save DIR   Ctrl-C saves the machine to DIR ...
   forkvm restore DIR                             ... and this lets it run on
   forkvm restore DIR --memory-mode lazy          At once, with its memory read as it is touched
@@ -83,6 +85,8 @@ enum Command {
     Doctor(doctor::Doctor),
     /// Run the main job on real input: clones of one VM map reads of real genomes
     Demo(demo::Demo),
+    /// Boot a Linux machine once, and run a program of Debian's in clones of it
+    DemoLinux(demo_linux::DemoLinux),
     /// Measure what forkvm does, so that it can be quoted and repeated
     Bench(bench::Bench),
     /// Boot a VM and serve it until it and all its clones have ended
@@ -101,7 +105,9 @@ enum Command {
     Save(machines::Save),
     /// Make clones of a running machine, which go on from this very instant
     Fork(machines::Fork),
-    /// End it
+    /// Switch it off in order, as its own poweroff does
+    Stop(machines::Stop),
+    /// End it at once
     Kill(machines::Kill),
     /// Wait for its end, and end with its status
     Wait(machines::Wait),
@@ -164,6 +170,7 @@ impl Command {
         match self {
             Command::Doctor(command) => command.run(output),
             Command::Demo(command) => command.run(output),
+            Command::DemoLinux(command) => command.run(output),
             Command::Bench(command) => command.run(output),
             Command::Run(command) => command.run(output),
             Command::Restore(command) => command.run(output),
@@ -173,6 +180,7 @@ impl Command {
             Command::Resume(command) => command.run(output),
             Command::Save(command) => command.run(output),
             Command::Fork(command) => command.run(output),
+            Command::Stop(command) => command.run(output),
             Command::Kill(command) => command.run(output),
             Command::Wait(command) => command.run(output),
             Command::Console(command) => command.run(output),

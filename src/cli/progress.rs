@@ -1,4 +1,4 @@
-//! A progress bar for what takes longer than a second, on a terminal only.
+//! Signs of life for what takes longer than a second, on a terminal only.
 
 use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
@@ -6,6 +6,35 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Says what is under way where nobody knows how long it takes. Gone when it is dropped.
+pub(crate) struct Spinner(ProgressBar);
+
+impl Spinner {
+    /// Of `what`, such as "booting".
+    pub(crate) fn new(what: &'static str) -> Spinner {
+        let bar = if io::stderr().is_terminal() {
+            ProgressBar::new_spinner()
+        } else {
+            ProgressBar::hidden()
+        };
+        bar.enable_steady_tick(Duration::from_millis(100));
+        let spinner = Spinner(bar);
+        spinner.say(what);
+        spinner
+    }
+
+    /// Another step is under way.
+    pub(crate) fn say(&self, what: &'static str) {
+        self.0.set_message(what);
+    }
+}
+
+impl Drop for Spinner {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
 
 /// Progress in bytes. The bar goes when this is dropped.
 pub(crate) struct Progress {

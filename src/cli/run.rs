@@ -1,12 +1,10 @@
 //! `forkvm run`: boots a VM.
 
 use std::io::{self, IsTerminal, Write};
-use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
 use comfy_table::{Table, presets};
-use forkvm::vmm::boot::Payload;
 use forkvm::vmm::memory::{MAX_MIB, MIN_MIB};
 use forkvm::{BootSpec, guest};
 use forkvm_guest_images::JOBS;
@@ -15,6 +13,7 @@ use serde_json::json;
 use super::control::place::Claim;
 use super::disk_option::{self, DiskOption};
 use super::errors::Usage;
+use super::kernel_options::KernelOptions;
 use super::output::{Outcome, Output};
 use super::session::{Session, SessionOptions};
 
@@ -22,10 +21,10 @@ const EXAMPLES: &str = "\
 Examples:
   forkvm run --guest hello
   forkvm run --guest fork --cmdline 'n=3 mib=4' --memory 64 --vcpus 2
-  forkvm run --kernel bzImage --initrd initrd --cmdline 'console=ttyS0 root=/dev/vda' \\
-             --memory 1024 --disk root.img,overlay --disk data.img,name=data
+  forkvm run --image minimal --memory 128 --name web
+  forkvm run --kernel bzImage --rootfs root.img,overlay --cmdline 'console=ttyS0' \\
+             --memory 1024 --disk data.img,name=data
   forkvm run --guest 'tree depth=3' --memory-mode lazy
-  forkvm run --name web --kernel bzImage ...       # `forkvm fork web -n 8`, `forkvm console web`
   forkvm run --guest 'touch mib=64' --save DIR     # Ctrl-C saves; `forkvm restore DIR` goes on
 
 Disks:
@@ -44,25 +43,13 @@ them, and ends with the VM's own status.";
 /// Options of `run`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-#[group(id = "payload", required = true, multiple = false, args = ["guest", "kernel"])]
+#[group(id = "payload", required = true, multiple = false, args = ["guest", "image", "kernel"])]
 pub(crate) struct Run {
     /// Boot the embedded guest with a job, such as `hello` or `fork n=3`; `help` lists them
-    #[arg(long, value_name = "JOB")]
+    #[arg(long, value_name = "JOB", conflicts_with_all = ["initrd", "rootfs", "append"])]
     guest: Option<String>,
-    /// Boot an ELF executable or a Linux bzImage
-    #[arg(long, value_name = "FILE")]
-    kernel: Option<PathBuf>,
-    /// Initial RAM disk of the kernel
-    #[arg(long, value_name = "FILE", conflicts_with = "guest")]
-    initrd: Option<PathBuf>,
-    /// Command line of the guest
-    #[arg(
-        long,
-        value_name = "TEXT",
-        default_value = "",
-        hide_default_value = true
-    )]
-    cmdline: String,
+    #[command(flatten)]
+    kernel: KernelOptions,
     /// RAM in MiB
     #[arg(long, value_name = "MIB", default_value_t = 512,
           value_parser = clap::value_parser!(u64).range(MIN_MIB..=MAX_MIB))]
@@ -93,29 +80,27 @@ impl Run {
         self.session.forks.check()?;
         let claim = self.name.as_deref().map(Claim::take).transpose()?;
         let mut options = self.session;
-        if let (Some(claim), Some(_)) = (&claim, &self.kernel) {
+        if let (Some(claim), None) = (&claim, &self.guest) {
             options.vsock_is_by_default(claim.vsock());
         }
         // What the embedded guest reads are lines, which a terminal lets its user edit.
-        let raw = self.kernel.is_some() && io::stdin().is_terminal() && io::stdout().is_terminal();
-        let (payload, cmdline) = match (self.guest, self.kernel) {
-            (Some(job), _) => (guest::bare(), job_line(&job, &self.cmdline)?),
-            (None, Some(kernel)) => (
-                Payload::Kernel {
-                    kernel,
-                    initrd: self.initrd,
-                },
-                self.cmdline,
-            ),
-            (None, None) => {
-                return Err(Usage("one of --guest and --kernel is needed".into()).into());
+        let raw = self.guest.is_none() && io::stdin().is_terminal() && io::stdout().is_terminal();
+        let (payload, cmdline, disks) = match self.guest {
+            Some(job) => {
+                let cmdline = job_line(&job, self.kernel.cmdline())?;
+                (guest::bare(), cmdline, self.disks)
+            }
+            None => {
+                let kernel = self.kernel.find()?;
+                let disks = kernel.disks(&self.disks);
+                (kernel.payload(), kernel.cmdline, disks)
             }
         };
         let spec = BootSpec {
             name: self.name.unwrap_or_else(|| "vm".into()),
             memory_mib: self.memory,
             vcpus: self.vcpus,
-            disks: disk_option::open_all(&self.disks)?,
+            disks: disk_option::open_all(&disks)?,
             payload,
             cmdline,
         };

@@ -19,7 +19,7 @@ use clap::Args;
 use forkvm::engine::saved::{SaveError, SaveTo, Saver};
 use forkvm::engine::{Family, ForkPoint, Member, MemberError, Observer, Phase, Vetoed};
 use forkvm::vmm::{Kvm, PausedVm};
-use forkvm::{End, FamilyConfig, VsockSpec};
+use forkvm::{End, FamilyConfig, FreezeKind, VsockSpec};
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -66,7 +66,7 @@ impl SessionOptions {
 /// A family that has no VM yet.
 pub(crate) struct Session {
     family: Arc<Family>,
-    clones: Receiver<Arc<Member>>,
+    births: Receiver<Birth>,
     control: Arc<Control>,
     save: Option<PathBuf>,
     vms: Arc<Registry>,
@@ -111,16 +111,16 @@ impl Session {
                 dir.display()
             );
         }
-        let (sender, clones) = channel();
+        let (sender, births) = channel();
         let taps = Arc::new(Taps::new(Terminal::new(output.text(), console_dir)));
         let vms = Arc::new(Registry::default());
-        let births = Births {
+        let observer = Births {
             vms: vms.clone(),
-            clones: Mutex::new(sender),
+            told: Mutex::new(sender),
         };
         let config = FamilyConfig {
             consoles: taps.clone(),
-            observer: Arc::new(births),
+            observer: Arc::new(observer),
             saver: save
                 .clone()
                 .map(|dir| Arc::new(saver(dir)) as Arc<dyn Saver>),
@@ -141,7 +141,7 @@ impl Session {
         control.clone().hear_signals().context("hearing signals")?;
         Ok(Session {
             family,
-            clones,
+            births,
             control,
             save,
             vms,
@@ -236,13 +236,25 @@ impl Session {
             }
             running = left;
             let gone = before != running.len();
-            let born = running.len();
-            running.extend(self.clones.try_iter());
-            if let Some(introductions) = introductions {
-                for clone in &running[born..] {
-                    if let Err(error) = introductions.hear_of(clone) {
-                        tracing::error!(%error, clone = clone.name(), "no thread to tell a clone who it is: it is ended");
-                        clone.kill();
+            for birth in self.births.try_iter() {
+                match birth {
+                    Birth::Clone(clone) => {
+                        if let Some(introductions) = introductions
+                            && let Err(error) = introductions.hear_of(&clone)
+                        {
+                            tracing::error!(%error, clone = clone.name(), "no thread to tell a clone who it is: it is ended");
+                            clone.kill();
+                        }
+                        running.push(clone);
+                    }
+                    Birth::ByHost { parent } => {
+                        if let Some(introductions) = introductions
+                            && let Some(parent) = running.iter().find(|vm| vm.name() == parent)
+                            && let Err(error) = introductions.hear_of_fork(parent)
+                        {
+                            let vm = parent.name();
+                            tracing::warn!(%error, vm, "no thread to tell it that it was forked");
+                        }
                     }
                 }
             }
@@ -330,10 +342,19 @@ impl Control {
     }
 }
 
-/// Hears of clones.
+/// What a fork brought.
+enum Birth {
+    Clone(Arc<Member>),
+    /// It was the host that asked the VM of this name for it: the guest does not know.
+    ByHost {
+        parent: String,
+    },
+}
+
+/// Hears of forks.
 struct Births {
     vms: Arc<Registry>,
-    clones: Mutex<Sender<Arc<Member>>>,
+    told: Mutex<Sender<Birth>>,
 }
 
 impl Observer for Births {
@@ -345,12 +366,19 @@ impl Observer for Births {
 
     fn parent_paused(&self, _took: Duration) {}
 
-    fn forked(&self, _point: &Arc<ForkPoint>, clones: &[Arc<Member>]) {
-        let sender = self.clones.lock().unwrap_or_else(PoisonError::into_inner);
-        for clone in clones {
-            self.vms.add(clone);
-            if sender.send(clone.clone()).is_err() {
-                tracing::debug!(clone = clone.name(), "forked while the command ends");
+    fn forked(&self, point: &Arc<ForkPoint>, clones: &[Arc<Member>]) {
+        clones.iter().for_each(|clone| self.vms.add(clone));
+        let parent = || Birth::ByHost {
+            parent: point.parent().name.clone(),
+        };
+        let goes_on = point.freeze() != FreezeKind::Stop;
+        let by_host = (goes_on && !point.by_guest()).then(parent);
+        let births = clones.iter().cloned().map(Birth::Clone).chain(by_host);
+        let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        for birth in births {
+            if told.send(birth).is_err() {
+                let parent = &point.parent().name;
+                tracing::debug!(parent, "forked while the command ends");
             }
         }
     }

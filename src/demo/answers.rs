@@ -128,9 +128,10 @@ mod tests {
     use forkvm_read_mapper::fastq::{Records, record_start};
 
     use super::super::input::InputSpec;
-    use super::super::references::{Packaged, PackagedError};
+    use super::super::references::Packaged;
     use super::super::simulate::Simulation;
     use super::*;
+    use crate::packaged::PackagedError;
 
     /// What `clones` guests would write, each its share of the bytes.
     fn shares(input: &Input, clones: usize) -> Vec<Vec<u8>> {

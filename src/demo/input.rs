@@ -9,8 +9,9 @@ use serde::Serialize;
 
 use super::disks::{self, DiskError};
 use super::reads::{self, ReadsError};
-use super::references::{Packaged, PackagedError};
+use super::references::Packaged;
 use super::simulate::{GenomeTooShort, Simulation};
+use crate::packaged::PackagedError;
 
 /// Bytes of a SAM line that its FASTQ record does not have, at most: reference, numbers, CIGAR.
 const SAM_LINE_EXTRA: u64 = 192;

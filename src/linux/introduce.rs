@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use forkvm_clone_engine::{Family, Identity, Member};
 use thiserror::Error;
 
-use crate::agent::protocol::{self, Generation};
+use crate::agent::protocol::{self, Generation, Identified};
 use crate::agent::{AgentClient, AgentError};
 
 /// Bytes of entropy for a machine's kernel: as many as its pool holds (Linux 5.18).
@@ -24,6 +24,17 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// Between two tries.
 const PAUSE: Duration = Duration::from_millis(20);
 
+/// A machine that has become itself.
+#[derive(Clone)]
+pub struct Introduced {
+    /// Its agent.
+    pub agent: AgentClient,
+    /// What the agent answered.
+    pub identified: Identified,
+    /// When it did.
+    pub at: Instant,
+}
+
 /// Waits until the agent of `member` has taken on the identity of `member`: host name, machine-id, random
 /// numbers, clock, and what the hooks of its guest do. `member` is ended where that does not come to be within
 /// `patience`, and the error says why. Time in which it is paused does not count.
@@ -31,7 +42,7 @@ pub fn introduce(
     family: &Family,
     member: &Arc<Member>,
     patience: Duration,
-) -> Result<AgentClient, IntroduceError> {
+) -> Result<Introduced, IntroduceError> {
     let introduced = try_introduce(family, member, patience);
     introduced.map_err(|why| {
         if !matches!(why, Why::Ended(_)) {
@@ -48,7 +59,7 @@ fn try_introduce(
     family: &Family,
     member: &Arc<Member>,
     patience: Duration,
-) -> Result<AgentClient, Why> {
+) -> Result<Introduced, Why> {
     let vm = member.identity();
     let spec = family.config().vsock.as_ref().ok_or(Why::NoVsock)?;
     let socket = spec.path_of(&vm);
@@ -60,8 +71,8 @@ fn try_introduce(
         let introduced =
             AgentClient::connect(&socket, began + left.min(LOOK_EVERY)).and_then(|agent| {
                 identity.wall_clock = wall_clock();
-                agent.identify(&identity, began + left)?;
-                Ok(agent)
+                let identified = agent.identify(&identity, began + left)?;
+                Ok((agent, identified))
             });
         // What it ended with says more than that nobody answers.
         if let Some(finished) = member.wait_for(Duration::ZERO) {
@@ -71,7 +82,13 @@ fn try_introduce(
             left = left.saturating_sub(began.elapsed());
         }
         match introduced {
-            Ok(agent) => return Ok(agent),
+            Ok((agent, identified)) => {
+                return Ok(Introduced {
+                    agent,
+                    identified,
+                    at: Instant::now(),
+                });
+            }
             // A stream breaks also because a clone's driver ends what it has when it hears of the fork, even if
             // it was opened since (docs/vsock.md).
             Err(error) if error.may_pass() && !left.is_zero() => thread::sleep(PAUSE),

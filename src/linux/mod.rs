@@ -6,6 +6,9 @@
 //! hazards. What is here knows no command line.
 
 mod introduce;
+mod parent;
+#[cfg(feature = "cli")]
+mod template;
 
 use std::io;
 use std::ops::Deref;
@@ -13,13 +16,20 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use forkvm_clone_engine::{BootSpec, CloneSpec, Family, FamilyConfig, Member};
+use forkvm_clone_engine::saved::{OpenMachine, RestoreError};
+use forkvm_clone_engine::{
+    BootSpec, CloneSpec, Family, FamilyConfig, FreezeKind, Member, MemoryMode,
+};
+use forkvm_vmm::memory_file::Progress;
 use thiserror::Error;
 
 use crate::agent::AgentClient;
 use crate::{Error, Vm};
 
-pub use introduce::{IntroduceError, Why, introduce};
+pub use introduce::{IntroduceError, Introduced, Why, introduce};
+pub use parent::tell_parent;
+#[cfg(feature = "cli")]
+pub use template::{MakeError, Step, TemplateSpec, WarmUp, make_template};
 
 /// How long a clone may take to be itself. Where KVM is software its kernel takes a second or more.
 pub const INTRODUCTION: Duration = Duration::from_secs(60);
@@ -27,7 +37,7 @@ pub const INTRODUCTION: Duration = Duration::from_secs(60);
 /// A Linux machine whose agent answers. Dropping the handle does not end it.
 pub struct LinuxVm {
     vm: Vm,
-    agent: AgentClient,
+    introduced: Introduced,
 }
 
 impl LinuxVm {
@@ -49,19 +59,37 @@ impl LinuxVm {
         member: Arc<Member>,
         patience: Duration,
     ) -> Result<LinuxVm, LinuxError> {
-        let agent = introduce(&family, &member, patience)?;
+        let introduced = introduce(&family, &member, patience)?;
         Ok(LinuxVm {
             vm: Vm { family, member },
-            agent,
+            introduced,
         })
     }
 
-    /// Forks it as [`Vm::fork`] does. All clones are themselves when this returns; if one cannot be, all of
-    /// them are ended.
+    /// A saved machine in `family`, under `name` or its own, once it is itself again.
+    pub fn restore(
+        family: Arc<Family>,
+        machine: OpenMachine,
+        name: Option<&str>,
+        mode: MemoryMode,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<LinuxVm, LinuxError> {
+        let member = family.restore(machine, name, mode, progress)?;
+        LinuxVm::meet(family, member, INTRODUCTION)
+    }
+
+    /// Forks it as [`Vm::fork`] does. All clones are themselves when this returns, and the hooks of this machine have
+    /// run; if one cannot be, all of them are ended.
     pub fn fork(&self, spec: CloneSpec) -> Result<Vec<LinuxVm>, LinuxError> {
+        let stops = spec.freeze == FreezeKind::Stop;
         let clones = self.vm.fork(spec)?;
         let members: Vec<Arc<Member>> = clones.iter().map(|clone| clone.member().clone()).collect();
-        let met = self.meet_all(&members);
+        let met = thread::scope(|scope| {
+            if !stops {
+                scope.spawn(|| tell_parent(self.vm.member(), self.agent()));
+            }
+            self.meet_all(&members)
+        });
         if met.is_err() {
             members.iter().for_each(|clone| clone.kill());
         }
@@ -93,7 +121,12 @@ impl LinuxVm {
 
     /// Its agent.
     pub fn agent(&self) -> &AgentClient {
-        &self.agent
+        &self.introduced.agent
+    }
+
+    /// How and when it became itself.
+    pub fn introduced(&self) -> &Introduced {
+        &self.introduced
     }
 }
 
@@ -111,6 +144,9 @@ pub enum LinuxError {
     /// The VM could not be booted or forked.
     #[error(transparent)]
     Vm(#[from] Error),
+    /// The saved machine could not be restored.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
     /// It did not become itself.
     #[error(transparent)]
     Introduce(#[from] IntroduceError),

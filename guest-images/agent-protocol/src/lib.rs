@@ -15,7 +15,7 @@ pub use frame::{FRAME_MAX, FrameError};
 pub use generation::Generation;
 pub use message::{
     AgentFrame, ClientFrame, Exec, Exit, Forked, Healthy, Hello, Identified, Identity, Refusal,
-    Request, Size,
+    Request, Size, StepTook,
 };
 
 /// The vsock port that the agent listens on.

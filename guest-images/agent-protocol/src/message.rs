@@ -69,6 +69,8 @@ pub enum AgentFrame {
     Identified(Identified),
     /// Health.
     Healthy(Healthy),
+    /// AfterFork: names of the hooks that ran, in order.
+    HooksRan(Vec<String>),
     /// Fork: in the parent, and in each clone.
     Forked(Forked),
     /// Join: all clones have ended.
@@ -143,6 +145,8 @@ pub enum Request {
         /// 1 or more.
         clones: u32,
     },
+    /// The host has forked this machine, which is the parent: run its hooks, `HooksRan`.
+    AfterFork,
     /// End this machine in order: `PoweringOff`.
     PowerOff,
 }
@@ -222,6 +226,18 @@ pub struct Identified {
     pub clock_source: String,
     /// Names of the hooks that ran, in order.
     pub hooks: Vec<String>,
+    /// What each step took, in order.
+    #[serde(default)]
+    pub steps: Vec<StepTook>,
+}
+
+/// A step of an identification.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StepTook {
+    /// `vsock-address`, `hostname`, `machine-id`, `entropy`, `clock`, `hooks`.
+    pub step: String,
+    /// Microseconds of the guest's monotonic clock.
+    pub us: u64,
 }
 
 /// How the agent is.

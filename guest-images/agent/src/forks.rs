@@ -1,7 +1,7 @@
 //! A fork that a client asks for, and what it may ask afterwards on the same stream.
 //!
-//! A program of the guest has its stream in every machine of the fork and is answered in each: in the parent at once,
-//! in a clone when the host has identified it, since the program goes on with what it is told. The host's own streams
+//! A program of the guest has its stream in every machine of the fork and is answered in each: in the parent when its hooks
+//! have run, in a clone when the host has identified it, since the program goes on with what it is told. The host's own streams
 //! end in clones. The right to join, or to end a clone, is that of the stream which forked.
 
 use std::time::Duration;
@@ -39,6 +39,10 @@ pub(crate) fn serve(
         crate::log::line(&format!("{error}; it ends, where the agent can end it"));
         end(agent, 1);
         return Err(of_error(error.errno(), &error));
+    }
+    if !is_clone && let Err(error) = agent.identities().after_fork() {
+        // The fork is made, and the parent is who it was.
+        crate::log::line(&error.to_string());
     }
     outbox.send_if_heard(&AgentFrame::Forked(Forked {
         clone_id: fork.clone_id,

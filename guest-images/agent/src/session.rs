@@ -151,6 +151,10 @@ fn answer(
             Err(error) => return Err(of_error(error.errno(), &error)),
         },
         Request::Health => say(AgentFrame::Healthy(health(agent)?)),
+        Request::AfterFork => match agent.identities().after_fork() {
+            Ok(ran) => say(AgentFrame::HooksRan(ran)),
+            Err(error) => return Err(of_error(libc::EIO, &error)),
+        },
         Request::Fork { clones } => {
             limit(&mut inbox, None)?;
             forks::serve(

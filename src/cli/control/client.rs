@@ -90,11 +90,35 @@ impl Connection {
     pub(crate) fn ask(&mut self, request: &Request) -> anyhow::Result<Value> {
         let sent = self.lines.send(&protocol::to_line(request)?);
         // Who refuses a client says why and hangs up, maybe before it has asked.
-        let answer = self.next_line()?;
-        match (answer, sent) {
-            (Some(line), _) => Ok(protocol::outcome(&line)?),
+        match (self.next_line()?, sent) {
             (None, Err(error)) => Err(error).with_context(|| self.about("asking")),
-            (None, Ok(())) => bail!("machine {} ended before it answered", self.machine),
+            (answer, _) => self.outcome(answer),
+        }
+    }
+
+    /// Asks for what is answered later ([`Connection::answer_within`]).
+    pub(crate) fn begin(&mut self, request: &Request) -> anyhow::Result<()> {
+        let sent = self.lines.send(&protocol::to_line(request)?);
+        sent.with_context(|| self.about("asking"))
+    }
+
+    /// The answer to what was begun; `None` if it does not come in time.
+    pub(crate) fn answer_within(&mut self, limit: Duration) -> anyhow::Result<Option<Value>> {
+        let limited = self.lines.stream().set_read_timeout(Some(limit));
+        limited.with_context(|| self.about("hearing"))?;
+        match self.lines.next() {
+            Err(LineError::Read(error)) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            line => {
+                let line = line.with_context(|| self.about("hearing"))?;
+                self.outcome(line).map(Some)
+            }
+        }
+    }
+
+    fn outcome(&self, answer: Option<Vec<u8>>) -> anyhow::Result<Value> {
+        match answer {
+            Some(line) => Ok(protocol::outcome(&line)?),
+            None => bail!("machine {} ended before it answered", self.machine),
         }
     }
 

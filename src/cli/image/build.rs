@@ -30,23 +30,9 @@ pub(crate) struct Build {
 impl Build {
     pub(crate) fn run(self, output: &Output) -> anyhow::Result<Outcome> {
         let start = Instant::now();
-        let recipe = Recipe::find(&self.recipe).map_err(|error| match error {
-            RecipeError::Unknown { .. } => Usage(error.to_string()).into(),
-            error => anyhow::Error::from(error),
-        })?;
-        let cache = Cache::of_user()?;
         let stop = Stop::on_signals().context("hearing signals")?;
-        let request = Request {
-            recipe: &recipe,
-            given: &Given::from([(AGENT.to_owned(), guest_images::AGENT.to_vec())]),
-            kernel: &SourceKernel,
-            cache: &cache,
-        };
-        let mut bar = Bar::new(output.text(), stop.asked());
-        let built = build(&request, &mut bar);
-        drop(bar);
-        let built = match built {
-            Err(error @ BuildError::Stopped) => return stop.outcome(error.into()),
+        let built = match find_or_build(&self.recipe, &stop, output) {
+            Err(error) if error.is::<BuildError>() => return stop.outcome(error),
             built => built?,
         };
         let took = start.elapsed();
@@ -56,6 +42,23 @@ impl Build {
         report["took_ms"] = u64::try_from(took.as_millis())?.into();
         Ok(Outcome::done(report))
     }
+}
+
+/// The image of `recipe`, from the cache or built, until `stop` is asked for.
+pub(crate) fn find_or_build(recipe: &str, stop: &Stop, output: &Output) -> anyhow::Result<Built> {
+    let recipe = Recipe::find(recipe).map_err(|error| match error {
+        RecipeError::Unknown { .. } => Usage(error.to_string()).into(),
+        error => anyhow::Error::from(error),
+    })?;
+    let cache = Cache::of_user()?;
+    let request = Request {
+        recipe: &recipe,
+        given: &Given::from([(AGENT.to_owned(), guest_images::AGENT.to_vec())]),
+        kernel: &SourceKernel,
+        cache: &cache,
+    };
+    let mut bar = Bar::new(output.text(), stop.asked());
+    Ok(build(&request, &mut bar)?)
 }
 
 fn print(out: &mut dyn Write, built: &Built, seconds: f64) -> anyhow::Result<()> {

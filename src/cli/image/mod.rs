@@ -13,6 +13,8 @@ use serde_json::{Value, json};
 
 use super::output::{Outcome, Output};
 
+pub(crate) use build::find_or_build;
+
 const BUILD: &str = "\
 Examples:
   forkvm image build minimal                     forkvm's own Linux: 6.1, virtio-mmio, busybox

@@ -1,7 +1,8 @@
-//! `forkvm pause`, `resume`, `save`, `fork`, `kill` and `wait`: what a machine is told to do.
+//! `forkvm pause`, `resume`, `save`, `fork`, `stop`, `kill` and `wait`: what a machine is told to do.
 
 use std::io::Write;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
@@ -9,6 +10,7 @@ use forkvm::templates::{Template, TemplateError, Templates};
 use forkvm::{CloneSpec, FreezeKind, MemoryMode};
 use serde_json::{Value, json};
 
+use super::super::control::client::Connection;
 use super::super::control::place::Places;
 use super::super::control::protocol::Request;
 use super::super::errors::Usage;
@@ -54,6 +56,14 @@ With a program, in machines with forkvm's agent:
 
 It runs in each clone, its output line by line behind the clone's name. The command ends with the worst of its
 statuses, and the clones end then. X may be a template as well (`forkvm template create`); a machine that runs is taken first.";
+
+const STOP: &str = "\
+Examples:
+  forkvm stop web
+  forkvm stop web.3 --timeout 10 || forkvm kill web.3
+
+Its agent ends the programs, leaves the disks clean and switches the machine off, as poweroff(8) does. Clones of it run
+on. The command returns when it is off; one that is not so in time runs on, and the command fails.";
 
 const KILL: &str = "\
 Examples:
@@ -122,6 +132,17 @@ pub(crate) struct Fork {
     /// What to run in each clone; they end with it
     #[arg(last = true)]
     program: Vec<String>,
+}
+
+/// Options of `stop`.
+#[derive(Debug, Args)]
+#[command(after_help = STOP)]
+pub(crate) struct Stop {
+    #[command(flatten)]
+    which: Which,
+    /// How long it may take, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+    timeout: u64,
 }
 
 /// Options of `kill`.
@@ -246,6 +267,24 @@ fn run_in_clones(forked: Value, program: &[String], output: &Output) -> anyhow::
         status: ran.worst(),
         report: json!({ "clones": ran.to_json() }),
     })
+}
+
+impl Stop {
+    pub(crate) fn run(self, _output: &Output) -> anyhow::Result<Outcome> {
+        let vm = self.which.vm;
+        let agent = agent_of(&vm)?;
+        // Before it can end: the name is free a moment after.
+        let mut waiting = Connection::to(&vm)?;
+        waiting.begin(&Request::Wait { vm: vm.clone() })?;
+        let what = || format!("switching {vm} off");
+        agent.power_off().with_context(what)?;
+        let end = waiting.answer_within(Duration::from_secs(self.timeout))?;
+        let end = end.with_context(|| {
+            let seconds = self.timeout;
+            format!("{vm} is not off after {seconds} s: `forkvm kill {vm}` ends it at once")
+        })?;
+        Ok(Outcome::done(ending(end)))
+    }
 }
 
 impl Kill {

@@ -1,7 +1,7 @@
 //! Commands that hold on to a machine which another process runs: `forkvm ps`, `info`, `pause`, `resume`,
-//! `save`, `fork`, `kill`, `wait`, `console`, `exec` and `cp`.
+//! `save`, `fork`, `stop`, `kill`, `wait`, `console`, `exec` and `cp`.
 //!
-//! Each is a client of that process's control socket (`super::control`), `exec` and `cp` of the machine's agent as
+//! Each is a client of that process's control socket (`super::control`), `stop`, `exec` and `cp` of the machine's agent as
 //! well (`forkvm::agent`); nothing of a VM is here.
 
 mod acts;
@@ -18,7 +18,7 @@ use serde_json::Value;
 use super::control::client::Connection;
 use super::control::protocol::Request;
 
-pub(crate) use acts::{Fork, Kill, Pause, Resume, Save, Wait};
+pub(crate) use acts::{Fork, Kill, Pause, Resume, Save, Stop, Wait};
 pub(crate) use console::Console;
 pub(crate) use copy::Copy;
 pub(crate) use exec::Exec;

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use forkvm::engine::Family;
-use forkvm::linux::{INTRODUCTION, LinuxVm};
+use forkvm::linux::LinuxVm;
 use forkvm::templates::Template;
 use forkvm::vmm::Kvm;
 use forkvm::{CloneSpec, FamilyConfig, MemoryMode, VsockSpec};
@@ -77,13 +77,10 @@ fn run(
 }
 
 fn restore(family: &Arc<Family>, template: &Template, mode: MemoryMode) -> anyhow::Result<LinuxVm> {
-    let what = || format!("restoring {}", template.name());
-    let machine = template.machine()?;
+    let (family, name) = (family.clone(), Some(template.name()));
     let mut bar = Progress::new("loading memory");
-    let member = family.restore(machine, Some(template.name()), mode, &mut |progress| {
+    LinuxVm::restore(family, template.machine()?, name, mode, &mut |progress| {
         bar.update(progress.done, progress.total);
-    });
-    drop(bar);
-    let member = member.with_context(what)?;
-    LinuxVm::meet(family.clone(), member, INTRODUCTION).with_context(what)
+    })
+    .with_context(|| format!("restoring {}", template.name()))
 }

@@ -1,29 +1,26 @@
 //! `forkvm template create`.
 
-use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::io::Write;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
 use forkvm::agent::protocol::Exec;
 use forkvm::engine::Family;
 use forkvm::engine::saved::SaveTo;
-use forkvm::linux::LinuxVm;
+use forkvm::linux::{LinuxVm, TemplateSpec, make_template};
 use forkvm::templates::{Draft, Template, Templates};
 use forkvm::vmm::Kvm;
-use forkvm::vmm::boot::Payload;
 use forkvm::vmm::memory::{MAX_MIB, MIN_MIB};
-use forkvm::{BootSpec, End, FamilyConfig, VsockSpec};
-use forkvm_linux_image::Cache;
-use indicatif::ProgressBar;
-use serde_json::json;
+use forkvm::{BootSpec, FamilyConfig, VsockSpec};
 
 use super::end_when_asked;
 use crate::cli::disk_option::{self, DiskOption};
 use crate::cli::errors::Usage;
+use crate::cli::kernel_options::{Kernel, KernelOptions};
 use crate::cli::output::{Outcome, Output};
+use crate::cli::progress::Spinner;
 use crate::cli::run::vm_name;
 use crate::cli::said::Said;
 use crate::cli::stop::Stop;
@@ -49,18 +46,8 @@ pub(crate) struct Create {
     /// Name of the template
     #[arg(value_parser = vm_name)]
     name: String,
-    /// The image to boot, which `forkvm image build` made
-    #[arg(long, default_value = "minimal")]
-    image: String,
-    /// Boot this ELF executable or Linux bzImage instead
-    #[arg(long, value_name = "FILE", conflicts_with = "image")]
-    kernel: Option<PathBuf>,
-    /// Initial RAM disk of the kernel
-    #[arg(long, value_name = "FILE", requires = "kernel")]
-    initrd: Option<PathBuf>,
-    /// Command line of the kernel [default: the image's]
-    #[arg(long, value_name = "TEXT")]
-    cmdline: Option<String>,
+    #[command(flatten)]
+    kernel: KernelOptions,
     /// RAM in MiB
     #[arg(long, value_name = "MIB", default_value_t = 64,
           value_parser = clap::value_parser!(u64).range(MIN_MIB..=MAX_MIB))]
@@ -80,20 +67,14 @@ pub(crate) struct Create {
     program: Vec<String>,
 }
 
-/// What is booted.
-struct Kernel {
-    kernel: PathBuf,
-    initrd: Option<PathBuf>,
-    cmdline: String,
-}
-
 impl Create {
     pub(crate) fn run(self, output: &Output) -> anyhow::Result<Outcome> {
-        if self.disks.iter().any(DiskOption::is_written) {
+        let kernel = self.kernel.find()?;
+        let disks = kernel.disks(&self.disks);
+        if disks.iter().any(DiskOption::is_written) {
             let text = "a disk of a template is not written to: add ,ro or ,overlay";
             return Err(Usage(text.into()).into());
         }
-        let kernel = self.kernel()?;
         let draft = Templates::of_user()?.begin(&self.name)?;
         let sockets = tempfile::tempdir().context("making a directory for sockets")?;
         let console = Said::default();
@@ -110,7 +91,7 @@ impl Create {
         );
         let stop = Stop::on_signals().context("hearing signals")?;
         end_when_asked(&stop, &family).context("starting a thread")?;
-        let made = self.make(&family, &kernel, draft);
+        let made = self.make(&family, &kernel, &disks, draft);
         family.end();
         let error = match made {
             Ok(template) => {
@@ -129,82 +110,38 @@ impl Create {
         stop.outcome(error)
     }
 
-    fn kernel(&self) -> anyhow::Result<Kernel> {
-        if let Some(kernel) = &self.kernel {
-            return Ok(Kernel {
-                kernel: kernel.clone(),
-                initrd: self.initrd.clone(),
-                cmdline: self.cmdline.clone().unwrap_or_default(),
-            });
-        }
-        let images = Cache::of_user()?.images()?;
-        let named = images.iter().filter(|image| image.name() == self.image);
-        let image = named.max_by_key(|image| image.used().ok());
-        let image = image.with_context(|| {
-            format!(
-                "there is no image {0}: `forkvm image build {0}` makes it",
-                self.image
-            )
-        })?;
-        Ok(Kernel {
-            kernel: image.vmlinux(),
-            initrd: Some(image.initramfs()),
-            cmdline: self
-                .cmdline
-                .clone()
-                .unwrap_or_else(|| image.cmdline().to_owned()),
-        })
-    }
-
     fn make(
         &self,
         family: &Arc<Family>,
         kernel: &Kernel,
+        disks: &[DiskOption],
         draft: Draft,
     ) -> anyhow::Result<Template> {
-        let start = Instant::now();
-        let spinner = Spinner::new();
-        spinner.say("booting");
-        let vm = family.boot(BootSpec {
-            name: self.name.clone(),
-            memory_mib: self.memory,
-            vcpus: self.vcpus,
-            disks: disk_option::open_all(&self.disks)?,
-            payload: Payload::Kernel {
-                kernel: kernel.kernel.clone(),
-                initrd: kernel.initrd.clone(),
+        let spinner = Spinner::new("booting");
+        let spec = TemplateSpec {
+            boot: BootSpec {
+                name: self.name.clone(),
+                memory_mib: self.memory,
+                vcpus: self.vcpus,
+                disks: disk_option::open_all(disks)?,
+                payload: kernel.payload(),
+                cmdline: kernel.cmdline.clone(),
             },
-            cmdline: kernel.cmdline.clone(),
+            disks: disks.iter().map(|disk| disk.path().to_owned()).collect(),
+            patience: Duration::from_secs(self.patience),
+            warmed_by: self.program.clone(),
+        };
+        let mut warm_up = |vm: &LinuxVm| Ok(self.warm_up(vm)?);
+        let made = make_template(family, draft, spec, &mut warm_up, &mut |step| {
+            spinner.say(step.as_str());
         });
-        let vm = vm.context("booting the machine")?;
-        let patience = Duration::from_secs(self.patience);
-        let vm = LinuxVm::meet(family.clone(), vm, patience)?;
-        let boot_ms = millis(start);
-        if !self.program.is_empty() {
-            spinner.say("running the program");
-            self.warm_up(&vm)?;
-        }
-        spinner.say("saving");
-        vm.member().save().context("saving the machine")?;
-        let end = vm.join().end;
-        anyhow::ensure!(end == End::Saved, "the machine {end} as it was saved");
-        spinner.say("hashing");
-        let disks = self.disks.iter().map(|disk| disk.path().to_owned());
-        let files = [Some(kernel.kernel.clone()), kernel.initrd.clone()].into_iter();
-        let files: Vec<PathBuf> = files.flatten().chain(disks).collect();
-        let about = json!({
-            "kernel": kernel.kernel,
-            "cmdline": kernel.cmdline,
-            "memory_mib": self.memory,
-            "vcpus": self.vcpus,
-            "program": self.program,
-            "boot_ms": boot_ms,
-            "template_ms": millis(start),
-        });
-        Ok(draft.finish(about, &files)?)
+        Ok(made?)
     }
 
     fn warm_up(&self, vm: &LinuxVm) -> anyhow::Result<()> {
+        if self.program.is_empty() {
+            return Ok(());
+        }
         let program = Exec {
             argv: self
                 .program
@@ -223,34 +160,5 @@ impl Create {
             self.program
         );
         Ok(())
-    }
-}
-
-fn millis(start: Instant) -> u64 {
-    start.elapsed().as_millis() as u64
-}
-
-/// Says on a terminal what is under way. Gone when it is dropped.
-struct Spinner(ProgressBar);
-
-impl Spinner {
-    fn new() -> Spinner {
-        let bar = if std::io::stderr().is_terminal() {
-            ProgressBar::new_spinner()
-        } else {
-            ProgressBar::hidden()
-        };
-        bar.enable_steady_tick(Duration::from_millis(100));
-        Spinner(bar)
-    }
-
-    fn say(&self, what: &'static str) {
-        self.0.set_message(what);
-    }
-}
-
-impl Drop for Spinner {
-    fn drop(&mut self) {
-        self.0.finish_and_clear();
     }
 }

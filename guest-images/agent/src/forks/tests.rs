@@ -15,7 +15,7 @@ use forkvm_agent_protocol::{
 
 use crate::agent::{Agent, Last};
 use crate::doorbell::{Doorbell, DoorbellError, Fork, Who};
-use crate::identity::{HookError, Identities, System};
+use crate::identity::{HookError, Identities, Role, System};
 use crate::outbox::Outbox;
 use crate::session::{Incoming, Peer, serve};
 
@@ -68,8 +68,8 @@ impl Doorbell for Host {
     fn exit(&self, _status: u8) {}
 }
 
-/// A system that takes on whatever it is told.
-struct Willing;
+/// A system that takes on whatever it is told, and notes as whom its hooks ran.
+struct Willing(Arc<Mutex<Vec<Role>>>);
 
 impl System for Willing {
     fn wait_for_address(&self, _cid: u64) -> io::Result<()> {
@@ -92,8 +92,9 @@ impl System for Willing {
         Ok(())
     }
 
-    fn run_hooks(&self, _identity: &Identity) -> Result<Vec<String>, HookError> {
-        Ok(Vec::new())
+    fn run_hooks(&self, role: Role, _generation: Generation) -> Result<Vec<String>, HookError> {
+        self.0.lock().unwrap().push(role);
+        Ok(vec!["app".into()])
     }
 
     fn clock_source(&self) -> String {
@@ -104,6 +105,7 @@ impl System for Willing {
 struct Machine {
     agent: Arc<Agent>,
     who: Arc<Mutex<Generation>>,
+    hooks: Arc<Mutex<Vec<Role>>>,
     forks: Receiver<u32>,
     ends: Receiver<Last>,
 }
@@ -119,10 +121,12 @@ impl Machine {
             who: who.clone(),
             forked: Mutex::new(forked),
         };
-        let identities = Identities::new(Box::new(Willing));
+        let hooks = Arc::new(Mutex::new(Vec::new()));
+        let identities = Identities::new(Box::new(Willing(hooks.clone())));
         Machine {
             agent: Arc::new(Agent::new(Box::new(host), identities, Some(power))),
             who,
+            hooks,
             forks,
             ends,
         }
@@ -173,12 +177,13 @@ fn hear(stream: &mut UnixStream) -> Option<AgentFrame> {
 const LOCAL: Peer = Peer::Local { root: false };
 
 #[test]
-fn the_parent_is_answered_at_once_and_may_join() {
+fn the_parent_is_answered_when_its_hooks_have_run_and_may_join() {
     let machine = Machine::that_becomes(0);
     let mut stream = machine.fork(LOCAL);
     let Some(AgentFrame::Forked(forked)) = hear(&mut stream) else {
         panic!("a fork");
     };
+    assert_eq!(*machine.hooks.lock().unwrap(), [Role::Parent]);
     assert_eq!((forked.clone_id, forked.granted), (0, 3));
     assert_eq!(forked.generation, BEFORE);
     frame::write(&mut stream, &ClientFrame::Join).unwrap();
@@ -256,6 +261,19 @@ fn the_hosts_own_stream_is_not_answered_in_a_clone() {
     let machine = Machine::that_becomes(0);
     let answer = hear(&mut machine.fork(Peer::Host));
     assert!(matches!(answer, Some(AgentFrame::Forked(_))), "{answer:?}");
+}
+
+#[test]
+fn a_parent_that_the_host_has_forked_runs_its_hooks_when_the_host_says_so() {
+    let machine = Machine::that_becomes(0);
+    let (mut stream, _) = machine.session(Peer::Host, Request::AfterFork);
+    let ran = AgentFrame::HooksRan(vec!["app".into()]);
+    assert_eq!(hear(&mut stream), Some(ran));
+    assert_eq!(*machine.hooks.lock().unwrap(), [Role::Parent]);
+    // Programs of the guest cannot make root's hooks run.
+    let (mut stream, _) = machine.session(LOCAL, Request::AfterFork);
+    let answer = hear(&mut stream);
+    assert!(matches!(answer, Some(AgentFrame::Refused(_))), "{answer:?}");
 }
 
 #[test]

@@ -11,9 +11,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use forkvm_agent_protocol::{Exit, Identity};
+use forkvm_agent_protocol::{Exit, Generation};
 use thiserror::Error;
 
+use super::Role;
 use crate::init::PATH;
 use crate::reaper;
 
@@ -30,10 +31,10 @@ impl Hooks {
     }
 
     /// Runs all of them; stops at the first that fails.
-    pub(super) fn run(&self, identity: &Identity) -> Result<Vec<String>, HookError> {
+    pub(super) fn run(&self, role: Role, generation: Generation) -> Result<Vec<String>, HookError> {
         let mut ran = Vec::new();
         for hook in self.list()? {
-            self.run_one(&hook, identity)?;
+            self.run_one(&hook, role, generation)?;
             ran.push(name_of(&hook));
         }
         Ok(ran)
@@ -61,19 +62,18 @@ impl Hooks {
         Ok(hooks)
     }
 
-    fn run_one(&self, hook: &Path, identity: &Identity) -> Result<(), HookError> {
-        let role = if identity.clone_id == 0 {
-            "parent"
-        } else {
-            "clone"
+    fn run_one(&self, hook: &Path, role: Role, generation: Generation) -> Result<(), HookError> {
+        let (role, clone_id) = match role {
+            Role::Parent => ("parent", 0),
+            Role::Clone(number) => ("clone", number),
         };
         let mut command = Command::new(hook);
         command
             .arg(role)
             .env_clear()
             .env("PATH", PATH)
-            .env("FORKVM_CLONE_ID", identity.clone_id.to_string())
-            .env("FORKVM_GENERATION", identity.generation.to_string())
+            .env("FORKVM_CLONE_ID", clone_id.to_string())
+            .env("FORKVM_GENERATION", generation.to_string())
             .current_dir("/")
             .stdin(Stdio::null())
             .process_group(0);
@@ -147,7 +147,6 @@ pub enum HookError {
 mod tests {
     use std::sync::{Mutex, MutexGuard, PoisonError};
 
-    use super::super::tests::identity;
     use super::*;
 
     /// A program that another thread starts meanwhile would hold a script open for writing, and it could not be run.
@@ -171,8 +170,8 @@ mod tests {
             fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
         }
 
-        fn run(&self, clone_id: u32, limit: Duration) -> Result<Vec<String>, HookError> {
-            Hooks::new(self.0.path().join("."), limit).run(&identity(clone_id, 7))
+        fn run(&self, role: Role, limit: Duration) -> Result<Vec<String>, HookError> {
+            Hooks::new(self.0.path().join("."), limit).run(role, Generation([7; 16]))
         }
 
         fn said(&self) -> String {
@@ -189,13 +188,16 @@ mod tests {
         directory.hook("20-b", say, 0o755);
         directory.hook("10-a", say, 0o755);
         directory.hook("30-off", say, 0o644);
-        assert_eq!(directory.run(3, AMPLE).unwrap(), ["10-a", "20-b"]);
+        assert_eq!(
+            directory.run(Role::Clone(3), AMPLE).unwrap(),
+            ["10-a", "20-b"]
+        );
         let seven = "07".repeat(16);
         assert_eq!(
             directory.said(),
             format!("10-a clone 3 {seven}\n20-b clone 3 {seven}\n")
         );
-        assert_eq!(directory.run(0, AMPLE).unwrap().len(), 2);
+        assert_eq!(directory.run(Role::Parent, AMPLE).unwrap().len(), 2);
         assert!(directory.said().contains("10-a parent 0"));
     }
 
@@ -204,7 +206,10 @@ mod tests {
         let directory = Directory::new();
         directory.hook("1-fails", "exit 9", 0o755);
         directory.hook("2-never", "touch \"$(dirname \"$0\")/said\"", 0o755);
-        let text = directory.run(1, AMPLE).unwrap_err().to_string();
+        let text = directory
+            .run(Role::Clone(1), AMPLE)
+            .unwrap_err()
+            .to_string();
         assert!(text.contains("1-fails") && text.contains('9'), "{text}");
         assert!(!directory.0.path().join("said").exists());
     }
@@ -213,7 +218,8 @@ mod tests {
     fn a_hook_that_takes_too_long_is_killed_and_named() {
         let directory = Directory::new();
         directory.hook("slow", "while :; do :; done", 0o755);
-        let error = directory.run(1, Duration::from_millis(50)).unwrap_err();
+        let limit = Duration::from_millis(50);
+        let error = directory.run(Role::Clone(1), limit).unwrap_err();
         assert!(
             matches!(&error, HookError::Late { name, .. } if name == "slow"),
             "{error}"
@@ -223,6 +229,7 @@ mod tests {
     #[test]
     fn a_directory_that_is_not_there_has_no_hooks() {
         let hooks = Hooks::new("/nowhere/at/all".into(), AMPLE);
-        assert!(hooks.run(&identity(1, 1)).unwrap().is_empty());
+        let ran = hooks.run(Role::Parent, Generation([1; 16]));
+        assert!(ran.unwrap().is_empty());
     }
 }

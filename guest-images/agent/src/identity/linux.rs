@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use forkvm_agent_protocol::Identity;
+use forkvm_agent_protocol::Generation;
 use rustix::time::{ClockId, Timespec, clock_settime};
 
 use super::hooks::{HookError, Hooks};
-use super::{System, machine_id, random};
+use super::{Role, System, machine_id, random};
 use crate::vsock;
 
 /// How long one hook may take.
@@ -76,8 +76,8 @@ impl System for LinuxSystem {
         Ok(clock_settime(ClockId::Realtime, time)?)
     }
 
-    fn run_hooks(&self, identity: &Identity) -> Result<Vec<String>, HookError> {
-        self.hooks.run(identity)
+    fn run_hooks(&self, role: Role, generation: Generation) -> Result<Vec<String>, HookError> {
+        self.hooks.run(role, generation)
     }
 
     fn clock_source(&self) -> String {

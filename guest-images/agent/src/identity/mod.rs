@@ -12,7 +12,7 @@ use std::io;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use forkvm_agent_protocol::{ENTROPY_MIN, Generation, Identified, Identity};
+use forkvm_agent_protocol::{ENTROPY_MIN, Generation, Identified, Identity, StepTook};
 use thiserror::Error;
 
 pub use hooks::HookError;
@@ -50,9 +50,27 @@ pub trait System: Send + Sync {
     ///
     /// # Errors
     /// The first hook that failed or took too long.
-    fn run_hooks(&self, identity: &Identity) -> Result<Vec<String>, HookError>;
+    fn run_hooks(&self, role: Role, generation: Generation) -> Result<Vec<String>, HookError>;
     /// What the kernel tells time by.
     fn clock_source(&self) -> String;
+}
+
+/// What a machine is after a fork.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// It goes on as who it was. So does one that was booted or restored.
+    Parent,
+    /// A clone of this number.
+    Clone(u32),
+}
+
+impl Role {
+    fn of(clone_id: u32) -> Role {
+        match clone_id {
+            0 => Role::Parent,
+            number => Role::Clone(number),
+        }
+    }
 }
 
 /// An identity that was taken on.
@@ -98,28 +116,25 @@ impl Identities {
         }
         check(identity)?;
         let system = &self.system;
-        let step = |step, done: io::Result<()>| {
-            done.map_err(|source| IdentifyError::Step { step, source })
-        };
+        let mut steps = Steps::begin();
         // First: whoever asked, and hears no answer for it, asks again and finds all of it done.
-        step(
-            "learn its vsock address",
-            system.wait_for_address(identity.cid),
-        )?;
-        step("set the hostname", system.set_hostname(&identity.hostname))?;
-        step(
-            "write /etc/machine-id",
-            system.set_machine_id(&identity.machine_id),
-        )?;
-        step(
-            "reseed the kernel's random numbers",
-            system.reseed(&identity.entropy.0),
-        )?;
-        step("set the clock", system.set_wall_clock(identity.wall_clock))?;
+        let done = system.wait_for_address(identity.cid);
+        steps.end("vsock-address", "learn its vsock address", done)?;
+        let done = system.set_hostname(&identity.hostname);
+        steps.end("hostname", "set the hostname", done)?;
+        let done = system.set_machine_id(&identity.machine_id);
+        steps.end("machine-id", "write /etc/machine-id", done)?;
+        let done = system.reseed(&identity.entropy.0);
+        steps.end("entropy", "reseed the kernel's random numbers", done)?;
+        let done = system.set_wall_clock(identity.wall_clock);
+        steps.end("clock", "set the clock", done)?;
+        let hooks = system.run_hooks(Role::of(identity.clone_id), identity.generation)?;
+        steps.end("hooks", "run its hooks", Ok(()))?;
         let identified = Identified {
             generation: identity.generation,
-            hooks: system.run_hooks(identity)?,
+            hooks,
             clock_source: system.clock_source(),
+            steps: steps.took,
         };
         let known = Known {
             generation: identity.generation,
@@ -129,6 +144,20 @@ impl Identities {
         *self.known.lock().unwrap_or_else(PoisonError::into_inner) = Some(known);
         self.changed.notify_all();
         Ok(identified)
+    }
+
+    /// Runs the hooks of a machine that has just forked and is the parent. Names of those that ran.
+    ///
+    /// # Errors
+    /// The first hook that failed or took too long.
+    pub fn after_fork(&self) -> Result<Vec<String>, HookError> {
+        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        // Zeros in a machine that was never told who it is.
+        let generation = match &*last {
+            Some((known, _)) => known.generation,
+            None => Generation([0; 16]),
+        };
+        self.system.run_hooks(Role::Parent, generation)
     }
 
     /// The last one that was taken on.
@@ -157,6 +186,38 @@ impl Identities {
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
+        Ok(())
+    }
+}
+
+/// Steps of an identification, and what each took.
+struct Steps {
+    last: Instant,
+    took: Vec<StepTook>,
+}
+
+impl Steps {
+    fn begin() -> Steps {
+        Steps {
+            last: Instant::now(),
+            took: Vec::new(),
+        }
+    }
+
+    /// The step `name` is over. `what` says in an error what could not be done.
+    fn end(
+        &mut self,
+        name: &str,
+        what: &'static str,
+        done: io::Result<()>,
+    ) -> Result<(), IdentifyError> {
+        done.map_err(|source| IdentifyError::Step { step: what, source })?;
+        let now = Instant::now();
+        self.took.push(StepTook {
+            step: name.into(),
+            us: now.duration_since(self.last).as_micros() as u64,
+        });
+        self.last = now;
         Ok(())
     }
 }

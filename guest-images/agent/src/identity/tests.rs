@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use forkvm_agent_protocol::{Bytes, Generation, Identity};
 
-use super::{HookError, IdentifyError, Identities, System};
+use super::{HookError, IdentifyError, Identities, Role, System};
 
 /// An identity whose generation is `byte` sixteen times.
 pub(crate) fn identity(clone_id: u32, byte: u8) -> Identity {
@@ -59,9 +59,9 @@ impl System for Notes {
         self.step("clock", &nanoseconds.to_string())
     }
 
-    fn run_hooks(&self, identity: &Identity) -> Result<Vec<String>, HookError> {
+    fn run_hooks(&self, role: Role, _generation: Generation) -> Result<Vec<String>, HookError> {
         let name = "app".to_owned();
-        match self.step("hooks", &identity.clone_id.to_string()) {
+        match self.step("hooks", &format!("{role:?}")) {
             Ok(()) => Ok(vec![name]),
             Err(_) => Err(HookError::Failed { name, status: 1 }),
         }
@@ -96,10 +96,24 @@ fn all_steps_are_taken_in_order_and_acknowledged() {
             "machine-id 0123456789abcdef0123456789abcdef",
             "entropy 32",
             "clock 1700000000000000000",
-            "hooks 2"
+            "hooks Clone(2)"
         ]
     );
+    let steps: Vec<&str> = identified.steps.iter().map(|took| &*took.step).collect();
+    let all = "vsock-address hostname machine-id entropy clock hooks";
+    assert_eq!(steps.join(" "), all);
     assert_eq!(identities.current().unwrap().clone_id, 2);
+}
+
+#[test]
+fn a_parent_runs_its_hooks_at_each_fork_and_stays_who_it_is() {
+    let (identities, done) = machine("");
+    identities.identify(&identity(3, 5)).unwrap();
+    done.lock().unwrap().clear();
+    assert_eq!(identities.after_fork().unwrap(), ["app"]);
+    assert_eq!(identities.after_fork().unwrap(), ["app"]);
+    assert_eq!(*done.lock().unwrap(), ["hooks Parent", "hooks Parent"]);
+    assert_eq!(identities.current().unwrap().clone_id, 3);
 }
 
 #[test]
