@@ -164,6 +164,12 @@ pub enum BenchError {
     /// A VM could not be booted or forked.
     #[error(transparent)]
     Vm(#[from] crate::Error),
+    /// A Linux machine could not be had.
+    #[error(transparent)]
+    Linux(#[from] crate::linux::LinuxError),
+    /// The saved one cannot be opened.
+    #[error(transparent)]
+    Saved(#[from] forkvm_clone_engine::saved::OpenError),
     /// A VM did not do what it was asked.
     #[error(transparent)]
     Member(#[from] MemberError),

@@ -8,7 +8,7 @@
 //!
 //! A scenario is one file in [`scenarios`] and one line in [`SCENARIOS`]. What the engine can be set
 //! up as is in [`setting`], the VM that is measured in [`subject`], several that are frozen in turn in
-//! [`parents`].
+//! [`parents`], and a Linux machine in [`linux`].
 //!
 //! It prints nothing and hears no signals: that is the command's. Figures come from where things
 //! happen (the engine's trace, reports of guests, the kernel's accounts), never from options.
@@ -17,6 +17,7 @@ pub mod chart;
 pub mod compare;
 pub mod export;
 pub mod glossary;
+pub mod linux;
 pub mod measure;
 pub mod outliers;
 pub mod page;

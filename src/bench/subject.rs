@@ -305,9 +305,9 @@ pub struct Traced {
 /// A fork point and its clone.
 type OwnFork = (Arc<ForkPoint>, Arc<Member>);
 
-/// Keeps it. Holds a clone only until somebody asks for it: those that were measured are to be gone.
+/// Keeps what the engine did. Holds a clone only until somebody asks for it: those that were measured are to be gone.
 #[derive(Default)]
-struct Trace {
+pub(super) struct Trace {
     traced: Mutex<Traced>,
     own_fork: Mutex<Awaited>,
 }
@@ -322,7 +322,8 @@ enum Awaited {
 }
 
 impl Trace {
-    fn take(&self) -> Traced {
+    /// What it did since this was asked last.
+    pub(super) fn take(&self) -> Traced {
         std::mem::take(&mut *self.traced.lock().unwrap_or_else(PoisonError::into_inner))
     }
 

@@ -6,6 +6,7 @@ use std::time::Instant;
 use forkvm_clone_engine::{FreezeKind, MemoryMode};
 
 use crate::bench::chart::{Chart, Marks, short};
+use crate::bench::linux::LinuxSubject;
 use crate::bench::measure::{BenchError, Experiment, Repetitions, Samples, Unit};
 use crate::bench::outliers::median;
 use crate::bench::parents::Parents;
@@ -21,7 +22,8 @@ pub(super) const SCENARIO: Scenario = Scenario {
     name: "fork",
     about: "one clone of a running parent, to each end point, with the parent's pause and every phase",
     reading: "Clock fork: from the request on the running parent. 512 MiB of RAM, 64 MiB populated, 1 vCPU. N-MiB-dirty: what the \
-              parent has written since its memory became private. remap is the first fork of a VM, delta any later one.",
+              parent has written since its memory became private. remap is the first fork of a VM, delta any later one. linux: a machine \
+              of 64 MiB that idles, to its clone's agent's answer, with what auto chooses.",
     experiments,
     charts,
 };
@@ -84,6 +86,13 @@ fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
             }));
         }
     }
+    for mode in [MemoryMode::Cow, MemoryMode::Lazy] {
+        all.push(Box::new(Linux {
+            mode,
+            measured: scale.pick(10, 2, 1),
+            subject: None,
+        }));
+    }
     all
 }
 
@@ -124,6 +133,57 @@ impl Experiment for Fork {
         let (name, way) = (self.name(), self.way);
         self.parents
             .with_next(|parent| fork(parent, way, &name, samples))
+    }
+}
+
+/// A Linux machine that idles.
+struct Linux {
+    mode: MemoryMode,
+    measured: u32,
+    subject: Option<LinuxSubject>,
+}
+
+impl Experiment for Linux {
+    fn name(&self) -> String {
+        format!("linux/unpooled/{}/auto", self.mode.as_str())
+    }
+
+    fn repetitions(&self) -> Repetitions {
+        Repetitions {
+            warm_up: 1,
+            measured: self.measured,
+        }
+    }
+
+    fn prepare(&mut self) -> Result<(), BenchError> {
+        self.subject = Some(LinuxSubject::restore(Setting::PLAIN)?);
+        Ok(())
+    }
+
+    fn repeat(&mut self, samples: &mut Samples) -> Result<(), BenchError> {
+        let Some(subject) = &self.subject else {
+            return Ok(());
+        };
+        let name = self.name();
+        let (clone, point, traced) = subject.fork(self.mode)?;
+        let populated = point.populated() as f64 / f64::from(1 << 20);
+        let mut note = |case: &str, took| {
+            samples
+                .time(&format!("{name}/{case}"), Unit::Us, took)
+                .column("populated_mib", populated);
+        };
+        for (end_point, took) in clone.end_points() {
+            note(end_point, took);
+        }
+        traced
+            .pauses
+            .iter()
+            .for_each(|&pause| note("parent_pause", pause));
+        for (phase, took) in traced.phases {
+            note(&format!("{}{phase}", &PHASE[1..]), took);
+        }
+        end(&[clone.vm.member().clone()]);
+        Ok(())
     }
 }
 

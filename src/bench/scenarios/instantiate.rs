@@ -5,9 +5,10 @@ use std::sync::Arc;
 use forkvm_clone_engine::{ForkPoint, FreezeKind, MemoryMode, WorkingSetPolicy};
 
 use crate::bench::chart::{self, Chart};
+use crate::bench::linux::LinuxSubject;
 use crate::bench::measure::{BenchError, Experiment, Repetitions, Samples, Unit};
 use crate::bench::report::Row;
-use crate::bench::setting::{PLACES, POOLS, Setting};
+use crate::bench::setting::{PLACES, POOLS, Pool, Setting};
 use crate::bench::subject::{END_POINTS, Subject, SubjectSpec, end, end_points, passed, spawn_one};
 use crate::bench::{Scale, Scenario};
 
@@ -16,7 +17,8 @@ pub(super) const SCENARIO: Scenario = Scenario {
     name: "instantiate",
     about: "one clone of an existing fork point, to each of the five end points",
     reading: "Clock instantiate: from the spawn request on a fork point that exists, which the guest's own fork call made. 512 MiB of \
-              RAM, 64 MiB populated, 1 vCPU; the answer comes after 16 pages were read and checked.",
+              RAM, 64 MiB populated, 1 vCPU; the answer comes after 16 pages were read and checked. linux: a machine of 64 MiB, whose \
+              answer is its agent's: it has become itself.",
     experiments,
     charts,
 };
@@ -90,6 +92,17 @@ fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
             }
         }
     }
+    for &pool in POOLS {
+        for mode in [MemoryMode::Cow, MemoryMode::Lazy] {
+            all.push(Box::new(Linux {
+                pool,
+                mode,
+                measured: scale.pick(10, 2, 1),
+                point: None,
+                subject: None,
+            }));
+        }
+    }
     all
 }
 
@@ -158,6 +171,70 @@ impl Experiment for Instantiate {
                 );
         }
         end(&[clone]);
+        Ok(())
+    }
+}
+
+/// A Linux machine. Each lazy clone is the first of its fork point, since what is missing comes once.
+struct Linux {
+    pool: Pool,
+    mode: MemoryMode,
+    measured: u32,
+    // Before the subject: its family ends with that.
+    point: Option<Arc<ForkPoint>>,
+    subject: Option<LinuxSubject>,
+}
+
+impl Experiment for Linux {
+    fn name(&self) -> String {
+        let place = Setting::PLAIN.place.as_str();
+        format!(
+            "linux/{}/{}/{place}",
+            self.pool.as_str(),
+            self.mode.as_str()
+        )
+    }
+
+    fn repetitions(&self) -> Repetitions {
+        Repetitions {
+            warm_up: 1,
+            measured: self.measured,
+        }
+    }
+
+    fn prepare(&mut self) -> Result<(), BenchError> {
+        let subject = LinuxSubject::restore(Setting {
+            pool: self.pool,
+            ..Setting::PLAIN
+        })?;
+        if self.mode == MemoryMode::Cow {
+            self.point = Some(subject.point(self.mode)?);
+        }
+        self.subject = Some(subject);
+        Ok(())
+    }
+
+    fn repeat(&mut self, samples: &mut Samples) -> Result<(), BenchError> {
+        let Some(subject) = &self.subject else {
+            return Ok(());
+        };
+        let point = match &self.point {
+            Some(point) => point.clone(),
+            None => subject.point(self.mode)?,
+        };
+        subject.get_ready()?;
+        let clone = subject.spawn_one(&point)?;
+        let name = self.name();
+        for (end_point, took) in clone.end_points() {
+            samples
+                .time(&format!("{name}/{end_point}"), Unit::Us, took)
+                .column("memory_mib", point.config().memory_mib as f64)
+                .column(
+                    "populated_mib",
+                    point.populated() as f64 / f64::from(1 << 20),
+                );
+        }
+        end(&[clone.vm.member().clone()]);
         Ok(())
     }
 }

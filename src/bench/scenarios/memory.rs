@@ -1,14 +1,17 @@
 //! What a clone takes of the host's memory.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use forkvm_clone_engine::accounting::{HostKernelUse, ProcessUse};
 use forkvm_clone_engine::limits;
 use forkvm_clone_engine::{ForkError, ForkPoint, FreezeKind, Member, MemoryMode};
 
 use crate::bench::chart::{Chart, Marks, Series};
+use crate::bench::linux::LinuxSubject;
 use crate::bench::measure::{BenchError, Experiment, Repetitions, Samples, Unit, call};
 use crate::bench::report::Row;
+use crate::bench::setting::Setting;
 use crate::bench::subject::{Subject, SubjectSpec, Work, end, wait_answer};
 use crate::bench::{Scale, Scenario};
 
@@ -18,7 +21,8 @@ pub(super) const SCENARIO: Scenario = Scenario {
     about: "what a clone takes of the host's memory: idle, by pages touched, and of its descriptor",
     reading: "Growth while N clones are alive, divided by N. private: Anonymous of smaps_rollup; page-tables: VmPTE; kernel: Slab, VmallocUsed, \
               PageTables, SecPageTables and Percpu of the host. idle: after the first action, nothing touched. idle-1000/host: what \
-              MemAvailable lost to 1000 of them. 512 MiB of RAM each, 64 MiB populated.",
+              MemAvailable lost to 1000 of them. 512 MiB of RAM each, 64 MiB populated. linux: machines of 64 MiB, once their agents have \
+              answered.",
     experiments,
     charts,
 };
@@ -65,6 +69,12 @@ fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
     all.push(Box::new(Descriptor {
         memory_mib: scale.pick(1024, 1024, 64),
         measured: 1,
+    }));
+    all.push(Box::new(Linux {
+        clones: scale.pick(8, 2, 1),
+        measured: scale.pick(2, 1, 1),
+        point: None,
+        subject: None,
     }));
     if scale == Scale::Full {
         all.push(grown_host());
@@ -194,6 +204,59 @@ fn all_answered(clones: &[Arc<Member>]) -> Result<(), BenchError> {
     clones
         .iter()
         .try_for_each(|clone| wait_answer(clone, 1).map(drop))
+}
+
+/// Linux machines, each of which has become itself.
+struct Linux {
+    clones: u32,
+    measured: u32,
+    // Before the subject: its family ends with that.
+    point: Option<Arc<ForkPoint>>,
+    subject: Option<LinuxSubject>,
+}
+
+impl Experiment for Linux {
+    fn name(&self) -> String {
+        "linux/idle".into()
+    }
+
+    fn repetitions(&self) -> Repetitions {
+        Repetitions {
+            warm_up: 1,
+            measured: self.measured,
+        }
+    }
+
+    fn prepare(&mut self) -> Result<(), BenchError> {
+        let subject = LinuxSubject::restore(Setting::PLAIN)?;
+        self.point = Some(subject.point(MemoryMode::Cow)?);
+        self.subject = Some(subject);
+        Ok(())
+    }
+
+    fn repeat(&mut self, samples: &mut Samples) -> Result<(), BenchError> {
+        let (Some(subject), Some(point)) = (&self.subject, &self.point) else {
+            return Ok(());
+        };
+        let before = Usage::now()?;
+        let clones = point.spawn(self.clones)?;
+        let met = clones
+            .iter()
+            .try_for_each(|clone| subject.meet(clone.clone(), Instant::now()).map(drop));
+        let after = met.and_then(|()| Usage::now());
+        end(&clones);
+        let after = after?;
+        let mut note = |case: &str, of: fn(&Usage) -> u64| {
+            let grown = each(of(&before), of(&after), self.clones);
+            samples
+                .value(&format!("linux/idle/{case}"), Unit::Kib, grown)
+                .column("clones", f64::from(self.clones));
+        };
+        note("private", |usage| usage.process.anonymous_kib);
+        note("page-tables", |usage| usage.process.page_tables_kib);
+        note("kernel", |usage| usage.kernel.total_kib());
+        Ok(())
+    }
 }
 
 /// Size of all that a clone needs beside memory.

@@ -15,6 +15,7 @@ use anyhow::Context;
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, Subcommand};
 use forkvm::bench::chart::{self, Chart};
+use forkvm::bench::linux::Saved;
 use forkvm::bench::report::Report;
 use forkvm::bench::runner::Plan;
 use forkvm::bench::{SCENARIOS, Scale, Scenario, export, page};
@@ -106,6 +107,7 @@ impl Bench {
         let stop = Stop::on_signals().context("hearing signals")?;
         let mut text = output.text();
         writeln!(text, "seed {}: `--seed {0}` repeats this order", plan.seed)?;
+        let _linux = Saved::default();
         let mut report = Report::begin(&name, plan);
         let mut bar = Bar::new(stop.asked());
         for scenario in &chosen {
