@@ -14,7 +14,7 @@ use super::template::template;
 /// `forkvm restore TEMPLATE --name web`, and whoever asks it.
 struct Web {
     dir: TempDir,
-    _running: Running,
+    running: Running,
 }
 
 impl Web {
@@ -25,10 +25,7 @@ impl Web {
         let mut running = Running::start(dir.path(), &args);
         let socket = dir.path().join("forkvm/web/control.sock");
         running.wait_until("it listens", || socket.exists());
-        Web {
-            dir,
-            _running: running,
-        }
+        Web { dir, running }
     }
 
     fn path(&self, name: &str) -> std::path::PathBuf {
@@ -55,7 +52,6 @@ fn mode(path: &Path) -> u32 {
 }
 
 #[test]
-#[ignore = "make test-linux"]
 fn a_program_runs_in_the_machine_as_if_it_ran_here() {
     need_kvm!();
     let web = Web::restore();
@@ -83,7 +79,6 @@ fn a_program_runs_in_the_machine_as_if_it_ran_here() {
 }
 
 #[test]
-#[ignore = "make test-linux"]
 fn a_file_is_copied_in_and_out_with_its_permissions() {
     need_kvm!();
     let web = Web::restore();
@@ -115,7 +110,6 @@ fn a_file_is_copied_in_and_out_with_its_permissions() {
 }
 
 #[test]
-#[ignore = "make test-linux"]
 fn a_clone_is_itself_for_the_first_program_that_runs_in_it() {
     need_kvm!();
     let web = Web::restore();
@@ -130,4 +124,19 @@ fn a_clone_is_itself_for_the_first_program_that_runs_in_it() {
     let machine_ids: Vec<_> = said.iter().map(|said| said.lines().nth(1)).collect();
     assert_ne!(machine_ids[0], machine_ids[1]);
     assert_ne!(machine_ids[0], machine_ids[2]);
+}
+
+#[test]
+fn a_machine_that_is_stopped_powers_off_in_order_and_its_clones_run_on() {
+    need_kvm!();
+    let web = Web::restore();
+    web.said(&["exec", "web", "--", "true"]);
+    web.said(&["fork", "web"]);
+    web.said(&["stop", "web"]);
+    let again = web.forkvm(&["stop", "web"]);
+    again.expect(1, "web");
+    let hostname = ["exec", "web.1", "--", "cat", "/proc/sys/kernel/hostname"];
+    assert_eq!(web.said(&hostname), "web-1\n");
+    web.said(&["stop", "web.1"]);
+    web.running.wait().expect(0, "web.1 exited with 0");
 }

@@ -6,7 +6,6 @@ use super::common::need_kvm;
 use super::machine::{Machine, run, sh};
 
 #[test]
-#[ignore = "make test-linux"]
 fn a_program_has_its_input_outputs_and_status() {
     need_kvm!();
     let machine = Machine::restore(1);
@@ -25,7 +24,6 @@ fn a_program_has_its_input_outputs_and_status() {
 }
 
 #[test]
-#[ignore = "make test-linux"]
 fn a_program_that_is_not_there_is_refused_by_name() {
     need_kvm!();
     let machine = Machine::restore(1);
@@ -38,7 +36,6 @@ fn a_program_that_is_not_there_is_refused_by_name() {
 }
 
 #[test]
-#[ignore = "make test-linux"]
 fn a_file_goes_in_and_comes_out_as_it_was() {
     need_kvm!();
     let machine = Machine::restore(1);

@@ -42,20 +42,43 @@ fn a_program_with_a_timer_goes_on_in_parent_and_clones(vcpus: u32, spec: CloneSp
 }
 
 #[test]
-#[ignore = "make test-linux"]
 fn a_program_with_a_timer_goes_on_in_parent_and_cow_clones() {
     a_program_with_a_timer_goes_on_in_parent_and_clones(1, CloneSpec::new(2));
 }
 
 #[test]
-#[ignore = "make test-linux"]
 fn a_program_with_a_timer_goes_on_in_parent_and_lazy_clones() {
     let spec = fork_by(FreezeKind::WriteProtect, MemoryMode::Lazy, 2);
     a_program_with_a_timer_goes_on_in_parent_and_clones(1, spec);
 }
 
 #[test]
-#[ignore = "make test-linux"]
+fn a_program_with_a_timer_goes_on_in_parent_and_cow_clones_on_two_vcpus() {
+    a_program_with_a_timer_goes_on_in_parent_and_clones(2, CloneSpec::new(2));
+}
+
+#[test]
+fn a_program_with_a_timer_goes_on_in_parent_and_lazy_clones_on_two_vcpus() {
+    let spec = fork_by(FreezeKind::WriteProtect, MemoryMode::Lazy, 2);
+    a_program_with_a_timer_goes_on_in_parent_and_clones(2, spec);
+}
+
+#[test]
+fn hooks_run_at_each_fork_in_parent_and_clone() {
+    need_kvm!();
+    let machine = Machine::restore(1);
+    let hook = "mkdir -p /etc/forkvm/fork.d; cd /etc/forkvm/fork.d; \
+                { echo '#!/bin/sh'; echo 'echo $1 $FORKVM_CLONE_ID >> /tmp/hooked'; } > say; chmod +x say";
+    sh(&machine, hook);
+    let clone = machine.fork(CloneSpec::new(1)).remove(0);
+    assert_eq!(sh(&machine, "cat /tmp/hooked"), "parent 0");
+    assert_eq!(sh(&clone, "cat /tmp/hooked"), "clone 1");
+    let of_clone = clone.fork(CloneSpec::new(1)).unwrap().remove(0);
+    assert_eq!(sh(&clone, "cat /tmp/hooked"), "clone 1\nparent 0");
+    assert_eq!(sh(&of_clone, "cat /tmp/hooked"), "clone 1\nclone 1");
+}
+
+#[test]
 fn a_clone_of_a_clone_has_the_files_of_both() {
     need_kvm!();
     let machine = Machine::restore(1);
@@ -70,7 +93,6 @@ fn a_clone_of_a_clone_has_the_files_of_both() {
 }
 
 #[test]
-#[ignore = "make test-linux"]
 fn a_session_goes_on_in_the_parent_and_is_none_of_the_clones() {
     need_kvm!();
     let machine = Machine::restore(1);
@@ -95,7 +117,6 @@ fn a_session_goes_on_in_the_parent_and_is_none_of_the_clones() {
 }
 
 #[test]
-#[ignore = "make test-linux"]
 fn a_program_forks_its_machine_and_waits_for_the_clones() {
     need_kvm!();
     let machine = Machine::restore(1);

@@ -42,20 +42,17 @@ fn clones_are_told_from_each_other(spec: CloneSpec) {
 }
 
 #[test]
-#[ignore = "make test-linux"]
 fn eight_clones_have_eight_identities_and_random_numbers_of_their_own() {
     clones_are_told_from_each_other(CloneSpec::new(8));
 }
 
 #[test]
-#[ignore = "make test-linux"]
 fn lazy_clones_have_identities_and_random_numbers_of_their_own() {
     let spec = fork_by(FreezeKind::WriteProtect, MemoryMode::Lazy, 2);
     clones_are_told_from_each_other(spec);
 }
 
 #[test]
-#[ignore = "make test-linux"]
 fn a_machine_that_was_saved_long_ago_has_the_time_of_its_host_and_its_own_clock_goes_on() {
     need_kvm!();
     let machine = Machine::restore(1);

@@ -10,7 +10,9 @@ mod common;
 mod harness;
 
 mod commands;
+mod disks;
 mod exec;
+mod ext4;
 mod forks;
 mod identities;
 mod machine;

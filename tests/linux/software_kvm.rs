@@ -8,7 +8,6 @@ use super::common::need_kvm;
 use super::machine::{Machine, sh};
 
 #[test]
-#[ignore = "make test-linux"]
 fn linux_is_helped_where_kvm_is_software_and_nowhere_else() {
     need_kvm!();
     let kvm = Arc::new(Kvm::open().unwrap());

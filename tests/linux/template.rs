@@ -1,4 +1,4 @@
-//! The template: a Linux machine that stands where its agent has just answered.
+//! The template: a Linux machine that stands where its agent has just answered. Its disk has an ext4 file system, which is not mounted.
 //!
 //! Whoever needs it first boots it, which takes a minute where KVM is software, while the others wait. It
 //! stays in the target directory for tests of the same build.
@@ -9,13 +9,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use forkvm::agent::AgentClient;
+use forkvm::devices::block::{Access, RawFile};
 use forkvm::engine::Family;
 use forkvm::engine::saved::SaveTo;
 use forkvm::vmm::Kvm;
 use forkvm::vmm::boot::Payload;
-use forkvm::{BootSpec, End, FamilyConfig, VsockSpec};
+use forkvm::{BootSpec, DiskSource, DiskSpec, End, FamilyConfig, VsockSpec};
 
 use super::common::{Kept, as_tests_are_to_run};
+use super::ext4;
 
 /// How long a kernel may take to its agent's first answer, on a busy host whose KVM is software.
 const BOOT: Duration = Duration::from_secs(400);
@@ -59,6 +61,7 @@ pub(crate) fn template(vcpus: u32) -> PathBuf {
     let directory = folder.join(format!("{}-{vcpus}", key(&image)));
     if !directory.exists() {
         remove_others(&folder, &key(&image));
+        make_data_disk(&data_disk(&image));
         boot_and_save(&image, vcpus, &directory);
     }
     directory
@@ -72,12 +75,50 @@ fn key(image: &Image) -> String {
     format!("{name}-{}", built.unwrap().as_nanos())
 }
 
+/// What is on the disk: real files to work on, and programs with their libraries.
+pub(crate) fn data_folder() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("linux-data")
+}
+
+fn data_disk(image: &Image) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("linux");
+    folder.join(format!("{}.img", key(image)))
+}
+
+/// Unless it is there.
+fn make_data_disk(disk: &Path) {
+    if disk.exists() {
+        return;
+    }
+    let folder = data_folder();
+    if folder.exists() {
+        fs::remove_dir_all(&folder).unwrap();
+    }
+    fs::create_dir_all(&folder).unwrap();
+    ext4::install("/usr/sbin/memtester", &folder);
+    fs::write(folder.join("lambda.fa"), lambda()).unwrap();
+    ext4::make(&folder, disk, 32);
+}
+
+/// The genome of the phage lambda, as the package bowtie2-examples brings it: packed or not.
+fn lambda() -> Vec<u8> {
+    let plain = Path::new("/usr/share/doc/bowtie2/examples/reference/lambda_virus.fa");
+    fs::read(plain)
+        .or_else(|_| fs::read(plain.with_extension("fa.gz")))
+        .unwrap()
+}
+
 fn remove_others(folder: &Path, key: &str) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         let name = path.file_name().unwrap().to_str().unwrap();
-        if path.is_dir() && !name.starts_with(key) {
+        if name.starts_with(key) || name == "lock" {
+            continue;
+        }
+        if path.is_dir() {
             fs::remove_dir_all(path).unwrap();
+        } else {
+            fs::remove_file(path).unwrap();
         }
     }
 }
@@ -101,7 +142,12 @@ fn boot_and_save(image: &Image, vcpus: u32, directory: &Path) {
             name: "linux".into(),
             memory_mib: MEMORY_MIB,
             vcpus,
-            disks: Vec::new(),
+            disks: vec![DiskSpec {
+                name: "data".into(),
+                source: DiskSource::volatile(Arc::new(
+                    RawFile::open(&data_disk(image), Access::ReadOnly).unwrap(),
+                )),
+            }],
             payload: Payload::Kernel {
                 kernel: image.directory.join("vmlinux"),
                 initrd: Some(image.directory.join("initramfs.cpio")),

@@ -59,7 +59,6 @@ fn sorted_lines(text: &str) -> Vec<&str> {
 }
 
 #[test]
-#[ignore = "make test-linux"]
 fn a_program_runs_in_each_clone_of_a_template_and_the_worst_status_is_the_commands() {
     need_kvm!();
     let user = User::with_web();
@@ -78,7 +77,6 @@ fn a_program_runs_in_each_clone_of_a_template_and_the_worst_status_is_the_comman
 }
 
 #[test]
-#[ignore = "make test-linux"]
 fn a_template_is_booted_once_and_names_what_has_changed_since() {
     need_kvm!();
     let user = User::new();
@@ -122,7 +120,6 @@ fn a_template_is_booted_once_and_names_what_has_changed_since() {
 }
 
 #[test]
-#[ignore = "make test-linux"]
 fn a_machine_without_an_agent_makes_no_template_and_shows_its_console() {
     need_kvm!();
     let user = User::new();
