@@ -39,7 +39,8 @@ fn main() {
     for source in SOURCES {
         println!("cargo::rerun-if-changed={source}");
     }
-    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    // Of the run, not of the build: a target directory may serve two checkouts, and a script that is the same in both is built once.
+    let here = PathBuf::from(variable("CARGO_MANIFEST_DIR"));
     // In its directory, so that its .cargo/config.toml counts.
     let elf = build(
         &here.join("bare"),
