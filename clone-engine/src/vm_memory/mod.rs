@@ -36,7 +36,7 @@ use crate::fault::readahead::Readahead;
 use crate::fault::shard::Shard;
 use crate::fault::{FaultHandler, Notice};
 use crate::image::{
-    Content, EmptyImage, Mapper, MemoryImage, OwnerTable, Provided, Which, complete, distinct,
+    Content, EmptyImage, Mapper, MemoryImage, OwnerTable, Provided, complete, distinct,
 };
 use crate::rewind::Break;
 use crate::source::SourceError;
