@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -78,6 +79,13 @@ impl Parent {
         let address = GuestAddress(number * PAGE);
         let page = [byte; PAGE as usize];
         self.ram.guest().write_slice(&page, address).unwrap();
+    }
+
+    fn read(&self, number: u64) -> Vec<u8> {
+        let mut page = vec![0; PAGE as usize];
+        let address = GuestAddress(number * PAGE);
+        self.ram.guest().read_slice(&mut page, address).unwrap();
+        page
     }
 }
 
@@ -290,6 +298,47 @@ fn a_page_that_an_earlier_image_lacks_for_good_costs_a_later_one_that_page_alone
     }
     let lost = touch(&later, 41).unwrap_err().to_string();
     assert!(lost.contains("as the test says"), "{lost}");
+}
+
+/// More than enough for a thread to be replaced.
+const LATE: Duration = Duration::from_secs(20);
+
+#[test]
+fn a_handler_that_dies_of_a_parents_write_costs_neither_the_write_nor_what_images_hold() {
+    if !has_userfaultfd() {
+        return;
+    }
+    let parent = Arc::new(Parent::new());
+    let images = [parent.fork(), parent.fork()];
+    // The first of them has the page when the handler dies, the second has not.
+    for number in [20, 100] {
+        parent.memory.deaths_by_writes.store(1, Ordering::Relaxed);
+        let (written, done) = channel();
+        let writer = parent.clone();
+        thread::spawn(move || {
+            writer.write(number, 7);
+            written.send(()).unwrap();
+        });
+        let done = done.recv_timeout(LATE);
+        assert!(done.is_ok(), "the write of page {number} hangs");
+        let left = parent.memory.deaths_by_writes.load(Ordering::Relaxed);
+        assert_eq!(left, 0, "a handler has died");
+        assert_eq!(parent.read(number), [7; PAGE as usize]);
+        for image in &images {
+            assert!(page(image, number) == content(number), "page {number}");
+        }
+    }
+    // No lock of the VM went with them: it can be forked, and its writes are seen.
+    let third = parent.fork();
+    parent.write(20, 8);
+    third.complete().unwrap();
+    assert_eq!(page(&third, 20), [7; PAGE as usize]);
+    for image in &images {
+        image.complete().unwrap();
+        for number in OWN.into_iter().flatten() {
+            assert!(page(image, number) == content(number), "page {number}");
+        }
+    }
 }
 
 #[test]
