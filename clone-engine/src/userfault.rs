@@ -1,8 +1,8 @@
 //! One userfaultfd, and the errno rules of putting pages into what it watches.
 //!
 //! A [`Userfault`] watches address ranges of this process. [`Userfault::copy`] and
-//! [`Userfault::zero`] are the only places where the engine installs a page; both decide by
-//! [`verdict`] what an error means. Opened for kernel mode, since KVM touches guest memory there.
+//! [`Userfault::zero`] are the only places where the engine installs a page. What an error means
+//! is decided by [`verdict`] alone. Opened for kernel mode, since KVM touches guest memory there.
 #![allow(unsafe_code)] // UFFDIO_COPY and UFFDIO_ZEROPAGE take addresses; fcntl is a C function; raw descriptors.
 
 use std::io;
@@ -55,24 +55,31 @@ impl Fault {
     }
 }
 
-/// What the kernel says of an attempt to install a page.
+/// What an error says of a call on a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
     /// Part of it was done, or the mappings are just changing: go on where it stopped.
     Again,
     /// Somebody was first: drop yours, and wake whoever waits.
     Exists,
-    /// Nobody needs it: the range is not watched any more, or its process is gone.
-    Gone,
+    /// Nobody needs it: the range is not watched any more.
+    Unwatched,
+    /// Nobody needs it: its process is gone, with all that was watched.
+    Orphaned,
+    /// Nobody could ever watch such a range.
+    NoRange,
     /// The host failed.
     Failed,
 }
 
-fn verdict(errno: i32) -> Verdict {
+/// The one place where the engine knows what errors of a userfaultfd mean.
+fn verdict(errno: Option<i32>) -> Verdict {
     match errno {
-        libc::EAGAIN => Verdict::Again,
-        libc::EEXIST => Verdict::Exists,
-        libc::ENOENT | libc::ESRCH => Verdict::Gone,
+        Some(libc::EAGAIN) => Verdict::Again,
+        Some(libc::EEXIST) => Verdict::Exists,
+        Some(libc::ENOENT) => Verdict::Unwatched,
+        Some(libc::ESRCH) => Verdict::Orphaned,
+        Some(libc::EINVAL) => Verdict::NoRange,
         _ => Verdict::Failed,
     }
 }
@@ -156,8 +163,12 @@ impl Userfault {
     pub(crate) fn protect(&self, range: &Range<u64>) -> Result<(), UserfaultError> {
         loop {
             match self.uffd.write_protect(range.start as *mut _, len(range)) {
-                Err(error) if errno(&error) == Some(libc::EAGAIN) => {}
-                done => return done.map_err(failed("UFFDIO_WRITEPROTECT")),
+                Ok(()) => return Ok(()),
+                Err(error) => match verdict(errno(&error)) {
+                    Verdict::Again => {}
+                    // Also when it is not watched: somebody counts on it.
+                    _ => return Err(failed("UFFDIO_WRITEPROTECT")(error)),
+                },
             }
         }
     }
@@ -172,10 +183,10 @@ impl Userfault {
         let start = ALL_ADDRESSES.start as *mut _;
         // SAFETY: nothing is ever watched at the lowest address of all, so no page is mapped there.
         match unsafe { self.uffd.zeropage(start, PAGE as usize, false) } {
-            Err(error) => match errno(&error) {
-                Some(libc::ESRCH) => Ok(true),
-                Some(libc::ENOENT | libc::EINVAL | libc::EAGAIN) => Ok(false),
-                _ => Err(failed("UFFDIO_ZEROPAGE")(error)),
+            Err(error) => match verdict(errno(&error)) {
+                Verdict::Orphaned => Ok(true),
+                Verdict::Unwatched | Verdict::NoRange | Verdict::Again => Ok(false),
+                Verdict::Exists | Verdict::Failed => Err(failed("UFFDIO_ZEROPAGE")(error)),
             },
             Ok(_) => Ok(false),
         }
@@ -187,10 +198,10 @@ impl Userfault {
         loop {
             match self.uffd.remove_write_protection(start, len(range), true) {
                 Ok(()) => return Ok(()),
-                Err(error) => match errno(&error).map(verdict) {
-                    Some(Verdict::Again) => {}
+                Err(error) => match verdict(errno(&error)) {
+                    Verdict::Again => {}
                     // Not watched any more, so not protected; but somebody waits.
-                    Some(Verdict::Gone) => return self.wake(range),
+                    Verdict::Unwatched | Verdict::Orphaned => return self.wake(range),
                     _ => return Err(failed("UFFDIO_WRITEPROTECT")(error)),
                 },
             }
@@ -227,14 +238,16 @@ impl Userfault {
                 Ok(bytes) => bytes as u64,
                 // The length is nonsense when nothing was copied.
                 Err(Error::PartiallyCopied(bytes)) if bytes as u64 <= len - done => bytes as u64,
-                Err(error) => match errno(&error).map(verdict) {
-                    Some(Verdict::Again) => 0,
-                    Some(Verdict::Exists) => {
+                Err(error) => match verdict(errno(&error)) {
+                    Verdict::Again => 0,
+                    Verdict::Exists => {
                         done += PAGE;
                         continue;
                     }
-                    Some(Verdict::Gone) => return Ok(()),
-                    Some(Verdict::Failed) | None => return Err(failed("UFFDIO_COPY")(error)),
+                    Verdict::Unwatched | Verdict::Orphaned => return Ok(()),
+                    Verdict::NoRange | Verdict::Failed => {
+                        return Err(failed("UFFDIO_COPY")(error));
+                    }
                 },
             };
             if step > 0 {
@@ -253,14 +266,14 @@ impl Userfault {
         let zeroed = unsafe { self.uffd.zeropage(range.start as *mut _, len(range), true) };
         match zeroed {
             Ok(_) => Ok(true),
-            Err(error) => match errno(&error).map(verdict) {
+            Err(error) => match verdict(errno(&error)) {
                 // Part of it: at least the first page.
-                Some(Verdict::Again) => Ok(true),
-                Some(Verdict::Exists | Verdict::Gone) => {
+                Verdict::Again => Ok(true),
+                Verdict::Exists | Verdict::Unwatched | Verdict::Orphaned => {
                     self.wake(&(range.start..range.start + PAGE))?;
                     Ok(false)
                 }
-                Some(Verdict::Failed) | None => Err(failed("UFFDIO_ZEROPAGE")(error)),
+                Verdict::NoRange | Verdict::Failed => Err(failed("UFFDIO_ZEROPAGE")(error)),
             },
         }
     }
@@ -347,12 +360,37 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_means_one_thing_wherever_a_page_is_installed() {
-        assert_eq!(verdict(libc::EEXIST), Verdict::Exists);
-        assert_eq!(verdict(libc::EAGAIN), Verdict::Again);
-        assert_eq!(verdict(libc::ENOENT), Verdict::Gone);
-        assert_eq!(verdict(libc::ESRCH), Verdict::Gone);
-        assert_eq!(verdict(libc::ENOMEM), Verdict::Failed);
-        assert_eq!(verdict(libc::EFAULT), Verdict::Failed);
+    fn an_error_means_one_thing_wherever_it_comes_from() {
+        let means = |errno: i32| verdict(Some(errno));
+        assert_eq!(means(libc::EEXIST), Verdict::Exists);
+        assert_eq!(means(libc::EAGAIN), Verdict::Again);
+        assert_eq!(means(libc::ENOENT), Verdict::Unwatched);
+        assert_eq!(means(libc::ESRCH), Verdict::Orphaned);
+        assert_eq!(means(libc::EINVAL), Verdict::NoRange);
+        assert_eq!(means(libc::ENOMEM), Verdict::Failed);
+        assert_eq!(means(libc::EFAULT), Verdict::Failed);
+        assert_eq!(verdict(None), Verdict::Failed);
+    }
+
+    #[test]
+    fn a_userfaultfd_of_a_living_process_is_no_orphan() {
+        let Ok(userfault) = Userfault::open() else {
+            println!("skipped: no userfaultfd");
+            return;
+        };
+        assert!(!userfault.is_orphan().unwrap());
+    }
+
+    #[test]
+    fn to_protect_what_is_not_watched_is_an_error_and_to_unprotect_it_is_none() {
+        let Ok(userfault) = Userfault::open() else {
+            println!("skipped: no userfaultfd");
+            return;
+        };
+        let file = forkvm_vmm::memory::memfd(c"test", PAGE).unwrap();
+        let window = forkvm_vmm::memory::Window::new(&file, PAGE).unwrap();
+        let range = window.address()..window.address() + PAGE;
+        assert!(userfault.protect(&range).is_err());
+        userfault.unprotect(&range).unwrap();
     }
 }

@@ -286,6 +286,27 @@ fn a_stop_that_fails_at_any_phase_leaves_nothing_and_the_parent_runs_on() {
     every_failure_of_a_hosts_fork(FreezeKind::Stop);
 }
 
+/// Of a VM whose memory is private: images are fed by it then, and it was to stand still.
+fn every_failure_of_a_stop_after_a_remap(mode: MemoryMode) {
+    every_failure(Way {
+        before: Some((FreezeKind::Remap, MemoryMode::Cow)),
+        freeze: FreezeKind::Stop,
+        mode,
+    });
+}
+
+#[test]
+fn a_stop_of_private_memory_for_lazy_clones_that_fails_at_any_phase_leaves_nothing_and_the_parent_runs_on()
+ {
+    every_failure_of_a_stop_after_a_remap(MemoryMode::Lazy);
+}
+
+#[test]
+fn a_stop_of_private_memory_for_whole_clones_that_fails_at_any_phase_leaves_nothing_and_the_parent_runs_on()
+ {
+    every_failure_of_a_stop_after_a_remap(MemoryMode::Cow);
+}
+
 #[test]
 fn a_fork_by_write_protect_that_fails_at_any_phase_leaves_nothing_and_the_parent_runs_on() {
     every_failure(Way {

@@ -40,29 +40,30 @@ impl Origin {
     /// Whose sources may be silent for `deadline`. Pages are fetched one by one, and by nothing but
     /// their first touch. Forks by `freeze` find all pages in the parent, none in an earlier image.
     pub(crate) fn new(freeze: FreezeKind, deadline: Duration) -> Origin {
-        Origin::with(freeze, deadline, WorkingSetPolicy::Off)
+        Origin::with(plain(), freeze, faults(deadline))
     }
 
     /// The same, but that clones are given what those of an earlier fork touched.
     pub(crate) fn replaying(freeze: FreezeKind, deadline: Duration) -> Origin {
-        Origin::with(freeze, deadline, WorkingSetPolicy::RecordAndReplay)
+        let faults = FaultConfig {
+            working_set: WorkingSetPolicy::RecordAndReplay,
+            ..faults(deadline)
+        };
+        Origin::with(plain(), freeze, faults)
     }
 
-    fn with(freeze: FreezeKind, deadline: Duration, working_set: WorkingSetPolicy) -> Origin {
-        let switch = Switch::new();
+    /// In this process, with its clones, whose images are filled in the background.
+    pub(crate) fn filled_here(freeze: FreezeKind) -> Origin {
         let faults = FaultConfig {
-            chunk: PAGE,
-            readahead: 0,
-            working_set,
-            background: None,
-            page_deadline: deadline,
-            ..FaultConfig::default()
+            background: Some(1000),
+            ..faults(LONG)
         };
-        let vm = Setup::new(format!("job=obey pages={}", pages()))
-            .memory_mib(32)
-            .faults(faults)
-            .sources(switch.clone())
-            .boot();
+        Origin::with(plain().here(), freeze, faults)
+    }
+
+    fn with(setup: Setup, freeze: FreezeKind, faults: FaultConfig) -> Origin {
+        let switch = Switch::new();
+        let vm = setup.faults(faults).sources(switch.clone()).boot();
         vm.wait_ready(LONG).unwrap();
         if freeze == FreezeKind::Delta {
             vm.fork_point(fork_by(FreezeKind::Remap, MemoryMode::Cow, 1))
@@ -112,6 +113,23 @@ impl Origin {
         let mut clone = Obedient::new(&self.vm, &ticket.clones[0]);
         clone.expect(0, value, pages());
         parent.expect(0, 1, pages());
+    }
+}
+
+/// What obeys.
+fn plain() -> Setup {
+    Setup::new(format!("job=obey pages={}", pages())).memory_mib(32)
+}
+
+/// Pages come one by one, and by nothing but their first touch.
+fn faults(deadline: Duration) -> FaultConfig {
+    FaultConfig {
+        chunk: PAGE,
+        readahead: 0,
+        working_set: WorkingSetPolicy::Off,
+        background: None,
+        page_deadline: deadline,
+        ..FaultConfig::default()
     }
 }
 

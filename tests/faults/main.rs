@@ -12,3 +12,4 @@ mod mid_request;
 mod model;
 mod replay;
 mod sources;
+mod whole;

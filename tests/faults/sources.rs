@@ -3,10 +3,10 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use forkvm::{FreezeKind, MemoryMode};
+use forkvm::{End, FreezeKind, MemoryMode};
 
 use crate::common::switch::Manner;
-use crate::common::{LONG, Obedient, fork_by, need_kvm};
+use crate::common::{LONG, Obedient, expect_end, fork_by, need_kvm};
 use crate::family::{FIRST, LIVE, Origin, SOON, expect_lost, pages};
 
 const DEADLINE: Duration = Duration::from_millis(400);
@@ -122,6 +122,59 @@ fn a_source_that_leaves_a_page_out_ends_only_those_who_touch_it() {
 fn a_source_that_delivers_part_of_a_page_ends_only_those_who_touch_it() {
     need_kvm!();
     costs_only_those_who_need_that_page(Manner::Short, "no pages of this memory");
+}
+
+/// A source that cannot deliver page 5 in some way, of a parent whose images are completed: the oldest
+/// for its third fork, the others at its end.
+fn costs_only_that_page_when_images_are_completed(manner: Manner, why: &str) {
+    for freeze in LIVE {
+        let origin = Origin::new(freeze, DEADLINE);
+        let fork = || origin.fork(origin.vm.member(), freeze, 3);
+        let ticket = fork();
+        let [mut a, mut b, mut c] = [0, 1, 2].map(|number| origin.clone_of(&ticket, number));
+        origin.switch.set(origin.page(5), manner);
+        let later = [fork(), fork()];
+        let begun = a.begin("r 3 4");
+        expect_lost(&a.member, begun + SOON, why);
+        b.expect(6, FIRST + 6, pages() - 6);
+        origin.parent().expect(0, FIRST, pages());
+
+        origin.vm.kill();
+        expect_end(&origin.vm, origin.vm.member(), End::Killed);
+        b.expect(1, FIRST + 1, 4);
+        c.expect(6, FIRST + 6, pages() - 6);
+        c.write(6, 1, 4);
+        for ticket in &later {
+            let [mut d, mut e] = [0, 1].map(|number| origin.clone_of(ticket, number));
+            let begun = d.begin("r 5 1");
+            expect_lost(&d.member, begun + SOON, why);
+            e.expect(1, FIRST + 1, 4);
+            e.expect(6, FIRST + 6, pages() - 6);
+        }
+        // Whoever had it is gone.
+        origin.switch.set_all(Manner::Near);
+        let begun = c.begin("w 5 1 1");
+        expect_lost(&c.member, begun + SOON, why);
+        b.expect(6, FIRST + 6, pages() - 6);
+    }
+}
+
+#[test]
+fn a_page_that_fails_as_its_images_are_completed_ends_only_those_who_touch_it() {
+    need_kvm!();
+    costs_only_that_page_when_images_are_completed(Manner::Fail, "as the test says");
+}
+
+#[test]
+fn a_page_that_is_left_out_as_its_images_are_completed_ends_only_those_who_touch_it() {
+    need_kvm!();
+    costs_only_that_page_when_images_are_completed(Manner::Nothing, "not delivered");
+}
+
+#[test]
+fn a_page_that_comes_in_part_as_its_images_are_completed_ends_only_those_who_touch_it() {
+    need_kvm!();
+    costs_only_that_page_when_images_are_completed(Manner::Short, "no pages of this memory");
 }
 
 #[test]

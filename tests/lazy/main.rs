@@ -12,4 +12,5 @@ mod holes;
 mod mid_fault;
 mod pause;
 mod populating;
+mod room;
 mod torn;

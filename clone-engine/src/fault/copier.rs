@@ -181,19 +181,20 @@ impl Shared {
 fn stretch(image: &Arc<MemoryImage>, mut from: u64) -> Result<Option<u64>, SourceError> {
     let mut brought = 0;
     while brought < STRETCH {
-        match image.fill_next(from, Which::All, Cause::Background) {
-            Ok(None) => return Ok(None),
-            Ok(Some(range)) => {
-                brought += range.end - range.start;
-                from = range.end;
-            }
+        let next = image.fill_next(from, Which::All, Cause::Background);
+        let Some((range, filled)) = next else {
+            return Ok(None);
+        };
+        match filled {
+            Ok(()) => {}
             // Whoever needs it will hear why; the rest can be brought.
-            Err(SourceError::Damaged { offset, why, .. }) => {
-                tracing::warn!(offset, why, "memory that cannot be brought is left out");
-                from = from.max(offset) + image.chunk();
+            Err(why @ (SourceError::Damaged { .. } | SourceError::Rubbish { .. })) => {
+                tracing::warn!(%why, "memory that cannot be brought is left out");
             }
             Err(why) => return Err(why),
         }
+        brought += range.end - range.start;
+        from = range.end;
     }
     Ok(Some(from))
 }

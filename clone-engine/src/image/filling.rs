@@ -62,15 +62,20 @@ impl MemoryImage {
             return Ok(Provided::Here(offset..offset + PAGE));
         }
         let (owner, run) = self.known_table().at(offset);
-        let chunk = filling.chunk_of(offset, &run);
-        let here = match owner {
-            Owner::Zero => return Ok(Provided::Zero(offset..run.end)),
-            owner => self.bring_run(filling, &owner, &chunk, Cause::Fault, waiter)?,
-        };
-        Ok(if here {
-            Provided::Here(chunk)
+        if matches!(owner, Owner::Zero) {
+            return Ok(Provided::Zero(offset..run.end));
+        }
+        let mut range = filling.chunk_of(offset, &run);
+        let mut here = self.bring_run(filling, &owner, &range, Cause::Fault, waiter);
+        if here.is_err() && pages(&range) > 1 {
+            // Perhaps for want of a page that nobody has touched.
+            range = offset..offset + PAGE;
+            here = self.bring_run(filling, &owner, &range, Cause::Fault, waiter);
+        }
+        Ok(if here? {
+            Provided::Here(range)
         } else {
-            Provided::Coming(chunk)
+            Provided::Coming(range)
         })
     }
 
@@ -338,18 +343,16 @@ impl MemoryImage {
     }
 
     /// Brings the next missing pages at or after `from`, waiting for them. `None` when there are no
-    /// more; else where they end and how many bytes they were.
+    /// more; else which they were, and whether they came.
     pub(crate) fn fill_next(
         self: &Arc<Self>,
         from: u64,
         which: Which,
         cause: Cause,
-    ) -> Result<Option<Range<u64>>, SourceError> {
-        let Some(range) = self.next_missing(from, which) else {
-            return Ok(None);
-        };
-        self.fill(&range, cause)?;
-        Ok(Some(range))
+    ) -> Option<(Range<u64>, Result<(), SourceError>)> {
+        let range = self.next_missing(from, which)?;
+        let filled = self.fill(&range, cause);
+        Some((range, filled))
     }
 
     /// Brings pages of one owner, waiting for them.
@@ -369,12 +372,51 @@ impl MemoryImage {
     }
 
     /// Brings everything that is missing, waiting for it.
-    pub(crate) fn fill_all(self: &Arc<Self>, which: Which) -> Result<(), SourceError> {
+    fn fill_all(self: &Arc<Self>) -> Result<(), SourceError> {
         let mut from = 0;
-        while let Some(filled) = self.fill_next(from, which, Cause::Background)? {
-            from = filled.end;
+        while let Some((range, filled)) = self.fill_next(from, Which::All, Cause::Background) {
+            filled?;
+            from = range.end;
         }
         Ok(())
+    }
+
+    /// Brings all of its own pages that can be had, waiting for them. After an error the others are
+    /// there, unless nothing can be expected of the source any more; it says why the first is not.
+    pub(crate) fn fill_own(self: &Arc<Self>) -> Result<(), SourceError> {
+        let mut all = Ok(());
+        let mut from = 0;
+        while let Some((range, filled)) = self.fill_next(from, Which::Own, Cause::Background) {
+            from = range.end;
+            let filled = match filled {
+                Err(why) if !self.is_final(&why) && pages(&range) > 1 => {
+                    self.fill_one_by_one(range)
+                }
+                filled => filled,
+            };
+            match filled {
+                Err(why) if self.is_final(&why) => return Err(why),
+                filled => all = all.and(filled),
+            }
+        }
+        all
+    }
+
+    /// Brings those own pages of `range` that can be had, which cannot be had together.
+    fn fill_one_by_one(self: &Arc<Self>, range: Range<u64>) -> Result<(), SourceError> {
+        let mut all = Ok(());
+        for page in range.step_by(PAGE as usize) {
+            match self.fill(&(page..page + PAGE), Cause::Background) {
+                Err(why) if self.is_final(&why) => return Err(why),
+                filled => all = all.and(filled),
+            }
+        }
+        all
+    }
+
+    /// Whether no other page will come either.
+    fn is_final(&self, why: &SourceError) -> bool {
+        why.is_final() || self.is_lost()
     }
 
     /// Brings everything that a clone could miss, here and in the images that are mapped with it.
@@ -431,7 +473,7 @@ impl Filling {
 /// Brings everything that is missing in images that are mapped together.
 pub(crate) fn complete(mapped: &[(Range<u64>, Arc<MemoryImage>)]) -> Result<(), SourceError> {
     distinct(mapped).try_for_each(|image| {
-        image.fill_all(Which::All)?;
+        image.fill_all()?;
         image.settle();
         Ok(())
     })

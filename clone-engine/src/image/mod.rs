@@ -354,12 +354,6 @@ impl MemoryImage {
         Some(&self.filling.as_ref()?.config)
     }
 
-    /// Bytes that are brought together.
-    pub(crate) fn chunk(&self) -> u64 {
-        let chunk = |filling: &Filling| filling.config.chunk;
-        self.filling.as_ref().map_or(PAGE, chunk)
-    }
-
     /// Bytes of memory.
     pub fn len(&self) -> u64 {
         self.len

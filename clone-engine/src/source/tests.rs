@@ -6,6 +6,7 @@ mod kit;
 mod liars;
 mod live;
 mod saved;
+mod service;
 
 use std::ops::Range;
 use std::os::unix::fs::FileExt;

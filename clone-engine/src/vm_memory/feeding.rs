@@ -63,12 +63,30 @@ impl VmMemory {
             .for_each(|image| self.complete_fed(image));
     }
 
+    /// A page that cannot be had costs those that touch it, and nobody else: the others are brought first.
     fn complete_fed(&self, image: &Arc<MemoryImage>) {
-        if let Err(why) = image.fill_all(Which::Own) {
-            let (name, why) = (format!("VM {}", self.name), why.to_string());
-            image.give_up(SourceError::Gone { name, why });
+        if let Err(why) = image.fill_own() {
+            image.give_up(self.left_out(image, &why));
         }
         image.settle();
+    }
+
+    /// Why `image` has to do without pages of this VM: `why` is that of the first, or of all.
+    fn left_out(&self, image: &MemoryImage, why: &SourceError) -> SourceError {
+        let name = format!("VM {}", self.name);
+        match why {
+            SourceError::Gone { .. } => {
+                let why = why.to_string();
+                SourceError::Gone { name, why }
+            }
+            SourceError::Damaged { offset, .. }
+            | SourceError::Rubbish { offset, .. }
+            | SourceError::Insert { offset, .. } => SourceError::Damaged {
+                name,
+                offset: *offset,
+                why: format!("{why}; pages lost for good: {}", image.own_left()),
+            },
+        }
     }
 
     /// Images that still need pages of this VM, the oldest first.

@@ -36,7 +36,7 @@ use crate::fault::readahead::Readahead;
 use crate::fault::shard::Shard;
 use crate::fault::{FaultHandler, Notice};
 use crate::image::{
-    Content, EmptyImage, Mapper, MemoryImage, OwnerTable, Provided, Which, complete, distinct,
+    Content, EmptyImage, Mapper, MemoryImage, OwnerTable, Provided, complete, distinct,
 };
 use crate::rewind::Break;
 use crate::source::SourceError;
@@ -75,6 +75,9 @@ pub(crate) struct VmMemory {
     abandoned: AtomicBool,
     /// Fault threads that died of a fault of this VM.
     handlers_died: AtomicU32,
+    /// Fault threads that a test has die of writes of this VM.
+    #[cfg(test)]
+    pub(crate) deaths_by_writes: AtomicU32,
 }
 
 /// What lies under a private mapping. Empty for a VM that maps its own memory shared.
@@ -125,6 +128,8 @@ impl VmMemory {
             lost: AtomicBool::new(false),
             abandoned: AtomicBool::new(false),
             handlers_died: AtomicU32::new(0),
+            #[cfg(test)]
+            deaths_by_writes: AtomicU32::new(0),
         });
         let watched = memory.clone();
         ram.when_closed(move || watched.wake_everybody());

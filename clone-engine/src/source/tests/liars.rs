@@ -22,13 +22,13 @@ const OWN: [Range<u64>; 2] = [0..4, 8..14];
 type Deliver = dyn Fn(Range<u64>, &mut dyn PageSink) -> Result<(), SourceError> + Send + Sync;
 
 /// A source that is not at hand, and does as a test says.
-struct Liar {
+pub(super) struct Liar {
     deliver: Box<Deliver>,
     calls: AtomicU32,
 }
 
 impl Liar {
-    fn new(
+    pub(super) fn new(
         deliver: impl Fn(Range<u64>, &mut dyn PageSink) -> Result<(), SourceError>
         + Send
         + Sync
@@ -55,7 +55,7 @@ impl PageSource for Liar {
     }
 }
 
-fn honest(pages: Range<u64>, sink: &mut dyn PageSink) -> Result<(), SourceError> {
+pub(super) fn honest(pages: Range<u64>, sink: &mut dyn PageSink) -> Result<(), SourceError> {
     for number in pages {
         sink.pages(number * PAGE, &content(number))?;
     }
@@ -321,20 +321,20 @@ fn a_source_that_is_gone_is_asked_nothing_more() {
 
 /// Holds whoever asks until it is let go.
 #[derive(Default)]
-struct Hold {
+pub(super) struct Hold {
     open: Mutex<bool>,
     changed: Condvar,
 }
 
 impl Hold {
-    fn pass(&self) {
+    pub(super) fn pass(&self) {
         let mut open = self.open.lock().unwrap();
         while !*open {
             open = self.changed.wait(open).unwrap();
         }
     }
 
-    fn let_go(&self) {
+    pub(super) fn let_go(&self) {
         *self.open.lock().unwrap() = true;
         self.changed.notify_all();
     }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -10,12 +11,13 @@ use forkvm_vmm::memory::PAGE;
 use forkvm_vmm::{MemoryLayout, Ram};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::super::PageSource;
 use super::super::live_parent::LiveParent;
+use super::super::{PageSink, PageSource, SourceError};
 use super::kit::conforms;
 use super::{content, faults, has_userfaultfd, page};
 use crate::fault::FaultHandler;
-use crate::image::{MemoryImage, OwnerTable, Plan};
+use crate::fault::fetcher::{Nobody, Waiter};
+use crate::image::{MemoryImage, OwnerTable, Plan, Provided};
 use crate::vm_memory::VmMemory;
 
 const MIB: u64 = 16;
@@ -41,7 +43,7 @@ impl Parent {
             let address = GuestAddress(number * PAGE);
             ram.guest().write_slice(&content(number), address).unwrap();
         }
-        let lose = Box::new(|why: &super::super::SourceError| panic!("lost: {why}"));
+        let lose = Box::new(|why: &SourceError| panic!("lost: {why}"));
         let memory = VmMemory::new("parent", &mut ram, &faults, lose);
         Parent {
             faults,
@@ -56,12 +58,17 @@ impl Parent {
 
     /// Freezes it: the memory may be written from then on.
     fn fork(&self) -> Arc<MemoryImage> {
-        let (table, live) = (OwnerTable::own(LEN, &bytes()), Arc::new(self.live()));
+        self.fork_from(Arc::new(self.live()))
+    }
+
+    /// The same, but that pages are asked of `source`.
+    fn fork_from(&self, source: Arc<dyn PageSource>) -> Arc<MemoryImage> {
+        let table = OwnerTable::own(LEN, &bytes());
         let empty = self.faults.empty_image(LEN).unwrap();
         let protect = Some(&bytes()[..]);
         let image = self
             .memory
-            .feed(&self.faults, empty, table, live, protect)
+            .feed(&self.faults, empty, table, source, protect)
             .unwrap();
         self.faults.look_after(&image);
         image.publish(Plan::whole(LEN)).unwrap();
@@ -73,6 +80,19 @@ impl Parent {
         let page = [byte; PAGE as usize];
         self.ram.guest().write_slice(&page, address).unwrap();
     }
+
+    fn read(&self, number: u64) -> Vec<u8> {
+        let mut page = vec![0; PAGE as usize];
+        let address = GuestAddress(number * PAGE);
+        self.ram.guest().read_slice(&mut page, address).unwrap();
+        page
+    }
+}
+
+/// What a fault at page `number` of a clone of `image` comes to.
+fn touch(image: &Arc<MemoryImage>, number: u64) -> Result<Provided, SourceError> {
+    let nobody: Arc<dyn Waiter> = Arc::new(Nobody);
+    image.provide(number * PAGE, &nobody)
 }
 
 #[test]
@@ -182,6 +202,145 @@ fn pages_that_the_parent_gives_back_reach_the_image_first() {
     }
 }
 
+/// Cannot deliver one page, nor what is asked for together with it.
+struct Damaged {
+    of: LiveParent,
+    page: u64,
+}
+
+impl PageSource for Damaged {
+    fn name(&self) -> String {
+        "damaged".into()
+    }
+
+    fn fetch(
+        &self,
+        ranges: &[std::ops::Range<u64>],
+        sink: &mut dyn PageSink,
+    ) -> Result<(), SourceError> {
+        let offset = self.page * PAGE;
+        if ranges.iter().any(|range| range.contains(&offset)) {
+            let (name, why) = (self.name(), "as the test says".into());
+            return Err(SourceError::Damaged { name, offset, why });
+        }
+        self.of.fetch(ranges, sink)
+    }
+}
+
+/// Page 41, of a chunk of four, cannot be had.
+fn expect_all_but_41(image: &Arc<MemoryImage>) {
+    assert_eq!(image.own_left(), 1);
+    for number in OWN.into_iter().flatten().filter(|number| *number != 41) {
+        assert!(page(image, number) == content(number), "page {number}");
+        let touched = touch(image, number);
+        assert!(matches!(touched, Ok(Provided::Here(_))), "page {number}");
+    }
+    let lost = touch(image, 41).unwrap_err().to_string();
+    assert!(lost.contains("VM parent cannot deliver"), "{lost}");
+    assert!(lost.contains("as the test says"), "{lost}");
+    assert!(lost.ends_with("lost for good: 1"), "{lost}");
+    assert!(page(image, 41) == [0; PAGE as usize], "it stays a hole");
+}
+
+#[test]
+fn a_page_that_cannot_be_had_when_its_parent_ends_costs_the_image_that_page_alone() {
+    if !has_userfaultfd() {
+        return;
+    }
+    let parent = Parent::new();
+    let of = parent.live();
+    let image = parent.fork_from(Arc::new(Damaged { of, page: 41 }));
+    parent.memory.close();
+    expect_all_but_41(&image);
+}
+
+#[test]
+fn a_page_that_cannot_be_had_when_room_is_made_costs_the_oldest_image_that_page_alone() {
+    if !has_userfaultfd() {
+        return;
+    }
+    let parent = Parent::new();
+    let [first, second] = [(); 2].map(|()| {
+        let of = parent.live();
+        parent.fork_from(Arc::new(Damaged { of, page: 41 }))
+    });
+    parent.memory.make_room();
+    assert_eq!(second.pages_present(), 0, "there is room for it");
+    parent.write(41, 1);
+    parent.write(20, 1);
+    expect_all_but_41(&first);
+    // The parent's own write has brought it to the other.
+    second.complete().unwrap();
+    for number in OWN.into_iter().flatten() {
+        assert!(page(&second, number) == content(number), "page {number}");
+    }
+}
+
+#[test]
+fn a_page_that_an_earlier_image_lacks_for_good_costs_a_later_one_that_page_alone() {
+    if !has_userfaultfd() {
+        return;
+    }
+    let parent = Parent::new();
+    let of = parent.live();
+    let base = parent.fork_from(Arc::new(Damaged { of, page: 41 }));
+    parent.memory.close();
+    let table = base.table().unwrap().of(&base);
+    let empty = parent.faults.empty_image(LEN).unwrap();
+    let later = parent
+        .faults
+        .image_of(empty, table, Arc::new(parent.live()));
+    later.publish(Plan::whole(LEN)).unwrap();
+    for number in [40, 42, 43, 20, 400] {
+        let touched = touch(&later, number);
+        assert!(matches!(touched, Ok(Provided::Here(_))), "page {number}");
+        assert!(page(&later, number) == content(number), "page {number}");
+    }
+    let lost = touch(&later, 41).unwrap_err().to_string();
+    assert!(lost.contains("as the test says"), "{lost}");
+}
+
+/// More than enough for a thread to be replaced.
+const LATE: Duration = Duration::from_secs(20);
+
+#[test]
+fn a_handler_that_dies_of_a_parents_write_costs_neither_the_write_nor_what_images_hold() {
+    if !has_userfaultfd() {
+        return;
+    }
+    let parent = Arc::new(Parent::new());
+    let images = [parent.fork(), parent.fork()];
+    // The first of them has the page when the handler dies, the second has not.
+    for number in [20, 100] {
+        parent.memory.deaths_by_writes.store(1, Ordering::Relaxed);
+        let (written, done) = channel();
+        let writer = parent.clone();
+        thread::spawn(move || {
+            writer.write(number, 7);
+            written.send(()).unwrap();
+        });
+        let done = done.recv_timeout(LATE);
+        assert!(done.is_ok(), "the write of page {number} hangs");
+        let left = parent.memory.deaths_by_writes.load(Ordering::Relaxed);
+        assert_eq!(left, 0, "a handler has died");
+        assert_eq!(parent.read(number), [7; PAGE as usize]);
+        for image in &images {
+            assert!(page(image, number) == content(number), "page {number}");
+        }
+    }
+    // No lock of the VM went with them: it can be forked, and its writes are seen.
+    let third = parent.fork();
+    parent.write(20, 8);
+    third.complete().unwrap();
+    assert_eq!(page(&third, 20), [7; PAGE as usize]);
+    for image in &images {
+        image.complete().unwrap();
+        for number in OWN.into_iter().flatten() {
+            assert!(page(image, number) == content(number), "page {number}");
+        }
+    }
+}
+
 #[test]
 fn a_parent_whose_memory_is_gone_says_so_and_delivers_no_zeros() {
     let parent = Parent::new();
@@ -189,10 +348,7 @@ fn a_parent_whose_memory_is_gone_says_so_and_delivers_no_zeros() {
     parent.memory.close();
     let mut kept = super::kit::Kept::new(LEN);
     let error = source.fetch(&bytes(), &mut kept).unwrap_err();
-    assert!(
-        matches!(error, super::super::SourceError::Gone { .. }),
-        "{error}"
-    );
+    assert!(matches!(error, SourceError::Gone { .. }), "{error}");
     assert!(kept.is_empty());
     assert!(!source.local(&bytes()[0], &mut |_| panic!("it was shown")));
 }
@@ -212,8 +368,8 @@ impl<S: PageSource> PageSource for Far<S> {
     fn fetch(
         &self,
         ranges: &[std::ops::Range<u64>],
-        sink: &mut dyn super::super::PageSink,
-    ) -> Result<(), super::super::SourceError> {
+        sink: &mut dyn PageSink,
+    ) -> Result<(), SourceError> {
         self.asked
             .lock()
             .unwrap()
