@@ -83,7 +83,7 @@ test-linux: linux ## The tests of Linux machines, on the image of `make linux`
 	  cargo test --workspace --test linux --no-fail-fast -- --ignored --test-threads 1; \
 	fi
 
-test-svm: ## The KVM tests and a small demo on emulated AMD hardware, Linux 6.12 and 6.1, npt on and off
+test-svm: ## The KVM tests and small demos on emulated AMD hardware, Linux 6.12 and 6.1, npt on and off
 	@scripts/setup build svm
 	@scripts/check-rust
 	lanes/svm/run $(addprefix --cell ,$(CELL)) $(if $(TURNS),--turns) -- '$(FILTER)'

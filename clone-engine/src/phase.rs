@@ -25,7 +25,7 @@ pub enum Phase {
     Freeze,
     /// The parent runs on. Its pause ends.
     Resume,
-    /// The image is sealed.
+    /// The image is sealed, if it is to be whole; else its first pages are brought.
     Publish,
     /// A clone's shell is taken from the pool, or built: VM, vCPUs, threads.
     Spawn,

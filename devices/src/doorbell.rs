@@ -138,6 +138,15 @@ impl Doorbell {
         self.at(0).map(|address| address.0)
     }
 
+    /// The same of a doorbell that was saved as one of these `sections`.
+    pub fn saved_page(sections: &[Section]) -> Result<Option<u64>, SectionError> {
+        let Some(section) = sections.iter().find(|section| section.kind == SECTION) else {
+            return Ok(None);
+        };
+        let saved: SavedDoorbell = section.decode()?;
+        Ok((saved.page != 0).then(|| u64::from(saved.page) * PAGE_SIZE))
+    }
+
     /// Number of forks between this VM and the boot.
     pub fn fork_count(&self) -> u32 {
         self.identity.fork_count

@@ -111,6 +111,6 @@ pub const JOBS: &[Job] = &[
     Job {
         name: "work",
         about: "waits warm; its clones read, compute and write as much as is said: what is measured",
-        arguments: "mib=64 read=0 write=0 order=linear rounds=0 dirty=0 tell=0",
+        arguments: "mib=64 every=1 read=0 write=0 order=linear rounds=0 dirty=0 tell=0",
     },
 ];

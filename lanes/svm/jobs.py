@@ -1,4 +1,4 @@
-"""What the lane runs: the tests of every crate that stands on KVM, one by one, and the demo.
+"""What the lane runs: the tests of every crate that stands on KVM, one by one, and the demos.
 
 Builds them with cargo and asks the test binaries for their tests. Knows nothing of machines or disks.
 """
@@ -17,14 +17,35 @@ class LaneError(Exception):
 
 
 @dataclass(frozen=True)
+class Demo:
+    """The main job in one way. Its JSON must say what `says` does and, with `fetches`, that clones fetched pages."""
+
+    name: str
+    options: str
+    says: dict
+    fetches: bool
+
+    @property
+    def id(self) -> str:
+        """What FILTER is matched against."""
+        return f"demo/{self.name}"
+
+    @property
+    def result(self) -> str:
+        """The name of its JSON file."""
+        return f"demo.{self.name}.json"
+
+
+@dataclass(frozen=True)
 class Job:
-    """One command for a machine. `id` is `package/binary::test`, or `demo`."""
+    """One command for a machine. `id` is `package/binary::test`, or `demo/NAME`."""
 
     id: str
     directory: Path
     environment: dict[str, str]
     program: list[str]
     limit_seconds: int
+    demo: Demo | None = None
 
     def command(self, way: dict[str, str]) -> str:
         """`env` and not a shell assignment: names of variables may hold a hyphen."""
@@ -42,8 +63,8 @@ class Jobs:
     directories: list[Path]
 
 
-DEMO_ID = "demo"
-DEMO_RESULT = "/lane/out/demo.json"
+# Where demos leave their JSON in the machine; its init hands out every file there.
+RESULTS = "/lane/out"
 
 # Tests may look for these: everything is about 50 times slower than on the host, so sizes must be small.
 ENVIRONMENT = {"FORKVM_SVM_LANE": "1", "FORKVM_TEST_SCALE": "small", "RUST_BACKTRACE": "1"}
@@ -51,7 +72,7 @@ ENVIRONMENT = {"FORKVM_SVM_LANE": "1", "FORKVM_TEST_SCALE": "small", "RUST_BACKT
 
 def collect(lane: dict, wanted: str, ignored: bool) -> Jobs:
     """Builds the workspace that the current directory belongs to. `wanted` is a part of the ids to run, or empty; with `ignored`
-    only tests that are marked so are run, else all others and the demo."""
+    only tests that are marked so are run, else all others and the demos."""
     metadata = json.loads(run_cargo("metadata", "--format-version=1"))
     packages = packages_on(metadata, lane["kvm_crate"])
     if not packages:
@@ -62,7 +83,7 @@ def collect(lane: dict, wanted: str, ignored: bool) -> Jobs:
     release = artifacts(run_cargo("build", "--release", "--bin", "forkvm", "--message-format=json"))
     tests = [a for a in built if a["profile"]["test"] and a["package_id"] in packages]
     helpers = [a for a in built if not a["profile"]["test"] and a["package_id"] in packages]
-    demo = release[-1]
+    forkvm = release[-1]
 
     jobs, skipped = [], []
     patterns = {entry["tests"]: False for entry in lane.get("skip", [])}
@@ -81,12 +102,13 @@ def collect(lane: dict, wanted: str, ignored: bool) -> Jobs:
     unused = [p for p, used in patterns.items() if not used]
     if unused:
         raise LaneError(f"lane.toml skips {', '.join(unused)}, but no such test exists: remove the entry")
-    if wanted in DEMO_ID and not ignored:
-        jobs.append(demo_job(lane, demo, Path(metadata["workspace_root"])))
+    if not ignored:
+        demos = (Demo(**entry) for entry in lane["demo"])
+        jobs += [demo_job(lane, demo, forkvm, Path(metadata["workspace_root"])) for demo in demos if wanted in demo.id]
     if not jobs:
         raise LaneError(f"no test and no demo has '{wanted}' in its name")
 
-    programs = [Path(a["executable"]) for a in [*tests, *helpers, demo]]
+    programs = [Path(a["executable"]) for a in [*tests, *helpers, forkvm]]
     directories = [package["directory"] for package in packages.values()]
     # cargo promises integration tests a directory for scratch files.
     directories.append(Path(metadata["target_directory"], "tmp"))
@@ -160,16 +182,17 @@ def test_job(artifact: dict, package: dict, name: str, helpers: list[dict], limi
     )
 
 
-def demo_job(lane: dict, artifact: dict, root: Path) -> Job:
-    """The demo, with the release build of forkvm first on PATH."""
+def demo_job(lane: dict, demo: Demo, artifact: dict, root: Path) -> Job:
+    """A demo, with the release build of forkvm first on PATH."""
     path = f"{os.path.dirname(artifact['executable'])}:/usr/bin:/bin"
-    command = lane["demo"].format(json=DEMO_RESULT).split()
+    command = f"{lane['main_job']} {demo.options}".format(json=f"{RESULTS}/{demo.result}").split()
     return Job(
-        id=DEMO_ID,
+        id=demo.id,
         directory=root,
         environment=dict(ENVIRONMENT, PATH=path),
         program=command,
         limit_seconds=lane["demo_limit_seconds"],
+        demo=demo,
     )
 
 

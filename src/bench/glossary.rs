@@ -56,12 +56,12 @@ pub const GLOSSARY: &[Entry] = &[
     entry(
         "remap, copy, write-protect, delta",
         "How a fork keeps the parent's memory: the file that it lies in becomes the image; it is copied; it is protected, and a page copied \
-         before it is written; that, but only of what the parent has written since its last fork.",
+         before it is written; that, but only of the parent's own pages: all that it has written since it maps an image.",
     ),
     entry(
         "request, pause, save, freeze, resume, publish",
         "Phases of a fork: limits are checked; the vCPUs stop; their state is read; disks and memory are made immutable; the parent runs \
-         on; the image is sealed.",
+         on; the image is sealed, or its first pages are brought.",
     ),
     entry(
         "spawn, memory, restore, identity, run",

@@ -42,6 +42,8 @@ pub struct SubjectSpec {
     pub vcpus: u32,
     /// Memory that it fills.
     pub populated_mib: u32,
+    /// That is one page in so many of an area so many times as large; 1 for one piece.
+    pub every: u32,
     /// Pages that it writes anew when it is told.
     pub dirty_pages: u32,
     /// What each clone does.
@@ -78,6 +80,7 @@ impl SubjectSpec {
         memory_mib: 512,
         vcpus: 1,
         populated_mib: 64,
+        every: 1,
         dirty_pages: 0,
         work: Work {
             read_pages: 16,
@@ -102,9 +105,10 @@ impl SubjectSpec {
             tell,
         } = self.work;
         format!(
-            "job=work mib={} dirty={} read={read_pages} order={} write={write_pages} \
+            "job=work mib={} every={} dirty={} read={read_pages} order={} write={write_pages} \
              rounds={rounds} tell={}",
             self.populated_mib,
+            self.every,
             self.dirty_pages,
             if scattered { "scattered" } else { "linear" },
             u8::from(tell),

@@ -110,39 +110,101 @@ fn instantiate_reports_each_end_point_by_contract_and_in_its_order() {
     }
 }
 
+/// Runs `scenario` quickly and returns its report, which has `case` among its rows, as its table and its page have.
+fn rows_and_files(scenario: &str, case: &str) -> Value {
+    let dir = tempdir().unwrap();
+    let args = [
+        "bench", scenario, "--quick", "--json", "r.json", "--csv", "r.csv", "--html", "r.html",
+        "--svg", "plots",
+    ];
+    forkvm(dir.path(), &args).expect(0, "");
+    let read = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
+    let report = parse(&read("r.json"));
+    expect_contract(&report, scenario);
+    row(&report, case);
+    let lines = read("r.csv").lines().count();
+    assert_eq!(lines, rows(&report).len() + 1, "{scenario}");
+    assert!(read("r.html").contains(case), "{scenario}");
+    if !["calls", "overhead"].contains(&scenario) {
+        let plots = names_in(&dir.path().join("plots"));
+        assert!(
+            !plots.is_empty() && plots.iter().all(|name| name.ends_with(".svg")),
+            "{plots:?}"
+        );
+    }
+    report
+}
+
+/// The same of one whose values cannot be 0.
+fn expect_rows_and_files(scenario: &str, case: &str) -> Value {
+    let report = rows_and_files(scenario, case);
+    let median = row(&report, case)["p50"].as_f64().unwrap();
+    assert!(median > 0.0, "{scenario}: {median}");
+    report
+}
+
 #[test]
 fn every_scenario_has_rows_and_files_to_show_them() {
     need_kvm!();
     for (scenario, case) in [
         ("calls", "create-vm"),
-        ("depth", "3/first_action"),
         ("fault", "cow/first"),
         ("memory", "idle/private"),
         ("peers", "forkvm/pooled"),
         ("rewind", "slot-readd/512-pages"),
     ] {
-        let dir = tempdir().unwrap();
-        let args = [
-            "bench", scenario, "--quick", "--json", "r.json", "--csv", "r.csv", "--html", "r.html",
-            "--svg", "plots",
-        ];
-        forkvm(dir.path(), &args).expect(0, "");
-        let read = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
-        let report = parse(&read("r.json"));
-        expect_contract(&report, scenario);
-        let median = row(&report, case)["p50"].as_f64().unwrap();
-        assert!(median > 0.0, "{scenario}: {median}");
-        let lines = read("r.csv").lines().count();
-        assert_eq!(lines, rows(&report).len() + 1, "{scenario}");
-        assert!(read("r.html").contains(case), "{scenario}");
-        if scenario != "calls" {
-            let plots = names_in(&dir.path().join("plots"));
-            assert!(
-                !plots.is_empty() && plots.iter().all(|name| name.ends_with(".svg")),
-                "{plots:?}"
-            );
-        }
+        expect_rows_and_files(scenario, case);
     }
+}
+
+/// Of rows of clock fork, and of pauses. (`fork` itself boots VMs for a minute however quick it is to be: `make bench` has it.)
+fn expect_populated_and_dirty(report: &Value) {
+    for row in rows(report) {
+        assert!(row["populated_mib"].as_f64() > Some(16.0), "{row}");
+        assert!(row["dirty_mib"].is_number(), "{row}");
+    }
+}
+
+#[test]
+fn every_row_of_a_fork_of_forks_says_how_much_was_populated_and_dirty() {
+    need_kvm!();
+    let report = expect_rows_and_files("depth", "3/first_action");
+    expect_populated_and_dirty(&report);
+    assert_eq!(row(&report, "3/first_action")["dirty_mib"], 1.0);
+}
+
+#[test]
+fn every_row_of_a_pause_says_how_much_was_populated_and_dirty() {
+    need_kvm!();
+    let report = expect_rows_and_files("pause", "write-protect/512-MiB/64-MiB");
+    expect_populated_and_dirty(&report);
+    for (case, dirty_mib) in [
+        ("delta/512-MiB/64-MiB/8-MiB-dirty", 8.0),
+        ("write-protect/8192-MiB/64-MiB-scattered", 64.0),
+    ] {
+        assert_eq!(row(&report, case)["dirty_mib"], dirty_mib, "{case}");
+    }
+}
+
+#[test]
+fn a_fan_out_tells_when_all_clones_ran_and_what_filling_the_pool_took() {
+    need_kvm!();
+    let report = expect_rows_and_files("fanout", "100/all_running");
+    assert_eq!(row(&report, "100/all_running")["unit"], "ms");
+    assert!(row(&report, "100/fill")["p50"].as_f64() > Some(0.0));
+}
+
+#[test]
+fn the_row_of_an_overhead_has_the_pages_that_the_guests_read_and_wrote_themselves() {
+    need_kvm!();
+    // A value below 0 is noise.
+    let report = rows_and_files("overhead", "job-1s/percent");
+    let row = row(&report, "job-1s/percent");
+    assert_eq!(row["pages_read"], 16.0 * 256.0, "{row}");
+    assert_eq!(row["pages_written"], 4.0 * 256.0, "{row}");
+    assert_eq!(row["dirty_mib"], 0.0, "{row}");
+    assert!(row["populated_mib"].as_f64() > Some(64.0), "{row}");
+    assert!(row["forked_ms"].as_f64() > Some(0.0), "{row}");
 }
 
 #[test]

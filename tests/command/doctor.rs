@@ -1,5 +1,7 @@
 //! `forkvm doctor`.
 
+use std::os::unix::fs::MetadataExt;
+
 use serde_json::Value;
 use tempfile::tempdir;
 
@@ -63,11 +65,37 @@ fn without_devices(args: &str) -> Option<std::process::Output> {
 
 /// The same for a user who is not root, who may run the copy of the command that is in /dev then.
 fn as_nobody(args: &str) -> Option<std::process::Output> {
+    as_nobody_after("true", args)
+}
+
+/// The same where that user may use KVM. `None`, with the reason printed, where that cannot be had, or where all may have a userfaultfd.
+pub(crate) fn as_nobody_with_kvm(args: &str) -> Option<std::process::Output> {
+    if everybody_has_userfaultfd() {
+        return None;
+    }
+    let kvm = std::fs::metadata("/dev/kvm").unwrap().rdev();
+    let (major, minor) = (libc::major(kvm), libc::minor(kvm));
+    // An identity takes random bytes.
+    let nodes =
+        format!("mknod -m 666 /dev/kvm c {major} {minor} && mknod -m 666 /dev/urandom c 1 9");
+    as_nobody_after(&nodes, args)
+}
+
+fn as_nobody_after(prepared: &str, args: &str) -> Option<std::process::Output> {
     let forkvm = env!("CARGO_BIN_EXE_forkvm");
     in_empty_dev(&format!(
-        "cp {forkvm} /dev/forkvm && chmod 755 /dev/forkvm \
+        "{prepared} && cp {forkvm} /dev/forkvm && chmod 755 /dev/forkvm && cd /dev \
          && exec setpriv --reuid=65534 --clear-groups --inh-caps=-all /dev/forkvm {args}"
     ))
+}
+
+fn everybody_has_userfaultfd() -> bool {
+    let setting = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd");
+    let allowed = setting.is_ok_and(|value| value.trim() == "1");
+    if allowed {
+        println!("skipped: vm.unprivileged_userfaultfd is 1 here");
+    }
+    allowed
 }
 
 fn in_empty_dev(script: &str) -> Option<std::process::Output> {
@@ -77,7 +105,8 @@ fn in_empty_dev(script: &str) -> Option<std::process::Output> {
         .output();
     let output = unshare.ok()?;
     let refused = String::from_utf8_lossy(&output.stderr).into_owned();
-    if refused.contains("unshare") || refused.contains("mount:") || refused.contains("setpriv") {
+    let lacking = ["unshare", "mount:", "mknod", "setpriv"];
+    if lacking.iter().any(|command| refused.contains(command)) {
         println!("skipped: no mount namespace, or no other user, can be had here: {refused}");
         return None;
     }
@@ -99,9 +128,7 @@ fn a_host_without_kvm_ends_with_status_3_and_says_what_to_do() {
 
 #[test]
 fn a_user_without_userfaultfd_learns_what_works_and_what_to_do() {
-    let setting = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd");
-    if setting.is_ok_and(|value| value.trim() == "1") {
-        println!("skipped: vm.unprivileged_userfaultfd is 1 here");
+    if everybody_has_userfaultfd() {
         return;
     }
     let Some(doctor) = as_nobody("doctor --json -") else {

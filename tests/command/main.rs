@@ -18,3 +18,4 @@ mod names;
 mod saved_machines;
 mod signals;
 mod terminal;
+mod trace;

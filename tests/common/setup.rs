@@ -216,7 +216,8 @@ impl Setup {
         self
     }
 
-    /// Images are filled by nothing but what clones touch and parents write.
+    /// Nothing fills images in the background, and no working set is replayed. What clones touch and parents write does, and
+    /// the first pages of a clone, and readahead.
     pub fn no_copier(self) -> Setup {
         self.faults(FaultConfig {
             background: None,

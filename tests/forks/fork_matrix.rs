@@ -5,8 +5,8 @@
 //!
 //! One test per cell: `fork_matrix::FREEZE_VCPUS_LOAD` for a booted parent and clones that map
 //! its memory copy-on-write from a whole image, and `fork_matrix::MODE_FREEZE_VCPUS_LOAD` for the
-//! rest. A lazy clone gets no page but by a fault: nothing is copied in the background. The parent of
-//! a delta, and of a stop with lazy clones, maps its memory privately, since it was forked before.
+//! rest. Nothing is copied in the background: a lazy clone gets what its saved vCPUs name before it starts,
+//! and then what it faults on, with what lies beside it or is about to follow. The parent of a delta, and of a stop with lazy clones, maps its memory privately, since it was forked before.
 
 use std::thread;
 use std::time::Duration;

@@ -74,7 +74,7 @@ fn every_register_survives_a_fork_into_shells_of_the_pool() {
 }
 
 #[test]
-fn what_was_taken_is_built_anew_and_what_is_left_goes_with_the_family() {
+fn what_was_taken_from_the_pool_is_built_anew() {
     need_kvm!();
     let vm = Setup::new("job=touch mib=1 idle=1").pool(3).here().boot();
     vm.wait_ready(LONG).unwrap();

@@ -1,9 +1,19 @@
 //! What a lazy clone fetches is what it touches, in chunks, and no more.
 
-use forkvm::abi::doorbell::report;
-use forkvm::{FaultConfig, FreezeKind, MemoryMode};
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
-use crate::common::{LONG, Setup, fork_by, need_kvm, scaled};
+use forkvm::abi::doorbell::report;
+use forkvm::engine::{ForkError, MemberError, Phase};
+use forkvm::vmm::{PausedVm, memory};
+use forkvm::{Error, FaultConfig, FreezeKind, MemoryMode};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::common::switch::{Manner, Switch};
+use crate::common::{Guest, LONG, Setup, fork_by, need_kvm, scaled};
+
+const PAGE: u64 = 4096;
 
 /// Chunks that a clone may need for its own code, stacks and page tables, beside those that its
 /// registers name and that are there before it runs.
@@ -120,4 +130,77 @@ fn a_clone_that_touches_what_its_parent_never_did_brings_nothing() {
     let present = point.image().pages_present();
     assert!(present * 4096 <= point.populated(), "{present} pages");
     assert!(present < pages / 2, "{present} pages");
+}
+
+/// File offsets of the pages that the vCPUs name as they stand, and that of the doorbell page.
+fn first_pages(paused: &PausedVm<'_>) -> BTreeSet<u64> {
+    let guest = paused.ram().guest();
+    let mut read = |address| guest.read_obj::<u64>(GuestAddress(address)).ok();
+    let mut pages = paused.save().unwrap().named_pages(&mut read);
+    pages.push(paused.doorbell().page().expect("the guest has one"));
+    let offset = |page| paused.ram().layout().offset_of(page);
+    pages.into_iter().filter_map(offset).collect()
+}
+
+fn lazy_point(vm: &Guest) -> Result<BTreeSet<u64>, Error> {
+    let point = vm.fork_point(fork_by(FreezeKind::WriteProtect, MemoryMode::Lazy, 1))?;
+    let data = memory::data_extents(point.image().file()).unwrap();
+    Ok(data
+        .into_iter()
+        .flat_map(|run| run.step_by(PAGE as usize))
+        .collect())
+}
+
+/// The fork waits for each of them: where one cannot be had, it fails.
+#[test]
+fn the_pages_that_vcpus_name_and_the_doorbell_page_are_there_before_a_clone_is_spawned() {
+    need_kvm!();
+    let switch = Switch::new();
+    // Found in the pause of each fork, which cannot have the one with the number `fails`.
+    let found = Arc::new(Mutex::new(BTreeSet::new()));
+    let fails = Arc::new(AtomicUsize::new(0));
+    let (found_in_pause, number, pages) = (found.clone(), fails.clone(), switch.clone());
+    let vm = Setup::new("job=touch mib=8 idle=1")
+        .vcpus(2)
+        .faults(FaultConfig {
+            chunk: PAGE,
+            background: None,
+            ..FaultConfig::default()
+        })
+        .sources(switch)
+        .hook(move |phase, paused| {
+            if let (Phase::Freeze, Some(paused)) = (phase, paused) {
+                let first = first_pages(paused);
+                match first.iter().nth(number.load(Ordering::SeqCst)) {
+                    Some(page) => pages.set(*page..page + PAGE, Manner::Fail),
+                    None => pages.set_all(Manner::Near),
+                }
+                *found_in_pause.lock().unwrap() = first;
+            }
+            Ok(())
+        })
+        .here()
+        .boot();
+    vm.wait_ready(LONG).unwrap();
+    let there = loop {
+        let asked = fails.load(Ordering::SeqCst);
+        let forked = lazy_point(&vm);
+        let first = found.lock().unwrap().clone();
+        if asked >= first.len() {
+            break forked.unwrap();
+        }
+        let Err(Error::Member(MemberError::Fork(ForkError::Source(why)))) = forked else {
+            panic!("without number {asked} of {first:x?}: {forked:x?}");
+        };
+        assert!(why.to_string().contains("as the test says"), "{why}");
+        fails.fetch_add(1, Ordering::SeqCst);
+    };
+    let first = found.lock().unwrap().clone();
+    // Four levels of page tables, code and stack at least, and the doorbell page.
+    assert!(first.len() > 6, "{first:x?}");
+    assert!(
+        there.is_superset(&first),
+        "{there:x?} lacks some of {first:x?}"
+    );
+    assert!(there.len() < 8 * 256 / 8, "{} pages", there.len());
 }

@@ -1,6 +1,7 @@
 //! Saved machines that run before their memory is read.
 
 use std::fs;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -8,13 +9,16 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use forkvm::abi::doorbell::report;
-use forkvm::engine::saved::OpenMachine;
-use forkvm::engine::{Member, WorkingSet};
+use forkvm::engine::saved::{OpenMachine, RestoreError};
+use forkvm::engine::source::{PageSink, PageSource, SourceError, Sources};
+use forkvm::engine::{Family, Member, WorkingSet};
+use forkvm::vmm::Kvm;
 use forkvm::vmm::memory_file::{MemoryFile, PAGE};
-use forkvm::{CloneSpec, End, FreezeKind, MemoryMode};
+use forkvm::{CloneSpec, End, FamilyConfig, FaultConfig, FreezeKind, MemoryMode};
 use tempfile::{TempDir, tempdir};
 
-use super::common::{LONG, Obedient, need_kvm};
+use super::common::switch::{Manner, Switch};
+use super::common::{LONG, Obedient, as_tests_are_to_run, need_kvm};
 use super::home::Home;
 
 /// A machine with this job, saved to `DIR/saved` when it was ready.
@@ -90,6 +94,109 @@ fn it_runs_before_its_memory_is_read_and_reads_what_it_touches() {
     home.expect_well(&clone);
     home.expect_well(&vm);
     assert!(pages_read(&home) >= 32 * 256, "{}", pages_read(&home));
+}
+
+/// As the switch says, of sources that deliver what they are asked for and nothing beside it.
+struct Exactly(Switch);
+
+impl Sources for Exactly {
+    fn of_image(&self, source: Arc<dyn PageSource>) -> Arc<dyn PageSource> {
+        self.0.of_image(Arc::new(Exact(source)))
+    }
+}
+
+struct Exact(Arc<dyn PageSource>);
+
+impl PageSource for Exact {
+    fn name(&self) -> String {
+        self.0.name()
+    }
+
+    fn fetch(&self, ranges: &[Range<u64>], sink: &mut dyn PageSink) -> Result<(), SourceError> {
+        let mut fetch = |range: &Range<u64>| {
+            let range = range.clone();
+            let mut cut = Cut { range, sink };
+            self.0.fetch(&[cut.range.clone()], &mut cut)
+        };
+        ranges.iter().try_for_each(&mut fetch)
+    }
+}
+
+/// Passes on what lies in `range`.
+struct Cut<'a> {
+    range: Range<u64>,
+    sink: &'a mut dyn PageSink,
+}
+
+impl Cut<'_> {
+    fn within(&self, range: Range<u64>) -> Range<u64> {
+        range.start.max(self.range.start)..range.end.min(self.range.end)
+    }
+}
+
+impl PageSink for Cut<'_> {
+    fn pages(&mut self, offset: u64, content: &[u8]) -> Result<(), SourceError> {
+        let part = self.within(offset..offset + content.len() as u64);
+        if part.is_empty() {
+            return Ok(());
+        }
+        let content = &content[(part.start - offset) as usize..(part.end - offset) as usize];
+        self.sink.pages(part.start, content)
+    }
+
+    fn zero(&mut self, range: Range<u64>) -> Result<(), SourceError> {
+        let part = self.within(range);
+        if part.is_empty() {
+            return Ok(());
+        }
+        self.sink.zero(part)
+    }
+
+    fn there(&mut self, range: Range<u64>) -> Result<(), SourceError> {
+        self.sink.there(self.within(range))
+    }
+}
+
+/// Where that page cannot be had, nothing is started.
+#[test]
+fn its_doorbell_page_is_there_before_it_is_built() {
+    need_kvm!();
+    let dir = tempdir().unwrap();
+    let home = Home::saving_to(&dir.path().join("saved"));
+    let vm = home.boot(1, None, "job=touch mib=1");
+    let page = vm.with_paused(|paused| {
+        let address = paused.doorbell().page().expect("the guest has one");
+        paused.ram().layout().offset_of(address).unwrap()
+    });
+    let page = page.unwrap();
+    vm.save().unwrap();
+
+    let switch = Switch::new();
+    let config = FamilyConfig {
+        sources: Some(Arc::new(Exactly(switch.clone()))),
+        faults: FaultConfig {
+            chunk: PAGE as u64,
+            background: None,
+            ..FaultConfig::default()
+        },
+        ..as_tests_are_to_run()
+    };
+    let family = Family::new(Arc::new(Kvm::open().unwrap()), config);
+    let restore = || {
+        let machine = OpenMachine::open(&dir.path().join("saved")).unwrap();
+        family.restore(machine, None, MemoryMode::Lazy, &mut |_| {})
+    };
+    switch.set(page..page + PAGE as u64, Manner::Fail);
+    match restore() {
+        Err(RestoreError::Source(why)) => {
+            assert!(why.to_string().contains("as the test says"), "{why}")
+        }
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("it was started"),
+    }
+    switch.set_all(Manner::Near);
+    restore().unwrap();
+    family.end();
 }
 
 #[test]

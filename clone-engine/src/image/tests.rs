@@ -78,17 +78,35 @@ fn last_errno() -> Option<i32> {
     io::Error::last_os_error().raw_os_error()
 }
 
-/// Tries every way to change the image that does not go through its module.
-fn expect_unwritable(image: &MemoryImage) {
-    let refused = image.file().write_at(&[1; 16], 0).unwrap_err();
+/// The descriptor that is open for writing, and leaves its module nowhere but here.
+fn writable(image: &MemoryImage) -> File {
+    image.store.writable().expect("it fills")
+}
+
+/// Tries every way to change an image that does not go through its module, by a descriptor that is open for writing.
+fn expect_unwritable(file: &File) {
+    let refused = file.write_at(&[1; 16], 0).unwrap_err();
     assert_eq!(refused.raw_os_error(), Some(libc::EPERM), "pwrite");
-    let fd = image.file().as_raw_fd();
+    let fd = file.as_raw_fd();
     // SAFETY: the call touches no memory of this process.
     let punched = unsafe {
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         libc::fallocate(fd, mode, 0, PAGE as libc::off_t)
     };
     assert_eq!((punched, last_errno()), (-1, Some(libc::EPERM)), "a hole");
+    assert_eq!(
+        map_shared_to_write(file),
+        Some(libc::EPERM),
+        "a shared mapping that can be written"
+    );
+    let refused = file.set_len(2 * LEN).unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::EPERM), "growth");
+    let refused = file.set_len(0).unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::EPERM), "shrinking");
+}
+
+/// Why a shared mapping of the file that can be written is refused.
+fn map_shared_to_write(file: &File) -> Option<i32> {
     // SAFETY: a new mapping at an address of the kernel's choice; it must not come to be.
     let mapped = unsafe {
         let prot = libc::PROT_READ | libc::PROT_WRITE;
@@ -97,19 +115,12 @@ fn expect_unwritable(image: &MemoryImage) {
             LEN as usize,
             prot,
             libc::MAP_SHARED,
-            fd,
+            file.as_raw_fd(),
             0,
         )
     };
-    assert_eq!(
-        (mapped, last_errno()),
-        (libc::MAP_FAILED, Some(libc::EPERM)),
-        "a shared mapping that can be written"
-    );
-    let refused = image.file().set_len(2 * LEN).unwrap_err();
-    assert_eq!(refused.raw_os_error(), Some(libc::EPERM), "growth");
-    let refused = image.file().set_len(0).unwrap_err();
-    assert_eq!(refused.raw_os_error(), Some(libc::EPERM), "shrinking");
+    assert_eq!(mapped, libc::MAP_FAILED, "it can be written");
+    last_errno()
 }
 
 fn seals(image: &MemoryImage) -> libc::c_int {
@@ -124,11 +135,30 @@ fn nothing_but_an_insertion_changes_an_image_from_its_creation_on() {
     }
     let faults = faults();
     let image = empty_image(&faults, &(0..PAGES));
-    expect_unwritable(&image);
+    let writable = writable(&image);
+    expect_unwritable(&writable);
     take(&image, 0..1, 7);
-    expect_unwritable(&image);
+    expect_unwritable(&writable);
     assert_eq!(page(&image, 0), [7; PAGE as usize]);
     assert_eq!(seals(&image) & libc::F_SEAL_WRITE, 0, "it still fills");
+}
+
+#[test]
+fn the_file_that_others_have_of_an_image_that_fills_is_open_for_reading_only() {
+    if !has_userfaultfd() {
+        return;
+    }
+    let faults = faults();
+    let image = empty_image(&faults, &(0..PAGES));
+    take(&image, 0..1, 7);
+    // SAFETY: the descriptor is open; the call touches no memory.
+    let flags = unsafe { libc::fcntl(image.file().as_raw_fd(), libc::F_GETFL) };
+    assert_eq!(flags & libc::O_ACCMODE, libc::O_RDONLY);
+    // Not for the seals that both have.
+    let refused = image.file().write_at(&[1; 16], 0).unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::EBADF));
+    assert_eq!(map_shared_to_write(image.file()), Some(libc::EACCES));
+    assert_eq!(page(&image, 0), [7; PAGE as usize]);
 }
 
 #[test]
@@ -138,6 +168,7 @@ fn an_image_is_sealed_against_all_writing_when_its_last_page_has_come() {
     }
     let faults = faults();
     let image = empty_image(&faults, &(0..PAGES));
+    let writable = writable(&image);
     take(&image, 0..PAGES - 1, 1);
     assert!(!image.is_whole());
     image.settle();
@@ -147,7 +178,8 @@ fn an_image_is_sealed_against_all_writing_when_its_last_page_has_come() {
     // The seal is refused as long as anybody could write: that it is there proves that nobody can.
     image.settle();
     assert_ne!(seals(&image) & libc::F_SEAL_WRITE, 0);
-    expect_unwritable(&image);
+    expect_unwritable(&writable);
+    assert!(image.store.writable().is_none(), "it is closed");
     image.settle();
     image.seal().unwrap();
 }

@@ -29,7 +29,7 @@ pub(super) type Taken = Vec<Weak<MemoryImage>>;
 pub(super) type Asked = Sender<Result<(), SourceError>>;
 
 /// The other end, as the source of one image.
-struct FilledThere {
+pub(crate) struct FilledThere {
     link: Arc<PageLink>,
     image: ImageName,
     /// Whether the other end was told that the image is mapped here.
@@ -48,11 +48,7 @@ impl PageLink {
             page_deadline: arriving.config.page_deadline.saturating_mul(MORE_PATIENCE),
             ..arriving.config
         };
-        let source = Arc::new(FilledThere {
-            link: self.clone(),
-            image: name,
-            watches: AtomicBool::new(false),
-        });
+        let source = Arc::new(self.filled_there(name));
         let image = faults.image_elsewhere(Arriving { config, ..arriving }, source.clone())?;
         {
             let mut taken = lock(&self.taken);
@@ -66,6 +62,15 @@ impl PageLink {
         source.watches.store(true, Ordering::Release);
         self.say(&PageMessage::Watch { image: name });
         Ok(image)
+    }
+
+    /// The pages of an image that the other end fills.
+    pub(crate) fn filled_there(self: &Arc<Self>, image: ImageName) -> FilledThere {
+        FilledThere {
+            link: self.clone(),
+            image,
+            watches: AtomicBool::new(false),
+        }
     }
 
     /// Waits until the other end has heard all that was said: it keeps images from then on for as long as

@@ -121,7 +121,7 @@ impl Family {
         image.publish(Plan::whole(len))?;
         let first_pages = FirstPages {
             state,
-            doorbell: None,
+            doorbell: state.doorbell_page()?,
         };
         first_pages.bring(&image)?;
         Ok(image)

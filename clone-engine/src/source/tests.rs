@@ -1,6 +1,7 @@
 //! The conformance kit of [`PageSource`], and what an image makes of sources that do not conform.
 #![allow(clippy::single_range_in_vec_init)] // Lists of ranges, some of one.
 
+mod afar;
 mod image;
 mod kit;
 mod liars;

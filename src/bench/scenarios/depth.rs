@@ -23,6 +23,9 @@ pub(super) const SCENARIO: Scenario = Scenario {
     charts,
 };
 
+/// What each generation writes before it is forked.
+const DIRTY_MIB: u32 = 1;
+
 /// End points that are noted.
 const NOTED: [&str; 2] = ["first_action", "first_answer"];
 
@@ -54,7 +57,7 @@ impl Experiment for Depth {
 
     fn prepare(&mut self) -> Result<(), BenchError> {
         let subject = Subject::boot(&SubjectSpec {
-            dirty_pages: PAGES_PER_MIB,
+            dirty_pages: DIRTY_MIB * PAGES_PER_MIB,
             ..SubjectSpec::USUAL
         })?;
         // From then on it maps its memory privately, as every clone does.
@@ -95,11 +98,14 @@ fn descend(
         let clone = ticket.clones[0].clone();
         line.push(clone.clone());
         wait_answer(&clone, 1)?;
+        let populated = ticket.point.populated() as f64 / f64::from(1 << 20);
         let noted = end_points(&clone, asked)?;
         for (end_point, took) in noted.into_iter().filter(|(name, _)| NOTED.contains(name)) {
             samples
                 .time(&format!("{generation}/{end_point}"), Unit::Us, took)
-                .column("depth", f64::from(clone.identity().depth));
+                .column("depth", f64::from(clone.identity().depth))
+                .column("populated_mib", populated)
+                .column("dirty_mib", f64::from(DIRTY_MIB));
         }
     }
     Ok(())

@@ -26,6 +26,9 @@ pub(super) const SCENARIO: Scenario = Scenario {
     charts: |_: &[Row]| -> Vec<Chart> { Vec::new() },
 };
 
+/// What the parent writes before it is forked: nothing, as it waits.
+const DIRTY_MIB: u32 = 0;
+
 /// Rounds by which the guest's speed is found.
 const TRIAL_ROUNDS: u64 = 20_000_000;
 
@@ -71,6 +74,7 @@ struct Overhead {
 impl Overhead {
     fn boot(&self) -> Result<Subject, BenchError> {
         Subject::boot(&SubjectSpec {
+            dirty_pages: DIRTY_MIB * PAGES_PER_MIB,
             work: self.work,
             setting: Setting {
                 pool: Pool::Pooled,
@@ -151,6 +155,11 @@ impl Experiment for Overhead {
         let more = 100.0 * (forked.as_secs_f64() / ideal.as_secs_f64() - 1.0);
         let case = samples.value(&format!("{}/percent", self.name()), Unit::Percent, more);
         case.column("clones", ticket.clones.len() as f64)
+            .column(
+                "populated_mib",
+                ticket.point.populated() as f64 / f64::from(1 << 20),
+            )
+            .column("dirty_mib", f64::from(DIRTY_MIB))
             .column("zero_cost_ms", ideal.as_secs_f64() * 1e3)
             .column("forked_ms", forked.as_secs_f64() * 1e3);
         for (name, pages) in ["pages_read", "pages_written"].into_iter().zip(touched) {

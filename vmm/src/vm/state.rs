@@ -3,7 +3,7 @@
 use std::sync::Mutex;
 
 use forkvm_devices::section::SectionsReader;
-use forkvm_devices::{SavedState, Section, Sections};
+use forkvm_devices::{Doorbell, SavedState, Section, Sections};
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
 };
@@ -167,6 +167,11 @@ impl MachineState {
     /// returns the 64-bit word at a guest-physical address, or `None` where there is no RAM.
     pub fn named_pages(&self, read: &mut dyn FnMut(u64) -> Option<u64>) -> Vec<u64> {
         named_pages(&self.vcpus, read)
+    }
+
+    /// Guest-physical address of the page of its doorbell, if it has one.
+    pub fn doorbell_page(&self) -> Result<Option<u64>, SectionError> {
+        Doorbell::saved_page(&self.devices)
     }
 }
 

@@ -1,7 +1,8 @@
-//! `work mib=64 read=0 write=0 order=linear|scattered rounds=0 dirty=0 tell=0`: a warm machine that waits, and a
+//! `work mib=64 every=1 read=0 write=0 order=linear|scattered rounds=0 dirty=0 tell=0`: a warm machine that waits, and a
 //! job of known size for its clones: what the laboratory measures.
 //!
-//! Fills `mib` MiB with a pattern that tells each page, reports READY and halts. A clone reports
+//! Fills `mib` MiB with a pattern that tells each page, reports READY and halts. They are in one piece,
+//! or, with `every=N`, one page in N of an area N times as large, the others of which it leaves alone. A clone reports
 //! ACTION, reads and checks `read` pages, computes `rounds` rounds, writes the last `write` pages of
 //! the area, reports ANSWER and halts. `linear` reads the first pages, `scattered` one in each chunk
 //! of 64 KiB before any chunk has a second. A byte on the console has a VM that waits do the same
@@ -34,6 +35,7 @@ const WRITTEN: usize = 1;
 pub fn run(machine: &Machine, args: Args<'_>) -> u32 {
     let listener = machine.listener();
     let count = args.number("mib", 64) as usize * pages::PER_MIB;
+    let every = args.number("every", 1) as usize;
     let dirty = args.number("dirty", 0) as usize;
     let scatter = match args.text("order").unwrap_or("linear") {
         "linear" => None,
@@ -43,20 +45,23 @@ pub fn run(machine: &Machine, args: Args<'_>) -> u32 {
             return USAGE;
         }
     };
+    if every == 0 {
+        println!("every: 1 or more");
+        return USAGE;
+    }
     let work = Work {
         read: args.number("read", 0) as usize,
         write: args.number("write", 0) as usize,
         rounds: args.number("rounds", 0),
         tell: args.flag("tell"),
-        memory: pages::allocate_chunks(count),
+        memory: Area::of(count, every),
         scatter,
     };
     if work.read.max(work.write).max(dirty) > count {
         println!("read, write and dirty: at most the {count} pages that there are");
         return USAGE;
     }
-    let numbered = || work.memory.iter().zip(0..);
-    numbered().for_each(|(page, number)| page.fill_lines(number));
+    (0..count).for_each(|number| work.memory.page(number).fill_lines(number as u64));
     listener.want_interrupt();
     interrupts::route(SERIAL_GSI);
     serial::interrupt_on_input();
@@ -84,8 +89,7 @@ pub fn run(machine: &Machine, args: Args<'_>) -> u32 {
             }
             Some(b'd') => {
                 told += 1;
-                let first = &work.memory[..dirty];
-                first.iter().for_each(|page| page.set(WRITTEN, told));
+                (0..dirty).for_each(|number| work.memory.page(number).set(WRITTEN, told));
                 listener.report(report::READY);
             }
             Some(b'f') => match machine.doorbell().fork_without_interrupt(0, 1) {
@@ -102,13 +106,39 @@ pub fn run(machine: &Machine, args: Args<'_>) -> u32 {
     }
 }
 
+/// The pages that are filled, and the gaps between them.
+struct Area {
+    pages: &'static [Page],
+    every: usize,
+}
+
+impl Area {
+    /// `count` pages to fill, each the first of `every`.
+    fn of(count: usize, every: usize) -> Area {
+        Area {
+            pages: pages::allocate_chunks(count * every),
+            every,
+        }
+    }
+
+    /// How many are to be filled.
+    fn count(&self) -> usize {
+        self.pages.len() / self.every
+    }
+
+    /// The one with this number.
+    fn page(&self, number: usize) -> &Page {
+        &self.pages[number * self.every]
+    }
+}
+
 /// What a clone has to do.
 struct Work {
     read: usize,
     write: usize,
     rounds: u64,
     tell: bool,
-    memory: &'static [Page],
+    memory: Area,
     scatter: Option<Scatter>,
 }
 
@@ -121,14 +151,14 @@ impl Work {
                 None => index,
                 Some(scatter) => scatter.page(index),
             };
-            if let Err(word) = self.memory[number].check_lines(number as u64) {
+            if let Err(word) = self.memory.page(number).check_lines(number as u64) {
                 println!("wrong: work: page {number} word {word} changed");
                 return false;
             }
         }
         let result = (0..self.rounds).fold(1, |sum, _| black_box(random::mix(sum)));
-        let last = &self.memory[self.memory.len() - self.write..];
-        last.iter().for_each(|page| page.set(WRITTEN, result));
+        let count = self.memory.count();
+        (count - self.write..count).for_each(|number| self.memory.page(number).set(WRITTEN, result));
         if self.tell {
             listener.report(report::USER + self.read as u32);
             listener.report(report::USER + self.write as u32);
