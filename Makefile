@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: help build demo demo-linux linux test test-ways test-linux test-linux-svm test-long test-svm bench examples lint setup
+.PHONY: help build demo demo-linux linux test test-ways test-long test-svm bench examples lint setup
 
 TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
 
@@ -43,7 +43,7 @@ linux: ## Install what is missing, and build the Linux image `minimal`, or find 
 EVERY_WAY := --workspace --no-fail-fast -E 'package(forkvm) & binary(/^(forks|faults|lazy|rewind|saved_machines)$$/)'
 EVERY_WAY_WITHOUT_NEXTEST := --workspace --no-fail-fast $(foreach binary,forks faults lazy rewind saved_machines,--test $(binary))
 
-test: ## Install what is missing, and pass all tests of all crates, those that need KVM included
+test: linux ## Install what is missing, and pass all tests of all crates, those that need KVM included
 	@scripts/setup build test
 	@scripts/check-rust
 	@if cargo nextest --version >/dev/null 2>&1; then \
@@ -75,22 +75,10 @@ test-long: linux ## Only the tests that `make test` leaves out because they take
 	  cargo test --workspace --no-fail-fast -- --ignored; \
 	fi
 
-test-linux: linux ## The tests of Linux machines, on the image of `make linux`
-	@scripts/setup build test
-	@if cargo nextest --version >/dev/null 2>&1; then \
-	  cargo nextest run --workspace --test linux --run-ignored only --no-fail-fast; \
-	else \
-	  cargo test --workspace --test linux --no-fail-fast -- --ignored --test-threads 1; \
-	fi
-
-test-svm: ## The KVM tests and small demos on emulated AMD hardware, Linux 6.12 and 6.1, npt on and off
+test-svm: linux ## The KVM tests and small demos on emulated AMD hardware, Linux 6.12 and 6.1, npt on and off
 	@scripts/setup build svm
 	@scripts/check-rust
 	lanes/svm/run $(addprefix --cell ,$(CELL)) $(if $(TURNS),--turns) -- '$(FILTER)'
-
-test-linux-svm: linux ## The tests of Linux machines on emulated AMD hardware
-	@scripts/setup build svm
-	lanes/svm/run $(addprefix --cell ,$(CELL)) --cpus 1 --ignored -- 'forkvm/linux::$(FILTER)'
 
 bench: build ## Measure everything, in less than 10 minutes: target/bench/index.html
 	@mkdir -p "$(TARGET)/bench"

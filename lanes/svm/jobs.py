@@ -70,9 +70,8 @@ RESULTS = "/lane/out"
 ENVIRONMENT = {"FORKVM_SVM_LANE": "1", "FORKVM_TEST_SCALE": "small", "RUST_BACKTRACE": "1"}
 
 
-def collect(lane: dict, wanted: str, ignored: bool) -> Jobs:
-    """Builds the workspace that the current directory belongs to. `wanted` is a part of the ids to run, or empty; with `ignored`
-    only tests that are marked so are run, else all others and the demos."""
+def collect(lane: dict, wanted: str) -> Jobs:
+    """Builds the workspace that the current directory belongs to. `wanted` is a part of the ids to run, or empty."""
     metadata = json.loads(run_cargo("metadata", "--format-version=1"))
     packages = packages_on(metadata, lane["kvm_crate"])
     if not packages:
@@ -95,16 +94,15 @@ def collect(lane: dict, wanted: str, ignored: bool) -> Jobs:
             patterns.update((p, True) for p in matching)
             if wanted not in job.id:
                 continue
-            if is_ignored != ignored or matching:
+            if is_ignored or matching:
                 skipped.append(job.id)
             else:
                 jobs.append(job)
     unused = [p for p, used in patterns.items() if not used]
     if unused:
         raise LaneError(f"lane.toml skips {', '.join(unused)}, but no such test exists: remove the entry")
-    if not ignored:
-        demos = (Demo(**entry) for entry in lane["demo"])
-        jobs += [demo_job(lane, demo, forkvm, Path(metadata["workspace_root"])) for demo in demos if wanted in demo.id]
+    demos = (Demo(**entry) for entry in lane["demo"])
+    jobs += [demo_job(lane, demo, forkvm, Path(metadata["workspace_root"])) for demo in demos if wanted in demo.id]
     if not jobs:
         raise LaneError(f"no test and no demo has '{wanted}' in its name")
 
@@ -172,7 +170,7 @@ def test_job(artifact: dict, package: dict, name: str, helpers: list[dict], limi
     """One test in one process, as nextest does it: a crash or a hang has the name of one test."""
     environment = dict(ENVIRONMENT, CARGO_MANIFEST_DIR=str(package["directory"]))
     environment |= {f"CARGO_BIN_EXE_{helper['target']['name']}": helper["executable"] for helper in helpers}
-    command = [artifact["executable"], "--exact", name, "--include-ignored", "--nocapture", "--test-threads=1"]
+    command = [artifact["executable"], "--exact", name, "--nocapture", "--test-threads=1"]
     return Job(
         id=f"{package['name']}/{artifact['target']['name']}::{name}",
         directory=package["directory"],

@@ -67,7 +67,9 @@ class Machines:
                 process.kill()
 
 
-def boot(machines: Machines, kernel: Path, initrd: Path, disk: Path, plan: str, npt: bool, lane: dict, out: Path) -> Outcome:
+def boot(
+    machines: Machines, kernel: Path, initrd: Path, disk: Path, plan: str, npt: bool, cpus: int, lane: dict, out: Path
+) -> Outcome:
     """Runs the plan of this name. Leaves in `out`: console.log, qemu.log, and what `split_logs` makes."""
     out.mkdir(parents=True)
     console, printed = out / "console.log", out / "printed.log"
@@ -77,7 +79,7 @@ def boot(machines: Machines, kernel: Path, initrd: Path, disk: Path, plan: str, 
         # machine instead.
         "-accel": "tcg,thread=single,tb-size=512",
         "-cpu": "EPYC,+svm,+npt",
-        "-smp": str(lane["cpus"]),
+        "-smp": str(cpus),
         "-m": str(lane["memory_mib"]),
         "-display": "none",
         "-serial": f"file:{console}",
