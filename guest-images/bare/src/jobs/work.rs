@@ -158,7 +158,8 @@ impl Work {
         }
         let result = (0..self.rounds).fold(1, |sum, _| black_box(random::mix(sum)));
         let count = self.memory.count();
-        (count - self.write..count).for_each(|number| self.memory.page(number).set(WRITTEN, result));
+        (count - self.write..count)
+            .for_each(|number| self.memory.page(number).set(WRITTEN, result));
         if self.tell {
             listener.report(report::USER + self.read as u32);
             listener.report(report::USER + self.write as u32);
