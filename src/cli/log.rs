@@ -31,6 +31,8 @@ pub(crate) fn init(option: Option<&str>) -> anyhow::Result<()> {
     tracing_subscriber::fmt()
         .with_env_filter(parsed)
         .with_writer(std::io::stderr)
+        // A file, or a reader of a pipe, wants no escape sequences.
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .init();
     if let Some(option) = option {
         OPTION.get_or_init(|| option.to_owned());

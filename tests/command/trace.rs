@@ -21,16 +21,7 @@ fn chosen(said: &str) -> Vec<(String, String)> {
         let (freeze, why) = freeze.split_once(" why=\"")?;
         Some((freeze.to_owned(), why.split('"').next()?.to_owned()))
     };
-    let plain = without_colours(said);
-    plain.lines().filter_map(told).collect()
-}
-
-fn without_colours(said: &str) -> String {
-    let mut parts = said.split("\x1b[");
-    let first = parts.next().unwrap_or_default().to_owned();
-    parts.fold(first, |plain, part| {
-        plain + part.split_once('m').map_or(part, |(_, rest)| rest)
-    })
+    said.lines().filter_map(told).collect()
 }
 
 fn owned(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
