@@ -138,5 +138,5 @@ fn a_machine_that_is_stopped_powers_off_in_order_and_its_clones_run_on() {
     let hostname = ["exec", "web.1", "--", "cat", "/proc/sys/kernel/hostname"];
     assert_eq!(web.said(&hostname), "web-1\n");
     web.said(&["stop", "web.1"]);
-    web.running.wait().expect(0, "web.1 exited with 0");
+    web.running.wait().expect(0, "web.1 exited with status 0");
 }

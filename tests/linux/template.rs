@@ -145,7 +145,7 @@ fn boot_and_save(image: &Image, vcpus: u32, directory: &Path) {
             disks: vec![DiskSpec {
                 name: "data".into(),
                 source: DiskSource::volatile(Arc::new(
-                    RawFile::open(&data_disk(image), Access::ReadOnly).unwrap(),
+                    RawFile::open(data_disk(image), Access::ReadOnly).unwrap(),
                 )),
             }],
             payload: Payload::Kernel {

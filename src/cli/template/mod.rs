@@ -49,7 +49,7 @@ Kernel and disks that it was made of stay. Clones that run have all that they ne
 #[derive(Debug, Subcommand)]
 pub(crate) enum Template {
     /// Boot a machine, wait for its agent, and save it under a name
-    Create(create::Create),
+    Create(Box<create::Create>),
     /// List the templates
     Ls,
     /// Tell more of one
