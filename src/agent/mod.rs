@@ -50,10 +50,18 @@ impl AgentClient {
     pub fn by(socket: &Path, way: Way, deadline: Instant) -> Result<AgentClient, AgentError> {
         connect::until_it_answers(socket, way, deadline)?;
         Ok(AgentClient {
-            socket: socket.to_owned(),
             way,
-            limit: REQUEST_LIMIT,
+            ..AgentClient::at(socket)
         })
+    }
+
+    /// The agent behind `vsock_socket`, whether it answers already or not.
+    pub fn at(vsock_socket: &Path) -> AgentClient {
+        AgentClient {
+            socket: vsock_socket.to_owned(),
+            way: Way::Vsock,
+            limit: REQUEST_LIMIT,
+        }
     }
 
     /// The same client, whose requests may take `limit`.

@@ -81,7 +81,9 @@ fn boot_and_save() -> Result<TempDir, BenchError> {
         cmdline: image.cmdline().to_owned(),
     };
     let vm = LinuxVm::boot(boot, config, BOOT)?;
-    vm.member().save()?;
+    let saved = vm.member().save();
+    vm.family().end();
+    saved?;
     match vm.join().end {
         End::Saved => Ok(directory),
         end => Err(BenchError::Ended {

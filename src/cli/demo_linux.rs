@@ -12,7 +12,8 @@ use forkvm::Payload;
 use forkvm::demo_linux::disk;
 use forkvm::demo_linux::input::Input;
 use forkvm::demo_linux::report::Report;
-use forkvm::demo_linux::run::{self, Run, RunSpec};
+use forkvm::demo_linux::run::{self, Run, RunSpec, Watch};
+use forkvm::engine::Family;
 use forkvm::engine::limits::MAX_CLONES;
 use forkvm::host::Host;
 use forkvm::percentiles::Percentiles;
@@ -25,6 +26,7 @@ use super::image::find_or_build;
 use super::output::{Outcome, Output};
 use super::progress::Spinner;
 use super::stop::Stop;
+use super::template::end_when_asked;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -66,12 +68,10 @@ impl DemoLinux {
         let mut text = output.text();
         let folder = self.target.join("demo-linux");
         fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
-        let image = {
-            let stop = Stop::on_signals().context("hearing signals")?;
-            match find_or_build("minimal", &stop, output) {
-                Ok(built) => built.image,
-                Err(error) => return stop.outcome(error),
-            }
+        let stop = Stop::on_signals().context("hearing signals")?;
+        let image = match find_or_build("minimal", &stop, output) {
+            Ok(built) => built.image,
+            Err(error) => return stop.outcome(error),
         };
         let work = tempfile::tempdir().context("making a directory to work in")?;
         let expected = {
@@ -97,10 +97,17 @@ impl DemoLinux {
             templates: Templates::at(folder.join("templates")),
             consoles: Arc::new(Terminal::new(Box::new(log), None)),
         };
-        let run = {
-            let spinner = Spinner::new("booting");
-            let what = || format!("consoles are in {}", folder.display());
-            run::run(&spec, &mut |step| spinner.say(step.as_str())).with_context(what)?
+        let ran = {
+            let mut watch = Watching {
+                spinner: Spinner::new("booting"),
+                stop: &stop,
+            };
+            run::run(&spec, &mut watch)
+        };
+        let what = || format!("consoles are in {}", folder.display());
+        let run = match ran.with_context(what) {
+            Ok(run) => run,
+            Err(error) => return stop.outcome(error),
         };
         self.tell(&mut text, image.kernel_version(), &input, &expected, &run)
     }
@@ -136,6 +143,24 @@ impl DemoLinux {
             report: json,
         };
         Ok(outcome)
+    }
+}
+
+/// Shows what is under way, and ends the run when the user wants that.
+struct Watching<'a> {
+    spinner: Spinner,
+    stop: &'a Stop,
+}
+
+impl Watch for Watching<'_> {
+    fn at(&mut self, what: &'static str) {
+        self.spinner.say(what);
+    }
+
+    fn begun(&mut self, family: &Arc<Family>) {
+        if let Err(error) = end_when_asked(self.stop, family) {
+            tracing::warn!(%error, "no thread to end the demo when it is asked to");
+        }
     }
 }
 

@@ -52,14 +52,9 @@ impl Introductions {
         let Some(spec) = &self.family.config().vsock else {
             return Ok(());
         };
-        let (socket, parent) = (spec.path_of(&parent.identity()), parent.clone());
-        let tell = move || match AgentClient::connect(&socket, Instant::now() + LOOK_EVERY) {
-            Ok(agent) => tell_parent(&parent, &agent),
-            Err(error) => {
-                let vm = parent.name();
-                tracing::warn!(%error, vm, "it is not told that it was forked");
-            }
-        };
+        let agent = AgentClient::at(&spec.path_of(&parent.identity()));
+        let parent = parent.clone();
+        let tell = move || tell_parent(&parent, &agent, INTRODUCTION);
         thread::Builder::new().name("forked".into()).spawn(tell)?;
         Ok(())
     }

@@ -12,6 +12,7 @@ use forkvm_clone_engine::{
 use forkvm_devices::block::{Access, RawFile, RawFileError};
 use forkvm_vmm::boot::Payload;
 use forkvm_vmm::{Kvm, KvmError};
+use tempfile::TempDir;
 use thiserror::Error;
 
 use super::input::{PROGRAM, arguments};
@@ -58,6 +59,15 @@ pub struct RunSpec {
     pub consoles: Arc<dyn Consoles>,
 }
 
+/// Who watches a run.
+pub trait Watch {
+    /// What is under way now, for people.
+    fn at(&mut self, what: &'static str);
+
+    /// A family has begun; whoever wants the run to end early ends it.
+    fn begun(&mut self, family: &Arc<Family>);
+}
+
 /// What a clone did.
 pub struct Worked {
     /// The clone, which still runs.
@@ -77,6 +87,7 @@ pub struct Run {
     /// The clones, in the order of their shares.
     pub clones: Vec<Worked>,
     family: Arc<Family>,
+    _sockets: TempDir,
 }
 
 impl Drop for Run {
@@ -85,14 +96,14 @@ impl Drop for Run {
     }
 }
 
-/// Runs the demo. `at` hears of each step of the template's making.
+/// Runs the demo.
 ///
 /// # Errors
 /// What failed; nothing runs on.
-pub fn run(spec: &RunSpec, at: &mut dyn FnMut(Step)) -> Result<Run, RunError> {
+pub fn run(spec: &RunSpec, watch: &mut dyn Watch) -> Result<Run, RunError> {
     let sockets = tempfile::tempdir().map_err(RunError::Sockets)?;
     let kvm = Arc::new(Kvm::open()?);
-    let template = template(spec, &kvm, sockets.path(), at)?;
+    let template = template(spec, &kvm, sockets.path(), watch)?;
     let observer = Arc::new(DemoObserver::before_boot(1, &spec.family.spawner));
     let config = FamilyConfig {
         consoles: spec.consoles.clone(),
@@ -102,6 +113,8 @@ pub fn run(spec: &RunSpec, at: &mut dyn FnMut(Step)) -> Result<Run, RunError> {
     };
     let forks = config.guest_forks.clone();
     let family = Family::new(kvm, config);
+    watch.begun(&family);
+    watch.at("clones at work");
     let worked = work(&family, &template, &forks, spec);
     let fork = observer.take_forks().pop();
     match (worked, fork) {
@@ -110,6 +123,7 @@ pub fn run(spec: &RunSpec, at: &mut dyn FnMut(Step)) -> Result<Run, RunError> {
             fork,
             clones,
             family,
+            _sockets: sockets,
         }),
         (worked, _) => {
             family.end();
@@ -128,7 +142,7 @@ fn template(
     spec: &RunSpec,
     kvm: &Arc<Kvm>,
     sockets: &Path,
-    at: &mut dyn FnMut(Step),
+    watch: &mut dyn Watch,
 ) -> Result<Template, RunError> {
     match spec.templates.remove(NAME) {
         Ok(()) | Err(TemplateError::Unknown { .. }) => {}
@@ -147,11 +161,12 @@ fn template(
         payload: spec.payload.clone(),
         cmdline: spec.cmdline.clone(),
     };
+    let script = WARM_UP.replace("PROGRAM", PROGRAM);
     let template = TemplateSpec {
         boot,
         disks: vec![spec.disk.clone()],
         patience: BOOT,
-        warmed_by: Vec::new(),
+        warmed_by: ["sh", "-c", &script].map(Into::into).to_vec(),
     };
     let family = Family::new(
         kvm.clone(),
@@ -162,9 +177,10 @@ fn template(
             ..FamilyConfig::default()
         },
     );
-    let script = WARM_UP.replace("PROGRAM", PROGRAM);
+    watch.begun(&family);
     let mut warm_up = |vm: &LinuxVm| Ok(output_of(vm, &script).map(drop)?);
-    let made = make_template(&family, draft, template, &mut warm_up, at);
+    let mut at = |step: Step| watch.at(step.as_str());
+    let made = make_template(&family, draft, template, &mut warm_up, &mut at);
     family.end();
     Ok(made?)
 }
@@ -236,7 +252,7 @@ fn output_of(vm: &LinuxVm, script: &str) -> Result<Vec<u8>, RunError> {
 #[derive(Debug, Error)]
 pub enum RunError {
     /// KVM cannot be used.
-    #[error(transparent)]
+    #[error("opening KVM")]
     Kvm(#[from] KvmError),
     /// No directory for sockets.
     #[error("making a directory for sockets")]

@@ -78,22 +78,36 @@ impl LinuxVm {
         LinuxVm::meet(family, member, INTRODUCTION)
     }
 
-    /// Forks it as [`Vm::fork`] does. All clones are themselves when this returns, and the hooks of this machine have
-    /// run; if one cannot be, all of them are ended.
+    /// Forks it as [`Vm::fork`] does. All clones are themselves when this returns; if one cannot be, all of
+    /// them are ended. The hooks of this machine have run as well, unless it is paused or a hook fails, which is warned of.
     pub fn fork(&self, spec: CloneSpec) -> Result<Vec<LinuxVm>, LinuxError> {
         let stops = spec.freeze == FreezeKind::Stop;
         let clones = self.vm.fork(spec)?;
         let members: Vec<Arc<Member>> = clones.iter().map(|clone| clone.member().clone()).collect();
-        let met = thread::scope(|scope| {
-            if !stops {
-                scope.spawn(|| tell_parent(self.vm.member(), self.agent()));
-            }
-            self.meet_all(&members)
-        });
+        let telling = if stops { None } else { self.tell_of_fork() };
+        let met = self.meet_all(&members);
+        // One that is paused is told when it runs on.
+        if let Some(telling) = telling
+            && !self.vm.member().is_paused()
+            && let Err(panic) = telling.join()
+        {
+            std::panic::resume_unwind(panic);
+        }
         if met.is_err() {
             members.iter().for_each(|clone| clone.kill());
         }
         met
+    }
+
+    fn tell_of_fork(&self) -> Option<thread::JoinHandle<()>> {
+        let (parent, agent) = (self.vm.member().clone(), self.agent().clone());
+        let tell = move || tell_parent(&parent, &agent, INTRODUCTION);
+        let started = thread::Builder::new().name("forked".into()).spawn(tell);
+        let warn = |error: &io::Error| {
+            let vm = self.vm.member().name();
+            tracing::warn!(%error, vm, "no thread to tell it that it was forked");
+        };
+        started.inspect_err(warn).ok()
     }
 
     /// At the same time: each waits for its own kernel.

@@ -75,6 +75,8 @@ impl Running {
             .env_remove("FORKVM_LOG")
             .env("XDG_RUNTIME_DIR", runtime_dir)
             .env("XDG_DATA_HOME", runtime_dir.join("data"))
+            // Whatever images the user has.
+            .env("XDG_CACHE_HOME", runtime_dir.join("cache"))
             .stdin(stdin)
             .stdout(stdout.try_clone().unwrap())
             .stderr(Stdio::piped())

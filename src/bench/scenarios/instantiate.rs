@@ -92,12 +92,20 @@ fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
             }
         }
     }
+    if scale == Scale::Full {
+        all.extend(linux());
+    }
+    all
+}
+
+/// Not what is quick: where KVM is software its boot alone takes a minute.
+fn linux() -> Vec<Box<dyn Experiment>> {
+    let mut all: Vec<Box<dyn Experiment>> = Vec::new();
     for &pool in POOLS {
         for mode in [MemoryMode::Cow, MemoryMode::Lazy] {
             all.push(Box::new(Linux {
                 pool,
                 mode,
-                measured: scale.pick(10, 2, 1),
                 point: None,
                 subject: None,
             }));
@@ -179,7 +187,6 @@ impl Experiment for Instantiate {
 struct Linux {
     pool: Pool,
     mode: MemoryMode,
-    measured: u32,
     // Before the subject: its family ends with that.
     point: Option<Arc<ForkPoint>>,
     subject: Option<LinuxSubject>,
@@ -198,7 +205,7 @@ impl Experiment for Linux {
     fn repetitions(&self) -> Repetitions {
         Repetitions {
             warm_up: 1,
-            measured: self.measured,
+            measured: 10,
         }
     }
 

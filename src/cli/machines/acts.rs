@@ -63,7 +63,8 @@ Examples:
   forkvm stop web.3 --timeout 10 || forkvm kill web.3
 
 Its agent ends the programs, leaves the disks clean and switches the machine off, as poweroff(8) does. Clones of it run
-on. The command returns when it is off; one that is not so in time runs on, and the command fails.";
+on. The command returns when it is off, and ends as `forkvm wait` does: with 0 for a machine that was switched off. One that is
+not off in time is left to it, and the command fails.";
 
 const KILL: &str = "\
 Examples:
@@ -283,7 +284,7 @@ impl Stop {
             let seconds = self.timeout;
             format!("{vm} is not off after {seconds} s: `forkvm kill {vm}` ends it at once")
         })?;
-        Ok(Outcome::done(ending(end)))
+        outcome_of(end)
     }
 }
 
@@ -299,14 +300,19 @@ impl Wait {
         let vm = self.which.vm;
         let end = ask(&vm, &Request::Wait { vm: vm.clone() })?;
         eprintln!("forkvm: {vm} {}", text(&end, "end"));
-        let status = end["exit_code"]
-            .as_u64()
-            .and_then(|code| u8::try_from(code).ok());
-        Ok(Outcome {
-            status: status.context("the machine's answer lacks the exit code")?,
-            report: ending(end),
-        })
+        outcome_of(end)
     }
+}
+
+/// A command that ends with the status of the machine.
+fn outcome_of(end: Value) -> anyhow::Result<Outcome> {
+    let status = end["exit_code"]
+        .as_u64()
+        .and_then(|code| u8::try_from(code).ok());
+    Ok(Outcome {
+        status: status.context("the machine's answer lacks the exit code")?,
+        report: ending(end),
+    })
 }
 
 /// As `run` tells of it.

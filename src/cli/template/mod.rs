@@ -173,7 +173,7 @@ fn to_json(template: &Found) -> Value {
 }
 
 /// Ends the family when the user wants the command to end, so that it comes to its own end.
-fn end_when_asked(stop: &Stop, family: &Arc<Family>) -> io::Result<()> {
+pub(super) fn end_when_asked(stop: &Stop, family: &Arc<Family>) -> io::Result<()> {
     let (asked, family) = (stop.asked(), Arc::downgrade(family));
     let watch = move || {
         while let Some(family) = family.upgrade() {
