@@ -173,6 +173,11 @@ impl ForkPoint {
         self.populated
     }
 
+    /// The same in MiB, as reports have it.
+    pub fn populated_mib(&self) -> f64 {
+        self.populated as f64 / f64::from(1 << 20)
+    }
+
     /// Bytes of the state of one clone, as a state file would hold it.
     pub fn state_bytes(&self) -> usize {
         self.sections

@@ -19,16 +19,13 @@ use tempfile::TempDir;
 use super::measure::{BenchError, call};
 use super::setting::{Pool, Setting};
 use super::subject::{Trace, Traced, fork_by};
-use crate::linux::{INTRODUCTION, LinuxVm};
+use crate::linux::{BOOT, INTRODUCTION, LinuxVm};
 
 /// What is booted.
 const IMAGE: &str = "minimal";
 
 /// RAM of the machine in MiB.
 pub const MEMORY_MIB: u64 = 64;
-
-/// How long it may take to boot.
-const BOOT: Duration = Duration::from_secs(400);
 
 /// The machine on disk, from its first use until [`Saved`] is dropped.
 static SAVED: Mutex<Option<TempDir>> = Mutex::new(None);
@@ -58,11 +55,9 @@ fn boot_and_save() -> Result<TempDir, BenchError> {
         let text = format!("there is no image {IMAGE}: `forkvm image build {IMAGE}` makes it");
         BenchError::Lacks(text)
     };
-    let images = Cache::of_user().and_then(|cache| cache.images());
-    let images = images.map_err(|error| BenchError::Lacks(error.to_string()))?;
-    let named = images.iter().filter(|image| image.name() == IMAGE);
-    let image = named.max_by_key(|image| image.used().ok());
-    let image = image.ok_or_else(lacks)?;
+    let found = Cache::of_user().and_then(|cache| cache.newest(IMAGE));
+    let found = found.map_err(|error| BenchError::Lacks(error.to_string()))?;
+    let image = found.ok_or_else(lacks)?;
     let directory = tempfile::tempdir().map_err(call("making a directory"))?;
     let config = FamilyConfig {
         saver: Some(Arc::new(SaveTo::exactly(directory.path().join("machine")))),

@@ -110,11 +110,8 @@ impl Kernel {
 
 /// The image of that name that was used last.
 fn find_image(name: &str) -> anyhow::Result<Image> {
-    let images = Cache::of_user()?.images()?;
-    let named = images.into_iter().filter(|image| image.name() == name);
-    named
-        .max_by_key(|image| image.used().ok())
-        .with_context(|| format!("there is no image {name}: `forkvm image build {name}` makes it"))
+    let found = Cache::of_user()?.newest(name)?;
+    found.with_context(|| format!("there is no image {name}: `forkvm image build {name}` makes it"))
 }
 
 fn has_root(cmdline: &str) -> bool {

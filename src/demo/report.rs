@@ -137,7 +137,7 @@ impl<Host> Report<Host> {
             answers,
             seed,
             parent_pause_us: run.parent_pause.map(us),
-            populated_mib: run.point.populated() as f64 / f64::from(1 << 20),
+            populated_mib: run.point.populated_mib(),
             all_running_us: times(|line| line.first_run).max().map(us),
             end_points_us: EndPoints {
                 built: Percentiles::of(times(|line| line.built)),

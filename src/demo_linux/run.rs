@@ -20,14 +20,11 @@ use crate::Error;
 use crate::agent::AgentError;
 use crate::agent::protocol::{Exec, Exit};
 use crate::demo::observer::{DemoObserver, Fork};
-use crate::linux::{LinuxError, LinuxVm, MakeError, Step, TemplateSpec, make_template};
+use crate::linux::{BOOT, LinuxError, LinuxVm, MakeError, Step, TemplateSpec, make_template};
 use crate::templates::{Template, TemplateError, Templates};
 
 /// Name of the template, and of its machine.
 const NAME: &str = "demo";
-
-/// How long an interpreted kernel may take to its agent's answer, on a busy host.
-const BOOT: Duration = Duration::from_secs(400);
 
 /// Mounts the disk, and starts the program once: clones have both in memory then. Its help ends with 1.
 const WARM_UP: &str =

@@ -34,6 +34,9 @@ pub use template::{MakeError, Step, TemplateSpec, WarmUp, make_template};
 /// How long a clone may take to be itself. Where KVM is software its kernel takes a second or more.
 pub const INTRODUCTION: Duration = Duration::from_secs(60);
 
+/// How long a machine may take to boot to its agent's answer: an interpreted kernel, on a busy host.
+pub const BOOT: Duration = Duration::from_secs(400);
+
 /// A Linux machine whose agent answers. Dropping the handle does not end it.
 pub struct LinuxVm {
     vm: Vm,

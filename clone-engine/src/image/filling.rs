@@ -67,7 +67,8 @@ impl MemoryImage {
         }
         let mut range = filling.chunk_of(offset, &run);
         let mut here = self.bring_run(filling, &owner, &range, Cause::Fault, waiter);
-        if here.is_err() && pages(&range) > 1 {
+        let may_pass = |why: &SourceError| !self.is_final(why);
+        if here.as_ref().is_err_and(may_pass) && pages(&range) > 1 {
             // Perhaps for want of a page that nobody has touched.
             range = offset..offset + PAGE;
             here = self.bring_run(filling, &owner, &range, Cause::Fault, waiter);

@@ -176,6 +176,12 @@ impl Cache {
         Ok(images)
     }
 
+    /// The image of that name that was used last.
+    pub fn newest(&self, name: &str) -> Result<Option<Image>, CacheError> {
+        let mut images = self.images()?.into_iter();
+        Ok(images.find(|image| image.name() == name))
+    }
+
     /// Removes all images of `name`, or the one whose directory is called that. A machine that runs
     /// keeps what it has opened.
     pub fn remove(&self, name: &str) -> Result<Vec<Removed>, CacheError> {

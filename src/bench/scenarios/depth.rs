@@ -98,7 +98,7 @@ fn descend(
         let clone = ticket.clones[0].clone();
         line.push(clone.clone());
         wait_answer(&clone, 1)?;
-        let populated = ticket.point.populated() as f64 / f64::from(1 << 20);
+        let populated = ticket.point.populated_mib();
         let noted = end_points(&clone, asked)?;
         for (end_point, took) in noted.into_iter().filter(|(name, _)| NOTED.contains(name)) {
             samples

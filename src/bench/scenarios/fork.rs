@@ -1,7 +1,7 @@
 //! From the request on a running parent until one clone has passed each end point, and where the
 //! time goes.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use forkvm_clone_engine::{FreezeKind, MemoryMode};
 
@@ -13,7 +13,7 @@ use crate::bench::parents::Parents;
 use crate::bench::report::{Digest, PHASE, Row};
 use crate::bench::setting::{POOLS, Pool, Setting};
 use crate::bench::subject::{
-    PAGES_PER_MIB, Subject, SubjectSpec, end, end_points, fork_by, wait_answer,
+    PAGES_PER_MIB, Subject, SubjectSpec, Traced, end, end_points, fork_by, wait_answer,
 };
 use crate::bench::{Scale, Scenario};
 
@@ -167,7 +167,7 @@ impl Experiment for Linux {
         };
         let name = self.name();
         let (clone, point, traced) = subject.fork(self.mode)?;
-        let populated = point.populated() as f64 / f64::from(1 << 20);
+        let populated = point.populated_mib();
         let mut note = |case: &str, took| {
             samples
                 .time(&format!("{name}/{case}"), Unit::Us, took)
@@ -176,13 +176,7 @@ impl Experiment for Linux {
         for (end_point, took) in clone.end_points() {
             note(end_point, took);
         }
-        traced
-            .pauses
-            .iter()
-            .for_each(|&pause| note("parent_pause", pause));
-        for (phase, took) in traced.phases {
-            note(&format!("{}{phase}", &PHASE[1..]), took);
-        }
+        note_traced(traced, note);
         end(&[clone.vm.member().clone()]);
         Ok(())
     }
@@ -194,7 +188,7 @@ fn fork(parent: &Subject, way: Way, name: &str, samples: &mut Samples) -> Result
     let ticket = parent.member().fork(fork_by(way.freeze, way.mode, 1))?;
     wait_answer(&ticket.clones[0], 1)?;
     let traced = parent.trace();
-    let populated = ticket.point.populated() as f64 / f64::from(1 << 20);
+    let populated = ticket.point.populated_mib();
     let mut note = |case: &str, took| {
         samples
             .time(&format!("{name}/{case}"), Unit::Us, took)
@@ -204,15 +198,19 @@ fn fork(parent: &Subject, way: Way, name: &str, samples: &mut Samples) -> Result
     for (end_point, took) in end_points(&ticket.clones[0], asked)? {
         note(end_point, took);
     }
-    traced
-        .pauses
-        .iter()
-        .for_each(|&pause| note("parent_pause", pause));
+    note_traced(traced, note);
+    end(&ticket.clones);
+    Ok(())
+}
+
+/// Notes the parent's pause and every phase.
+fn note_traced(traced: Traced, mut note: impl FnMut(&str, Duration)) {
+    for pause in traced.pauses {
+        note("parent_pause", pause);
+    }
     for (phase, took) in traced.phases {
         note(&format!("{}{phase}", &PHASE[1..]), took);
     }
-    end(&ticket.clones);
-    Ok(())
 }
 
 /// Bars that are more times longer than the one in the middle are not drawn: nothing would be seen of

@@ -1,6 +1,7 @@
 //! From the request on an existing fork point until one clone has passed each end point.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use forkvm_clone_engine::{ForkPoint, FreezeKind, MemoryMode, WorkingSetPolicy};
 
@@ -169,15 +170,7 @@ impl Experiment for Instantiate {
         };
         let asked = passed(&clone, "spawn_requested", |seen| seen.spawn_requested)?;
         let name = self.name();
-        for (end_point, took) in end_points(&clone, asked)? {
-            samples
-                .time(&format!("{name}/{end_point}"), Unit::Us, took)
-                .column("memory_mib", point.config().memory_mib as f64)
-                .column(
-                    "populated_mib",
-                    point.populated() as f64 / f64::from(1 << 20),
-                );
-        }
+        note(samples, &name, &point, end_points(&clone, asked)?);
         end(&[clone]);
         Ok(())
     }
@@ -232,17 +225,24 @@ impl Experiment for Linux {
         subject.get_ready()?;
         let clone = subject.spawn_one(&point)?;
         let name = self.name();
-        for (end_point, took) in clone.end_points() {
-            samples
-                .time(&format!("{name}/{end_point}"), Unit::Us, took)
-                .column("memory_mib", point.config().memory_mib as f64)
-                .column(
-                    "populated_mib",
-                    point.populated() as f64 / f64::from(1 << 20),
-                );
-        }
+        note(samples, &name, &point, clone.end_points());
         end(&[clone.vm.member().clone()]);
         Ok(())
+    }
+}
+
+/// Notes when a clone of `point` passed each end point, as cases of `name`.
+fn note(
+    samples: &mut Samples,
+    name: &str,
+    point: &ForkPoint,
+    end_points: impl IntoIterator<Item = (&'static str, Duration)>,
+) {
+    for (end_point, took) in end_points {
+        samples
+            .time(&format!("{name}/{end_point}"), Unit::Us, took)
+            .column("memory_mib", point.config().memory_mib as f64)
+            .column("populated_mib", point.populated_mib());
     }
 }
 

@@ -155,10 +155,7 @@ impl Experiment for Overhead {
         let more = 100.0 * (forked.as_secs_f64() / ideal.as_secs_f64() - 1.0);
         let case = samples.value(&format!("{}/percent", self.name()), Unit::Percent, more);
         case.column("clones", ticket.clones.len() as f64)
-            .column(
-                "populated_mib",
-                ticket.point.populated() as f64 / f64::from(1 << 20),
-            )
+            .column("populated_mib", ticket.point.populated_mib())
             .column("dirty_mib", f64::from(DIRTY_MIB))
             .column("zero_cost_ms", ideal.as_secs_f64() * 1e3)
             .column("forked_ms", forked.as_secs_f64() * 1e3);

@@ -177,10 +177,7 @@ impl Experiment for Pause {
             samples
                 .time(&name, Unit::Us, pause)
                 .column("memory_mib", self.parent.memory_mib as f64)
-                .column(
-                    "populated_mib",
-                    point.populated() as f64 / f64::from(1 << 20),
-                )
+                .column("populated_mib", point.populated_mib())
                 .column("dirty_mib", f64::from(dirty_mib));
         }
         Ok(())
