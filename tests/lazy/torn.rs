@@ -26,8 +26,8 @@ use crate::common::{Guest, LONG, Setup, expect_end, fork_by, full_scale, need_kv
 /// than it may.
 const BURST: u32 = 3;
 
-/// How often a long test repeats its cell: every second time under compaction, and with half the pages, which leaves
-/// as many forks.
+/// How often a long test repeats its cell: every second time under compaction, and with a quarter of the pages, which
+/// leaves as many forks.
 const REPEATED: u32 = 100;
 
 /// A way to search.
@@ -258,7 +258,7 @@ impl Search {
         for round in 1..=REPEATED {
             println!("round {round} of {REPEATED}");
             Search {
-                pages: self.pages / 2,
+                pages: self.pages / 4,
                 compaction: round % 2 == 0,
                 ..self
             }

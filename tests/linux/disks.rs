@@ -197,8 +197,9 @@ fn expect_printed(machine: &Machine, name: &str, due: usize, expected: &str) -> 
 
 fn a_busy_machine_is_forked(times: usize) {
     need_kvm!();
-    let expected = compressed_on_the_host();
+    // It makes the template, and what is on its disk.
     let machine = Machine::restore(1);
+    let expected = compressed_on_the_host();
     sh(&machine, &format!("{MOUNT}; {COMPRESS}"));
     let name = machine.identity().name;
     for _ in 0..times {
