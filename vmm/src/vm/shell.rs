@@ -30,8 +30,9 @@ impl Shell {
     }
 
     /// Does ahead what a [`restore`](Shell::restore) of `state`, or of one like it, and a start would
-    /// do later: gives the vCPUs their CPUID, has KVM make what it needs to run them, and learns what
-    /// else they have already. Its memory must be [reserved](Ram::reserve) only.
+    /// do later: has KVM leave to user space what it must where it is software, gives the vCPUs their CPUID,
+    /// has KVM make what it needs to run them, and learns what else they have already. Its memory must be
+    /// [reserved](Ram::reserve) only.
     ///
     /// From then on the shell is for states of the [same shape](MachineState::has_shape_of) alone: KVM
     /// fixes the CPUID of a vCPU that has run. For those a restore is as right as without.
@@ -42,6 +43,10 @@ impl Shell {
             }
             Ok(())
         };
+        if state.software.is_some() {
+            // A filter of MSRs waits for a grace period: 12 ms of a clone's start.
+            self.objects.use_software_kvm(repeat_with(Relay::default))?;
+        }
         for (vcpu, state) in self.objects.vcpus.iter().zip(&state.vcpus) {
             lock(vcpu).set_cpuid_of(state)?;
         }

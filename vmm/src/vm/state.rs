@@ -93,7 +93,7 @@ pub struct MachineState {
     vm: KvmVmState,
     pub(super) vcpus: Vec<VcpuState>,
     /// What stood in for parts of KVM, if something did.
-    software: Option<SoftwareState>,
+    pub(super) software: Option<SoftwareState>,
     /// One section a device.
     devices: Vec<Section>,
 }
@@ -105,6 +105,7 @@ impl MachineState {
         let cpuids = || self.vcpus.iter().zip(&other.vcpus);
         self.layout == other.layout
             && self.vcpus.len() == other.vcpus.len()
+            && self.software.is_some() == other.software.is_some()
             && cpuids().all(|(one, other)| one.has_cpuid_of(other))
     }
 
