@@ -143,6 +143,15 @@ impl ForkPoint {
         Ok(Description { files, filling })
     }
 
+    /// Bytes of the descriptor, which is all that another process needs of a fork point beside the files: state,
+    /// memory plan and disks.
+    pub fn descriptor_bytes(&self) -> Result<u64, DescriptorError> {
+        let description = self.describe()?;
+        let first = description.files.first().ok_or(DescriptorError::Files)?;
+        let metadata = first.metadata().map_err(DescriptorError::Memfd)?;
+        Ok(metadata.len())
+    }
+
     /// The fork point that was described by `files` and requested at `requested`, as one of `family`. Its images
     /// arrive at `arrivals`; `numbers` counts the clones of its parent.
     pub(crate) fn from_description(

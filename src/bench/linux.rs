@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use forkvm_clone_engine::saved::{OpenMachine, SaveTo};
 use forkvm_clone_engine::{
-    BootSpec, End, Family, FamilyConfig, ForkPoint, FreezeKind, Member, MemoryMode, VsockSpec,
-    WorkingSetPolicy,
+    BootSpec, ConsoleDevice, End, Family, FamilyConfig, ForkPoint, FreezeKind, Member, MemoryMode,
+    VsockSpec, WorkingSetPolicy,
 };
 use forkvm_linux_image::Cache;
 use forkvm_vmm::Kvm;
@@ -74,6 +74,7 @@ fn boot_and_save() -> Result<TempDir, BenchError> {
             initrd: Some(image.initramfs()),
         },
         cmdline: image.cmdline().to_owned(),
+        console: ConsoleDevice::Serial,
     };
     let vm = LinuxVm::boot(boot, config, BOOT)?;
     let saved = vm.member().save();

@@ -7,7 +7,7 @@ use std::time::Duration;
 use forkvm_abi::doorbell::report;
 use forkvm_clone_engine::accounting::AccountingError;
 use forkvm_clone_engine::spawn::SpawnError;
-use forkvm_clone_engine::{End, ForkError, MemberError, UserfaultError};
+use forkvm_clone_engine::{DescriptorError, End, ForkError, MemberError, UserfaultError};
 use forkvm_vmm::{KvmError, MemoryError, PauseError, VmError};
 use serde::Serialize;
 use thiserror::Error;
@@ -176,6 +176,9 @@ pub enum BenchError {
     /// A fork point spawned no clone.
     #[error("spawning failed")]
     Fork(#[from] ForkError),
+    /// A fork point could not be described.
+    #[error(transparent)]
+    Descriptor(#[from] DescriptorError),
     /// No shells could be had.
     #[error(transparent)]
     Shells(#[from] SpawnError),

@@ -8,9 +8,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use forkvm_abi::doorbell::report;
+use forkvm_clone_engine::accounting::FamilyUse;
 use forkvm_clone_engine::{
-    BootSpec, CloneSpec, FamilyConfig, ForkPoint, FreezeKind, Member, MemoryMode, Observer, Phase,
-    Timeline, Vetoed, WorkingSetPolicy,
+    BootSpec, CloneSpec, ConsoleDevice, FamilyConfig, ForkPoint, FreezeKind, Member, MemoryMode,
+    Observer, Phase, Timeline, Vetoed, WorkingSetPolicy,
 };
 use forkvm_vmm::PausedVm;
 
@@ -143,6 +144,7 @@ impl Subject {
             disks: Vec::new(),
             payload: guest::bare(),
             cmdline: spec.cmdline(),
+            console: ConsoleDevice::Serial,
         };
         let subject = Subject {
             vm: Vm::boot_with(boot, config)?,
@@ -157,6 +159,11 @@ impl Subject {
     /// The VM itself.
     pub fn member(&self) -> &Arc<Member> {
         self.vm.member()
+    }
+
+    /// What its family takes, by the library's own accounts.
+    pub fn memory_use(&self) -> Result<FamilyUse, BenchError> {
+        Ok(self.vm.family().memory_use()?)
     }
 
     /// Has what is set up before a clone is asked for ready for `count` of them.

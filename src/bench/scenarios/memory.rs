@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use forkvm_clone_engine::accounting::{HostKernelUse, ProcessUse};
+use forkvm_clone_engine::accounting::{FamilyUse, HostKernelUse, MemoryUse, ProcessUse};
 use forkvm_clone_engine::limits;
 use forkvm_clone_engine::{ForkError, ForkPoint, FreezeKind, Member, MemoryMode};
 
@@ -21,7 +21,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
     about: "what a clone takes of the host's memory: idle, by pages touched, and of its descriptor",
     reading: "Growth while N clones are alive, divided by N. private: Anonymous of smaps_rollup; page-tables: VmPTE; kernel: Slab, VmallocUsed, \
               PageTables, SecPageTables and Percpu of the host. idle: after the first action, nothing touched. idle-1000/host: what \
-              MemAvailable lost to 1000 of them. 512 MiB of RAM each, 64 MiB populated. linux: machines of 64 MiB, once their agents have \
+              MemAvailable lost to 1000 of them. accounts: what the library says of a clone, on average; family: of the parent and all clones. 512 MiB of RAM each, 64 MiB populated. linux: machines of 64 MiB, once their agents have \
               answered.",
     experiments,
     charts,
@@ -153,7 +153,7 @@ impl Experiment for Growth {
     }
 
     fn repeat(&mut self, samples: &mut Samples) -> Result<(), BenchError> {
-        let Some(point) = &self.point else {
+        let (Some(subject), Some(point)) = (&self.subject, &self.point) else {
             return Ok(());
         };
         let before = Usage::now()?;
@@ -163,8 +163,13 @@ impl Experiment for Growth {
             Err(error) => return Err(error.into()),
         };
         let after = all_answered(&clones).and_then(|()| Usage::now());
+        // One after the other: a thousand would take longer than all else.
+        let family = match self.what {
+            What::Host => Ok(FamilyUse::default()),
+            _ => subject.memory_use(),
+        };
         end(&clones);
-        let after = after?;
+        let (after, family) = (after?, family?);
         let name = self.name();
         if self.what == What::Host {
             let lost = each(after.available_kib, before.available_kib, 1) / 1024.0;
@@ -195,7 +200,41 @@ impl Experiment for Growth {
             );
             note("kernel/percpu", grown(|usage| usage.kernel.percpu_kib));
         }
+        self.note_accounts(samples, &clones, &family);
         Ok(())
+    }
+}
+
+impl Growth {
+    /// What the library's own accounts say of the clones and of their family.
+    fn note_accounts(&self, samples: &mut Samples, clones: &[Arc<Member>], family: &FamilyUse) {
+        let name = self.name();
+        let of_clones = || {
+            clones
+                .iter()
+                .filter_map(|clone| family.members.get(clone.name()))
+        };
+        let mut each = |case: &str, of: fn(&MemoryUse) -> u64| {
+            let mean = of_clones().map(of).sum::<u64>() as f64 / f64::from(self.clones);
+            samples.value(&format!("{name}/accounts/{case}"), Unit::Kib, mean);
+        };
+        each("private", |taken| taken.private_kib);
+        each("shared", |taken| taken.shared_kib);
+        each("page-tables", |taken| taken.page_tables_kib);
+        each("kernel", |taken| taken.kernel.total_kib());
+        // Where KVM counts them (KVM_GET_STATS_FD).
+        if of_clones().all(|taken| taken.kernel.paging_kib.is_some()) {
+            each("kernel/paging", |taken| {
+                taken.kernel.paging_kib.unwrap_or(0)
+            });
+        }
+        let mut whole = |case: &str, kib: u64| {
+            let case = samples.value(&format!("{name}/family/{case}"), Unit::Kib, kib as f64);
+            case.column("clones", f64::from(self.clones));
+        };
+        whole("files", family.files_kib);
+        whole("guest", family.guest_kib());
+        whole("total", family.total_kib());
     }
 }
 
@@ -283,7 +322,8 @@ impl Experiment for Descriptor {
             ..SubjectSpec::USUAL
         })?;
         let point = subject.point(FreezeKind::Remap, MemoryMode::Cow)?;
-        samples.value(&self.name(), Unit::Kib, point.state_bytes() as f64 / 1024.0);
+        let bytes = point.descriptor_bytes()?;
+        samples.value(&self.name(), Unit::Kib, bytes as f64 / 1024.0);
         Ok(())
     }
 }

@@ -24,6 +24,8 @@ const POPULATED: usize = 64 * MIB;
 const PART: usize = MIB;
 /// What a fault brings.
 const CHUNK: usize = 64 << 10;
+/// Of a hole, what a fault makes zeros of.
+const ZEROED: usize = 2 * MIB;
 
 /// Address space of this process; unmapped when it is dropped.
 struct Mapping {
@@ -206,10 +208,30 @@ impl Experiment for Watched {
         let took = start.elapsed();
         registered.map_err(refused("UFFDIO_REGISTER"))?;
         samples.time("uffd-register/512-MiB", Unit::Us, took);
+        // Behind what the image holds is a hole.
+        let hole = clone.address.wrapping_add(POPULATED);
+        let start = Instant::now();
+        // SAFETY: the range is of `clone`, which nothing borrows.
+        let zeroed = unsafe { uffd.zeropage(hole.cast(), ZEROED, false) };
+        let took = start.elapsed();
+        zeroed.map_err(refused("UFFDIO_ZEROPAGE"))?;
+        samples.time("uffd-zeropage/2-MiB", Unit::Us, took);
+        let start = Instant::now();
+        let woken = uffd.wake(clone.address.cast(), CHUNK);
+        let took = start.elapsed();
+        woken.map_err(refused("UFFDIO_WAKE"))?;
+        samples.time("uffd-wake/64-KiB", Unit::Us, took);
+        let start = Instant::now();
+        let unregistered = uffd.unregister(clone.address.cast(), RAM);
+        let took = start.elapsed();
+        unregistered.map_err(refused("UFFDIO_UNREGISTER"))?;
+        samples.time("uffd-unregister/512-MiB", Unit::Us, took);
         drop(clone);
 
         // A window on an image of which nothing has come yet, as the engine has one.
+        let start = Instant::now();
         let empty = memory::memfd(c"forkvm-bench", RAM as u64)?;
+        samples.time("memfd-create-size-seal/512-MiB", Unit::Us, start.elapsed());
         let mut window = Mapping::new(RAM, Some(&empty), libc::MAP_SHARED).map_err(call("mmap"))?;
         uffd.register_with_mode(window.address.cast(), RAM, both)
             .map_err(refused("UFFDIO_REGISTER"))?;

@@ -5,7 +5,9 @@ use std::time::Instant;
 
 use forkvm_vmm::{MemoryLayout, Ram};
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_userspace_memory_region,
+    CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_MAX_CPUID_ENTRIES, Msrs, kvm_clock_data, kvm_irqchip, kvm_msr_entry,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
@@ -162,7 +164,7 @@ fn whole_life(host: &Host, samples: &mut Samples) -> Result<(), BenchError> {
         || vm.create_irq_chip(),
         "KVM_CREATE_IRQCHIP",
     )?;
-    let vcpu = timed(
+    let mut vcpu = timed(
         samples,
         "create-vcpu",
         || vm.create_vcpu(0),
@@ -175,6 +177,8 @@ fn whole_life(host: &Host, samples: &mut Samples) -> Result<(), BenchError> {
         "KVM_SET_CPUID2",
     )?;
     set_registers(samples, &vcpu, &host.msrs)?;
+    set_vm_state(samples, &vm)?;
+    run(samples, &mut vcpu)?;
     for (case, act) in [
         ("close-vcpu", Box::new(|| drop(vcpu)) as Box<dyn FnOnce()>),
         ("close-vm", Box::new(|| drop(vm))),
@@ -205,21 +209,82 @@ fn late_slot(host: &Host, samples: &mut Samples) -> Result<(), BenchError> {
     timed(samples, &case, set, "KVM_SET_USER_MEMORY_REGION")
 }
 
+/// Reads the clock and the chips of the irqchip and puts them in again.
+fn set_vm_state(samples: &mut Samples, vm: &VmFd) -> Result<(), BenchError> {
+    for (chip_id, name) in [
+        (KVM_IRQCHIP_PIC_MASTER, "pic-master"),
+        (KVM_IRQCHIP_PIC_SLAVE, "pic-slave"),
+        (KVM_IRQCHIP_IOAPIC, "ioapic"),
+    ] {
+        let mut chip = kvm_irqchip {
+            chip_id,
+            ..Default::default()
+        };
+        let case = format!("get-irqchip/{name}");
+        timed(
+            samples,
+            &case,
+            || vm.get_irqchip(&mut chip),
+            "KVM_GET_IRQCHIP",
+        )?;
+        let case = format!("set-irqchip/{name}");
+        timed(samples, &case, || vm.set_irqchip(&chip), "KVM_SET_IRQCHIP")?;
+    }
+    let clock = timed(samples, "get-clock", || vm.get_clock(), "KVM_GET_CLOCK")?;
+    let clock = kvm_clock_data {
+        clock: clock.clock,
+        ..Default::default()
+    };
+    timed(
+        samples,
+        "set-clock",
+        || vm.set_clock(&clock),
+        "KVM_SET_CLOCK",
+    )
+}
+
+/// Enters KVM_RUN and comes back before the guest has run.
+fn run(samples: &mut Samples, vcpu: &mut VcpuFd) -> Result<(), BenchError> {
+    vcpu.set_kvm_immediate_exit(1);
+    // The first one makes what later ones find.
+    for case in ["run/immediate-exit/first", "run/immediate-exit"] {
+        let start = Instant::now();
+        let left = vcpu.run().map(drop);
+        let took = start.elapsed();
+        match left {
+            Err(error) if error.errno() == libc::EINTR => samples.time(case, Unit::Us, took),
+            Err(error) => return Err(call("KVM_RUN")(error)),
+            Ok(()) => {
+                let ran = std::io::Error::other("the guest ran in spite of immediate_exit");
+                return Err(call("KVM_RUN")(ran));
+            }
+        };
+    }
+    Ok(())
+}
+
 /// Reads each class of registers and puts it in again.
 fn set_registers(samples: &mut Samples, vcpu: &VcpuFd, msrs: &Msrs) -> Result<(), BenchError> {
-    let mp_state = vcpu.get_mp_state().map_err(call("KVM_GET_MP_STATE"))?;
-    let sregs = vcpu.get_sregs().map_err(call("KVM_GET_SREGS"))?;
-    let regs = vcpu.get_regs().map_err(call("KVM_GET_REGS"))?;
-    let xcrs = vcpu.get_xcrs().map_err(call("KVM_GET_XCRS"))?;
-    let xsave = vcpu.get_xsave().map_err(call("KVM_GET_XSAVE"))?;
-    let debug = vcpu.get_debug_regs().map_err(call("KVM_GET_DEBUGREGS"))?;
-    let lapic = vcpu.get_lapic().map_err(call("KVM_GET_LAPIC"))?;
-    let events = vcpu
-        .get_vcpu_events()
-        .map_err(call("KVM_GET_VCPU_EVENTS"))?;
+    let get = || vcpu.get_mp_state();
+    let mp_state = timed(samples, "get-mp-state", get, "KVM_GET_MP_STATE")?;
+    let get = || vcpu.get_sregs();
+    let sregs = timed(samples, "get-sregs", get, "KVM_GET_SREGS")?;
+    let get = || vcpu.get_regs();
+    let regs = timed(samples, "get-regs", get, "KVM_GET_REGS")?;
+    let get = || vcpu.get_xcrs();
+    let xcrs = timed(samples, "get-xcrs", get, "KVM_GET_XCRS")?;
+    let get = || vcpu.get_xsave();
+    let xsave = timed(samples, "get-xsave", get, "KVM_GET_XSAVE")?;
+    let get = || vcpu.get_debug_regs();
+    let debug = timed(samples, "get-debugregs", get, "KVM_GET_DEBUGREGS")?;
+    let get = || vcpu.get_lapic();
+    let lapic = timed(samples, "get-lapic", get, "KVM_GET_LAPIC")?;
+    let get = || vcpu.get_vcpu_events();
+    let events = timed(samples, "get-vcpu-events", get, "KVM_GET_VCPU_EVENTS")?;
     let mut known = msrs.clone();
     // KVM reads them in order and stops at the first that it does not know for this vCPU.
-    let read = vcpu.get_msrs(&mut known).map_err(call("KVM_GET_MSRS"))?;
+    let get = || vcpu.get_msrs(&mut known);
+    let read = timed(samples, "get-msrs", get, "KVM_GET_MSRS")?;
     let known =
         Msrs::from_entries(&known.as_slice()[..read]).map_err(|error| BenchError::Call {
             call: "a list of MSRs",
