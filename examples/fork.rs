@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use forkvm::{BootSpec, CloneSpec, End, Error, Vm, guest};
+use forkvm::{BootSpec, CloneSpec, ConsoleDevice, End, Error, Vm, guest};
 
 fn main() -> Result<(), Error> {
     let parent = Vm::boot(BootSpec {
@@ -12,6 +12,7 @@ fn main() -> Result<(), Error> {
         disks: Vec::new(),
         payload: guest::bare(),
         cmdline: "job=touch mib=64".into(), // writes 64 MiB, then waits to be forked
+        console: ConsoleDevice::Serial,
     })?;
     parent.wait_ready(Duration::from_secs(60))?;
     for clone in parent.fork(CloneSpec::new(4))? {

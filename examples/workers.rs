@@ -6,8 +6,8 @@ use std::time::Duration;
 use std::{env, io};
 
 use forkvm::{
-    BootSpec, CloneSpec, End, FamilyConfig, Process, ProcessConfig, Vm, WorkerProgram, guest,
-    worker,
+    BootSpec, CloneSpec, ConsoleDevice, End, FamilyConfig, Process, ProcessConfig, Vm,
+    WorkerProgram, guest, worker,
 };
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -30,6 +30,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         disks: Vec::new(),
         payload: guest::bare(),
         cmdline: "job=touch mib=64".into(), // writes 64 MiB, then waits to be forked
+        console: ConsoleDevice::Serial,
     };
     let parent = Vm::boot_with(spec, config)?;
     parent.wait_ready(Duration::from_secs(60))?;

@@ -6,7 +6,7 @@
 //!
 //! ```no_run
 //! use std::time::Duration;
-//! use forkvm::{BootSpec, CloneSpec, Vm, guest};
+//! use forkvm::{BootSpec, CloneSpec, ConsoleDevice, Vm, guest};
 //!
 //! let spec = BootSpec {
 //!     name: "parent".into(),
@@ -15,6 +15,7 @@
 //!     disks: Vec::new(),
 //!     payload: guest::bare(),
 //!     cmdline: "job=touch mib=16".into(),
+//!     console: ConsoleDevice::Serial,
 //! };
 //! let parent = Vm::boot(spec)?;
 //! parent.wait_ready(Duration::from_secs(10))?;
@@ -53,8 +54,8 @@ pub use forkvm_clone_engine as engine;
 pub use forkvm_clone_engine::spawn::process::{Process, ProcessConfig, WorkerProgram};
 pub use forkvm_clone_engine::worker;
 pub use forkvm_clone_engine::{
-    BootSpec, CloneSpec, DiskSource, DiskSpec, End, FamilyConfig, FaultConfig, Finished, ForkPoint,
-    FreezeKind, Identity, MemoryMode, RewindWay, Timeline, VsockSpec,
+    BootSpec, CloneSpec, ConsoleDevice, DiskSource, DiskSpec, End, FamilyConfig, FaultConfig,
+    Finished, ForkPoint, FreezeKind, Identity, MemoryMode, RewindWay, Timeline, VsockSpec,
 };
 pub use forkvm_devices as devices;
 pub use forkvm_vmm as vmm;

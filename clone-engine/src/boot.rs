@@ -42,6 +42,18 @@ pub struct BootSpec {
     pub payload: Payload,
     /// Its command line.
     pub cmdline: String,
+    /// Where it reads what is typed.
+    pub console: ConsoleDevice,
+}
+
+/// Devices that can be a machine's console. What a guest prints by any of them is shown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ConsoleDevice {
+    /// The serial console alone, which each machine has: a 16550 UART, an exit for each byte.
+    #[default]
+    Serial,
+    /// A virtio console beside it (virtio 1.2 section 5.3), an exit for each line: `console=hvc0` for Linux.
+    Virtio,
 }
 
 impl Family {
@@ -53,6 +65,7 @@ impl Family {
         }
         config.disks = spec.disks.iter().map(DiskSpec::config).collect();
         config.vsock = self.config().vsock.is_some();
+        config.virtio_console = spec.console == ConsoleDevice::Virtio;
         let identity = Identity::root(&spec.name).map_err(StartError::Identity)?;
         let identity = self.addressed(identity);
         let attached = Attached {

@@ -45,7 +45,7 @@ mod wire;
 pub mod worker;
 mod working_set;
 
-pub use boot::{BootSpec, DiskSpec, StartError};
+pub use boot::{BootSpec, ConsoleDevice, DiskSpec, StartError};
 pub use descriptor::DescriptorError;
 pub use disks::{DiskSource, DisksError};
 pub use end::End;

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use anyhow::Context;
-use clap::Args;
+use clap::{Args, ValueEnum};
+use forkvm::ConsoleDevice;
 use forkvm::vmm::boot::Payload;
 use forkvm_linux_image::{Cache, Image};
 
@@ -38,6 +39,17 @@ pub(crate) struct KernelOptions {
     /// More of it, behind the image's
     #[arg(long, value_name = "TEXT", conflicts_with = "cmdline")]
     append: Option<String>,
+    /// What the guest's console is: `virtio` adds `console=hvc0` to the command line; the serial port is there as well
+    #[arg(long, value_enum, value_name = "DEVICE", default_value_t)]
+    console: ConsoleOption,
+}
+
+/// A machine's console, as people choose it.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum ConsoleOption {
+    #[default]
+    Serial,
+    Virtio,
 }
 
 /// What is booted.
@@ -47,6 +59,7 @@ pub(crate) struct Kernel {
     pub(crate) cmdline: String,
     /// The first disk.
     pub(crate) root: Option<DiskOption>,
+    pub(crate) console: ConsoleDevice,
 }
 
 impl KernelOptions {
@@ -63,6 +76,7 @@ impl KernelOptions {
                 initrd: self.initrd.clone(),
                 cmdline: String::new(),
                 root: None,
+                console: ConsoleDevice::Serial,
             },
             None => {
                 let image = find_image(self.image.as_deref().unwrap_or(DEFAULT_IMAGE))?;
@@ -71,6 +85,7 @@ impl KernelOptions {
                     initrd: self.rootfs.is_none().then(|| image.initramfs()),
                     cmdline: image.cmdline().to_owned(),
                     root: None,
+                    console: ConsoleDevice::Serial,
                 }
             }
         };
@@ -81,6 +96,10 @@ impl KernelOptions {
             &mut found.cmdline,
             self.append.as_deref().unwrap_or_default(),
         );
+        if let ConsoleOption::Virtio = self.console {
+            found.console = ConsoleDevice::Virtio;
+            add(&mut found.cmdline, "console=hvc0");
+        }
         if let Some(rootfs) = &self.rootfs {
             if has_root(&found.cmdline) {
                 let text = "--rootfs and a `root=` on the command line: the guest can have one of them only";
@@ -139,6 +158,7 @@ mod tests {
             rootfs: rootfs.map(|text| text.parse().unwrap()),
             cmdline: cmdline.map(Into::into),
             append: None,
+            console: ConsoleOption::Serial,
         }
     }
 

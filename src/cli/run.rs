@@ -6,7 +6,7 @@ use anyhow::Context;
 use clap::Args;
 use comfy_table::{Table, presets};
 use forkvm::vmm::memory::{MAX_MIB, MIN_MIB};
-use forkvm::{BootSpec, guest};
+use forkvm::{BootSpec, ConsoleDevice, guest};
 use forkvm_guest_images::JOBS;
 use serde_json::json;
 
@@ -85,15 +85,15 @@ impl Run {
         }
         // What the embedded guest reads are lines, which a terminal lets its user edit.
         let raw = self.guest.is_none() && io::stdin().is_terminal() && io::stdout().is_terminal();
-        let (payload, cmdline, disks) = match self.guest {
+        let (payload, cmdline, console, disks) = match self.guest {
             Some(job) => {
                 let cmdline = job_line(&job, self.kernel.cmdline())?;
-                (guest::bare(), cmdline, self.disks)
+                (guest::bare(), cmdline, ConsoleDevice::Serial, self.disks)
             }
             None => {
                 let kernel = self.kernel.find()?;
                 let disks = kernel.disks(&self.disks);
-                (kernel.payload(), kernel.cmdline, disks)
+                (kernel.payload(), kernel.cmdline, kernel.console, disks)
             }
         };
         let spec = BootSpec {
@@ -103,6 +103,7 @@ impl Run {
             disks: disk_option::open_all(&disks)?,
             payload,
             cmdline,
+            console,
         };
         let session = Session::new(options, output, claim)?;
         let what = format!("booting {}", spec.name);

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use forkvm_abi::doorbell::report;
 use forkvm_abi::records;
 use forkvm_clone_engine::{
-    BootSpec, CloneSpec, DiskSource, DiskSpec, End, FamilyConfig, FaultFigures, Finished,
-    ForkPoint, Member, Phase,
+    BootSpec, CloneSpec, ConsoleDevice, DiskSource, DiskSpec, End, FamilyConfig, FaultFigures,
+    Finished, ForkPoint, Member, Phase,
 };
 use forkvm_devices::block::{Access, RawFile, RawFileError, SECTOR};
 
@@ -93,6 +93,7 @@ pub fn run(input: &Input, spec: &RunSpec) -> Result<Run, RunError> {
                 "job=map-reads clones={} forked_by={by} depth={depth}",
                 spec.clones
             ),
+            console: ConsoleDevice::Serial,
         },
         config,
     )?;

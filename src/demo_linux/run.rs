@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use forkvm_clone_engine::saved::SaveTo;
 use forkvm_clone_engine::{
-    BootSpec, CloneSpec, Consoles, DiskSource, DiskSpec, Family, FamilyConfig, VsockSpec,
+    BootSpec, CloneSpec, ConsoleDevice, Consoles, DiskSource, DiskSpec, Family, FamilyConfig,
+    VsockSpec,
 };
 use forkvm_devices::block::{Access, RawFile, RawFileError};
 use forkvm_vmm::boot::Payload;
@@ -157,6 +158,7 @@ fn template(
         }],
         payload: spec.payload.clone(),
         cmdline: spec.cmdline.clone(),
+        console: ConsoleDevice::Serial,
     };
     let script = WARM_UP.replace("PROGRAM", PROGRAM);
     let template = TemplateSpec {

@@ -14,8 +14,8 @@ use forkvm::engine::{
 };
 use forkvm::vmm::PausedVm;
 use forkvm::{
-    BootSpec, CloneSpec, DiskSource, DiskSpec, FamilyConfig, FaultConfig, ForkPoint, FreezeKind,
-    MemoryMode, Process, ProcessConfig, Vm, WorkerProgram, guest,
+    BootSpec, CloneSpec, ConsoleDevice, DiskSource, DiskSpec, FamilyConfig, FaultConfig, ForkPoint,
+    FreezeKind, MemoryMode, Process, ProcessConfig, Vm, WorkerProgram, guest,
 };
 
 use super::{Guest, Kept};
@@ -120,6 +120,7 @@ impl Setup {
             disks: Vec::new(),
             payload: guest::bare(),
             cmdline: cmdline.into(),
+            console: ConsoleDevice::Serial,
         };
         let config = FamilyConfig {
             consoles: Arc::new(consoles.clone()),

@@ -10,6 +10,7 @@ mod common;
 mod harness;
 
 mod commands;
+mod console;
 mod disks;
 mod exec;
 mod ext4;

@@ -4,17 +4,19 @@
 //! stays in the target directory for tests of the same build.
 
 use std::fs::{self, File};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
+use flate2::read::MultiGzDecoder;
 use forkvm::agent::AgentClient;
 use forkvm::devices::block::{Access, RawFile};
 use forkvm::engine::Family;
 use forkvm::engine::saved::SaveTo;
 use forkvm::vmm::Kvm;
 use forkvm::vmm::boot::Payload;
-use forkvm::{BootSpec, DiskSource, DiskSpec, End, FamilyConfig, VsockSpec};
+use forkvm::{BootSpec, ConsoleDevice, DiskSource, DiskSpec, End, FamilyConfig, VsockSpec};
 
 use super::common::{Kept, as_tests_are_to_run};
 use super::ext4;
@@ -103,9 +105,12 @@ fn make_data_disk(disk: &Path) {
 /// The genome of the phage lambda, as the package bowtie2-examples brings it: packed or not.
 fn lambda() -> Vec<u8> {
     let plain = Path::new("/usr/share/doc/bowtie2/examples/reference/lambda_virus.fa");
-    fs::read(plain)
-        .or_else(|_| fs::read(plain.with_extension("fa.gz")))
-        .unwrap()
+    fs::read(plain).unwrap_or_else(|_| {
+        let packed = File::open(plain.with_extension("fa.gz")).unwrap();
+        let mut bytes = Vec::new();
+        MultiGzDecoder::new(packed).read_to_end(&mut bytes).unwrap();
+        bytes
+    })
 }
 
 fn remove_others(folder: &Path, key: &str) {
@@ -152,7 +157,8 @@ fn boot_and_save(image: &Image, vcpus: u32, directory: &Path) {
                 kernel: image.directory.join("vmlinux"),
                 initrd: Some(image.directory.join("initramfs.cpio")),
             },
-            cmdline: image.cmdline.clone(),
+            cmdline: format!("{} console=hvc0", image.cmdline),
+            console: ConsoleDevice::Virtio,
         })
         .unwrap();
     if let Err(error) = AgentClient::connect(&socket, start + BOOT) {

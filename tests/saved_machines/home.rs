@@ -8,7 +8,8 @@ use forkvm::engine::saved::{OpenMachine, SaveTo};
 use forkvm::engine::{Family, Member};
 use forkvm::vmm::Kvm;
 use forkvm::{
-    BootSpec, CloneSpec, DiskSource, DiskSpec, End, FamilyConfig, FaultConfig, MemoryMode, guest,
+    BootSpec, CloneSpec, ConsoleDevice, DiskSource, DiskSpec, End, FamilyConfig, FaultConfig,
+    MemoryMode, guest,
 };
 
 use super::common::{Kept, LONG, as_tests_are_to_run};
@@ -55,6 +56,7 @@ impl Home {
             disks: disk.into_iter().collect(),
             payload: guest::bare(),
             cmdline: cmdline.into(),
+            console: ConsoleDevice::Serial,
         };
         let vm = self.family.boot(spec).unwrap();
         vm.wait_report(report::READY, 1, LONG).unwrap();

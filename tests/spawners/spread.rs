@@ -103,6 +103,7 @@ fn several_families_share_the_workers_of_a_spawner() {
             disks: Vec::new(),
             payload: forkvm::guest::bare(),
             cmdline: "job=oracle mib=1".into(),
+            console: forkvm::ConsoleDevice::Serial,
         };
         forkvm::Vm::boot_with(spec, config).unwrap()
     };

@@ -15,6 +15,7 @@ use forkvm_devices::doorbell::Doorbell;
 use forkvm_devices::exit::ExitDevice;
 use forkvm_devices::serial::Serial;
 use forkvm_devices::virtio::blk::Blk;
+use forkvm_devices::virtio::console::Console;
 use forkvm_devices::virtio::mmio::MmioTransport;
 use forkvm_devices::virtio::rng::Rng;
 use forkvm_devices::{Brake, Bus, Device, DeviceError, GuestMemory, InterruptLine, SavedState};
@@ -38,6 +39,9 @@ pub struct VmConfig {
     /// Whether it has a socket device.
     #[serde(default, skip_serializing_if = "is_absent")]
     pub vsock: bool,
+    /// Whether it has a virtio console beside the serial one.
+    #[serde(default, skip_serializing_if = "is_absent")]
+    pub virtio_console: bool,
 }
 
 /// Whether a device that not every machine has is left out, also of a state: those without it are as
@@ -64,6 +68,7 @@ impl VmConfig {
             disks: Vec::new(),
             doorbell_features,
             vsock: false,
+            virtio_console: false,
         }
     }
 
@@ -118,7 +123,7 @@ pub struct DiskConfig {
 
 /// What a machine is connected to on the host.
 pub struct Peripherals {
-    /// Where the serial console's output goes.
+    /// Where the output of its consoles goes.
     pub console: Box<dyn Write + Send>,
     /// What is behind each of [`VmConfig::disks`], in the same order.
     pub disks: Vec<Arc<dyn BlockLayer>>,
@@ -132,13 +137,44 @@ pub type Disk = Arc<Mutex<MmioTransport<Blk>>>;
 /// All devices, and the buses that lead to them.
 pub(crate) struct Machine {
     pub(crate) buses: Buses,
-    pub(crate) serial: Arc<Mutex<Serial>>,
+    pub(crate) consoles: MachineConsoles,
     pub(crate) doorbell: Arc<Mutex<Doorbell>>,
     pub(crate) disks: Vec<Disk>,
     pub(crate) vsock: Option<MachineVsock>,
     /// Those of [`slot`] in which there is a device.
     pub(crate) slots: Vec<u32>,
     pub(crate) devices: Devices,
+}
+
+/// The consoles of a machine, which are one to people: what both print goes to one place, and what is
+/// typed goes to the better one.
+pub(crate) struct MachineConsoles {
+    serial: Arc<Mutex<Serial>>,
+    virtio: Option<Arc<Mutex<MmioTransport<Console>>>>,
+}
+
+impl MachineConsoles {
+    /// Passes on what was typed; returns how many bytes there is room for.
+    pub(crate) fn enqueue(&self, typed: &[u8]) -> usize {
+        match &self.virtio {
+            Some(virtio) => lock(virtio).enqueue(typed),
+            None => lock(&self.serial).enqueue(typed),
+        }
+    }
+}
+
+/// Where several consoles print.
+#[derive(Clone)]
+struct SharedConsole(Arc<Mutex<Box<dyn Write + Send>>>);
+
+impl Write for SharedConsole {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        lock(&self.0).write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        lock(&self.0).flush()
+    }
 }
 
 /// Where a vCPU's accesses go.
@@ -179,16 +215,18 @@ impl Machine {
             config.doorbell_features,
         );
         let doorbell = Arc::new(Mutex::new(doorbell));
-        let serial = Arc::new(Mutex::new(Serial::new(
-            line(SERIAL_GSI),
-            peripherals.console,
-        )));
+        let console = SharedConsole(Arc::new(Mutex::new(peripherals.console)));
+        let serial = Serial::new(line(SERIAL_GSI), Box::new(console.clone()));
+        let serial = Arc::new(Mutex::new(serial));
         let mut machine = Machine {
             buses: Buses {
                 pio: Bus::new(brake.clone()),
                 mmio: Bus::new(brake.clone()),
             },
-            serial: serial.clone(),
+            consoles: MachineConsoles {
+                serial: serial.clone(),
+                virtio: None,
+            },
             doorbell: doorbell.clone(),
             disks: Vec::new(),
             vsock: None,
@@ -237,10 +275,18 @@ impl Machine {
         }
         if let Some(host) = peripherals.vsock {
             let line = line(slot::gsi(slot::VSOCK));
-            let vsock = MachineVsock::new(host, memory.clone(), line, brake)
+            let vsock = MachineVsock::new(host, memory.clone(), line, brake.clone())
                 .map_err(MachineError::Sockets)?;
             machine.add_slot(slot::VSOCK, vsock.device())?;
             machine.vsock = Some(vsock);
+        }
+        if config.virtio_console {
+            let model = Console::new(Box::new(console));
+            let line = line(slot::gsi(slot::CONSOLE));
+            let virtio = MmioTransport::new("console".into(), model, memory.clone(), line, brake);
+            let virtio = Arc::new(Mutex::new(virtio));
+            machine.add_slot(slot::CONSOLE, virtio.clone())?;
+            machine.consoles.virtio = Some(virtio);
         }
         Ok(machine)
     }

@@ -212,9 +212,10 @@ impl Vm {
         &self.inner.machine.disks
     }
 
-    /// Sends bytes to the guest's serial console; returns how many it has room for.
+    /// Sends bytes to the guest's virtio console, or to the serial one if it has no other; returns how many
+    /// there is room for.
     pub fn console_input(&self, bytes: &[u8]) -> usize {
-        lock(&self.inner.machine.serial).enqueue(bytes)
+        self.inner.machine.consoles.enqueue(bytes)
     }
 
     /// What the machine is.

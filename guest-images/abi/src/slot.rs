@@ -26,7 +26,10 @@ pub const RNG: u32 = 8;
 /// Slot of the socket device.
 pub const VSOCK: u32 = 9;
 
-/// Number of slots, empty ones included. Slots 10 to 12 wait for net, balloon and console.
+/// Slot of the virtio console.
+pub const CONSOLE: u32 = 10;
+
+/// Number of slots, empty ones included. Slots 11 and 12 wait for net and balloon.
 pub const COUNT: u32 = 13;
 
 /// Interrupt line of the fork doorbell: the first one after the slots.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forkvm::{BootSpec, End, FamilyConfig, Vm, guest};
+use forkvm::{BootSpec, ConsoleDevice, End, FamilyConfig, Vm, guest};
 
 use super::Lack;
 use crate::cli::said::Said;
@@ -26,6 +26,7 @@ pub(super) fn hello() -> Result<String, Lack> {
         disks: Vec::new(),
         payload: guest::bare(),
         cmdline: "job=hello".into(),
+        console: ConsoleDevice::Serial,
     };
     let start = Instant::now();
     let vm = Vm::boot_with(spec, config).map_err(|error| {

@@ -126,6 +126,7 @@ impl Create {
                 disks: disk_option::open_all(disks)?,
                 payload: kernel.payload(),
                 cmdline: kernel.cmdline.clone(),
+                console: kernel.console,
             },
             disks: disks.iter().map(|disk| disk.path().to_owned()).collect(),
             patience: Duration::from_secs(self.patience),
