@@ -67,6 +67,39 @@ fn a_clone_that_touches_k_scattered_pages_brings_at_most_k_chunks() {
     assert_eq!(vm.consoles.text(), "");
 }
 
+/// What the first clone has brought is in the image, which the next one maps.
+#[test]
+fn a_sibling_that_touches_what_the_first_clone_did_is_cheaper_than_that_one() {
+    need_kvm!();
+    let touch = u64::from(scaled(200, 20));
+    let vm = Setup::new(format!(
+        "job=reach mib={} touch={touch} order=scattered",
+        scaled(64, 8)
+    ))
+    .memory_mib(128)
+    .no_copier()
+    .boot();
+    vm.wait_ready(LONG).unwrap();
+    let point = vm
+        .fork_point(fork_by(FreezeKind::WriteProtect, MemoryMode::Lazy, 1))
+        .unwrap();
+    let cost_of_one = || {
+        let before = vm.family().faults().figures();
+        let clone = point.spawn(1).unwrap().remove(0);
+        clone.wait_report(report::ANSWER, 1, LONG).unwrap();
+        vm.family().faults().figures().pages_by_fault - before.pages_by_fault
+    };
+    let (first, sibling) = (cost_of_one(), cost_of_one());
+    println!("pages by fault: {first} of the first clone, {sibling} of its sibling");
+    assert!(!point.image().is_whole());
+    assert!(
+        first >= touch,
+        "{first} pages for {touch} that were touched"
+    );
+    assert!(sibling < first / 2, "{sibling} pages after {first}");
+    assert_eq!(vm.consoles.text(), "");
+}
+
 /// Memory is at hand, so what comes ahead is there before the clone misses it.
 #[test]
 fn a_clone_that_touches_its_memory_in_order_waits_for_few_of_its_chunks() {
