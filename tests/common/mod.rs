@@ -4,8 +4,11 @@
 
 mod obey;
 mod oracle;
+mod part;
 mod setup;
 pub mod switch;
+mod test_group;
+mod test_mappings;
 
 use std::error::Error;
 use std::io::{self, Write};
@@ -18,11 +21,14 @@ use forkvm::{Identity, Vm};
 
 pub use obey::Obedient;
 pub use oracle::{expect_end, expect_oracle_ok, finish_oracle};
+pub use part::{begin_part, is_part, run_part};
 pub(crate) use setup::need_kvm;
 pub use setup::{
     Setup, as_tests_are_to_run, fork_by, full_scale, has_kvm, scaled, worker_program, workers,
     workers_of,
 };
+pub use test_group::TestGroup;
+pub use test_mappings::leave_mappings;
 
 /// Far beyond what anything here takes on a slow host.
 pub const LONG: Duration = Duration::from_secs(120);

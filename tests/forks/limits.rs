@@ -1,12 +1,6 @@
 //! More clones than the host has room for: asked n, told m. Nothing is lost by having asked.
 
-mod test_group;
-mod test_mappings;
-
-use std::env;
-use std::fs;
 use std::ops::RangeBounds;
-use std::process::Command;
 
 use forkvm::abi::doorbell::report;
 use forkvm::abi::errno;
@@ -15,10 +9,9 @@ use forkvm::engine::{ForkError, MemberError};
 use forkvm::{CloneSpec, End, Error};
 
 use crate::common::{
-    Guest, LONG, Setup, expect_end, expect_oracle_ok, finish_oracle, need_kvm, scaled,
+    Guest, LONG, Setup, TestGroup, expect_end, expect_oracle_ok, finish_oracle, is_part,
+    leave_mappings, need_kvm, run_part, scaled,
 };
-use test_group::TestGroup;
-use test_mappings::{make_readable, map_nothing, mapping_count};
 
 /// Exit status of a guest whose fork was refused (guest-images/bare/README.md).
 const REFUSED: u32 = 3;
@@ -122,39 +115,6 @@ fn a_guest_for_whose_fork_there_is_no_memory_gets_enomem_and_runs_on() {
     assert!(vm.log.clones().is_empty());
 }
 
-/// Set, to the name of the test, for the part of it that runs in a process of its own.
-const PART: &str = "FORKVM_TEST_PART";
-
-/// Whether this is the process in which the part `name` is to run; says so if not.
-fn is_part(name: &str) -> bool {
-    let here = env::var(PART).is_ok_and(|part| part == name);
-    if !here {
-        println!("skipped: only a part of another test");
-    }
-    here
-}
-
-/// Runs the ignored test `name` of this file in a process of its own, after the shell did `before`.
-fn run_part(name: &str, before: &str) {
-    let child = Command::new("sh")
-        .args(["-c", &format!("{before} && exec \"$0\" \"$@\"")])
-        .arg(env::current_exe().unwrap())
-        .args([
-            "--exact",
-            &format!("limits::{name}"),
-            "--ignored",
-            "--nocapture",
-        ])
-        .env(PART, name)
-        .output();
-    let output = child.unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    let errors = String::from_utf8_lossy(&output.stderr);
-    print!("{text}");
-    assert!(output.status.success(), "{text}\n{errors}");
-    assert!(text.contains("1 passed"), "{text}");
-}
-
 /// Has a guest fork until it is granted fewer than it asks for, and then the host ask for 200: that is
 /// refused by `limit`, and what it names as possible is possible.
 fn expect_bounded_by(limit: Limit, granted: impl RangeBounds<u32>) {
@@ -198,13 +158,13 @@ fn refused(vm: &Guest, asked: u32, limit: Limit) -> (ForkError, u32) {
 fn few_file_descriptors_bound_the_clones_and_are_named() {
     need_kvm!();
     // Soft and hard limit: the soft one alone is raised.
-    run_part("in_a_process_with_few_descriptors", "ulimit -n 80");
+    run_part("limits::in_a_process_with_few_descriptors", "ulimit -n 80");
 }
 
 #[test]
 #[ignore = "few_file_descriptors_bound_the_clones_and_are_named runs it in a process of its own"]
 fn in_a_process_with_few_descriptors() {
-    if is_part("in_a_process_with_few_descriptors") {
+    if is_part("limits::in_a_process_with_few_descriptors") {
         expect_bounded_by(Limit::Descriptors, 1..40);
     }
 }
@@ -212,27 +172,16 @@ fn in_a_process_with_few_descriptors() {
 #[test]
 fn few_mappings_bound_the_clones_and_are_named() {
     need_kvm!();
-    run_part("in_a_process_with_few_mappings", "true");
+    run_part("limits::in_a_process_with_few_mappings", "true");
 }
 
 #[test]
 #[ignore = "few_mappings_bound_the_clones_and_are_named runs it in a process of its own"]
 fn in_a_process_with_few_mappings() {
-    if !is_part("in_a_process_with_few_mappings") {
-        return;
+    if is_part("limits::in_a_process_with_few_mappings") {
+        leave_mappings(scaled(1000, 600) as usize);
+        expect_bounded_by(Limit::Mappings, 1..120);
     }
-    let most = fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
-    let most: usize = most.trim().parse().unwrap();
-    // No two neighbours with the same access: each is a mapping.
-    let left = scaled(1000, 600) as usize;
-    let wanted = most - left - mapping_count();
-    let page = 4096;
-    let start = map_nothing(wanted * page);
-    for index in (0..wanted).step_by(2) {
-        make_readable(start, index * page, page);
-    }
-    assert!(mapping_count() > most - left - 100, "{}", mapping_count());
-    expect_bounded_by(Limit::Mappings, 1..120);
 }
 
 #[test]
@@ -242,13 +191,13 @@ fn threads_of_the_cgroup_bound_the_clones_and_are_named() {
         return;
     };
     group.set("pids.max", "100");
-    run_part("in_a_cgroup_with_few_threads", &group.enter());
+    run_part("limits::in_a_cgroup_with_few_threads", &group.enter());
 }
 
 #[test]
 #[ignore = "threads_of_the_cgroup_bound_the_clones_and_are_named runs it in a cgroup of its own"]
 fn in_a_cgroup_with_few_threads() {
-    if is_part("in_a_cgroup_with_few_threads") {
+    if is_part("limits::in_a_cgroup_with_few_threads") {
         expect_bounded_by(Limit::ThreadsOfCgroup, 1..34);
     }
 }
@@ -260,13 +209,13 @@ fn memory_of_the_cgroup_bounds_the_clones_and_is_named_before_anything_is_killed
         return;
     };
     group.set(group.memory_limit(), &(256 << 20).to_string());
-    run_part("in_a_cgroup_with_little_memory", &group.enter());
+    run_part("limits::in_a_cgroup_with_little_memory", &group.enter());
 }
 
 #[test]
 #[ignore = "memory_of_the_cgroup_bounds_the_clones_… runs it in a cgroup of its own"]
 fn in_a_cgroup_with_little_memory() {
-    if is_part("in_a_cgroup_with_little_memory") {
+    if is_part("limits::in_a_cgroup_with_little_memory") {
         expect_bounded_by(Limit::MemoryOfCgroup, 1..50);
     }
 }

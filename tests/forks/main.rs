@@ -13,6 +13,7 @@ mod limits;
 mod lineage;
 mod memory_use;
 mod pool;
+mod pool_limits;
 mod registers;
 mod several_vcpus_ring_at_once;
 mod state_size;

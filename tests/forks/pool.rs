@@ -1,15 +1,11 @@
 //! Clones of shells that were built ahead: the same machines, sooner.
 
-use std::env;
-use std::process::Command;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use forkvm::abi::doorbell::report;
-use forkvm::engine::limits::{Limit, LimitError};
-use forkvm::engine::spawn::SpawnError;
-use forkvm::engine::{Member, PoolError};
+use forkvm::engine::Member;
 use forkvm::{CloneSpec, End, ForkPoint, FreezeKind, MemoryMode};
 
 use crate::common::{
@@ -115,50 +111,5 @@ fn a_clone_of_a_pool_comes_sooner_than_one_that_is_built() {
     );
     if full_scale() {
         assert!(pooled[10] * 2 < built[10], "{pooled:?} {built:?}");
-    }
-}
-
-/// Set for the part of a test that runs in a process with few descriptors.
-const FEW_DESCRIPTORS: &str = "FORKVM_TEST_FEW_DESCRIPTORS";
-
-#[test]
-fn a_pool_that_cannot_grow_names_what_is_lacking() {
-    need_kvm!();
-    let mut child = Command::new("sh");
-    child
-        .args(["-c", "ulimit -n 80 && exec \"$0\" \"$@\""])
-        .arg(env::current_exe().unwrap());
-    let part = "pool::in_a_process_with_few_descriptors";
-    child.args(["--exact", part, "--ignored", "--nocapture"]);
-    let output = child.env(FEW_DESCRIPTORS, "1").output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{text}\n{errors}");
-    assert!(text.contains("1 passed"), "{text}");
-}
-
-#[test]
-#[ignore = "a_pool_that_cannot_grow_names_what_is_lacking runs it in a process of its own"]
-fn in_a_process_with_few_descriptors() {
-    if env::var_os(FEW_DESCRIPTORS).is_none() {
-        println!("skipped: only a part of another test");
-        return;
-    }
-    let vm = Setup::new("job=touch mib=1 idle=1").here().boot();
-    vm.wait_ready(LONG).unwrap();
-    let point = vm.fork_point(CloneSpec::new(1)).unwrap();
-    let error = point.fill_pool(200).unwrap_err();
-    let SpawnError::Shell(error) = error else {
-        panic!("{error:?}");
-    };
-    let PoolError::Limits(LimitError::TooMany { room, limit, .. }) = &error else {
-        panic!("{error:?}");
-    };
-    assert_eq!(*limit, Limit::Descriptors);
-    assert!(error.to_string().contains("ulimit"), "{error}");
-    // What there is room for, it can have, and all of them become clones.
-    point.fill_pool(*room).unwrap();
-    for clone in point.spawn(*room).unwrap() {
-        clone.wait_report(report::ACTION, 1, LONG).unwrap();
     }
 }

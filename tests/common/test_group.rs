@@ -4,11 +4,12 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 /// Removed with the value.
-pub(super) struct TestGroup {
+pub struct TestGroup {
     folder: PathBuf,
     version_2: bool,
 }
@@ -17,7 +18,7 @@ impl TestGroup {
     /// Below the group of this process, limited by `controller`; says so and is `None` where this
     /// process may not make one (no root, a read-only mount, a group of version 2 that has processes
     /// and so cannot pass its controllers on).
-    pub(super) fn new(controller: &str) -> Option<TestGroup> {
+    pub fn new(controller: &str) -> Option<TestGroup> {
         match TestGroup::make(controller) {
             Ok(group) => Some(group),
             Err(error) => {
@@ -49,17 +50,20 @@ impl TestGroup {
                 format!("+{controller}"),
             )?;
         }
-        let folder = above.join(format!("forkvm-test-{}", process::id()));
+        // Tests of one process may each have some.
+        static NUMBERS: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
+        let folder = above.join(format!("forkvm-test-{}-{number}", process::id()));
         fs::create_dir(&folder)?;
         Ok(TestGroup { folder, version_2 })
     }
 
-    pub(super) fn set(&self, file: &str, value: &str) {
+    pub fn set(&self, file: &str, value: &str) {
         fs::write(self.folder.join(file), value).unwrap();
     }
 
     /// The file with the limit of memory.
-    pub(super) fn memory_limit(&self) -> &'static str {
+    pub fn memory_limit(&self) -> &'static str {
         if self.version_2 {
             "memory.max"
         } else {
@@ -67,8 +71,13 @@ impl TestGroup {
         }
     }
 
+    /// Moves a process in; what it has of memory stays where it came from.
+    pub fn take_in(&self, process: u32) {
+        self.set("cgroup.procs", &process.to_string());
+    }
+
     /// What a shell does to get in, with all that it starts.
-    pub(super) fn enter(&self) -> String {
+    pub fn enter(&self) -> String {
         format!("echo $$ > {}/cgroup.procs", self.folder.display())
     }
 }
