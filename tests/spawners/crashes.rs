@@ -15,11 +15,11 @@ use crate::common::{
 };
 use crate::spread::{kill, wait_until};
 
-fn process_of(clone: &CloneVm) -> u32 {
+pub(crate) fn process_of(clone: &CloneVm) -> u32 {
     clone.member().process().expect("it lives in a worker")
 }
 
-fn expect_killed_with_its_worker(clone: &CloneVm) {
+pub(crate) fn expect_killed_with_its_worker(clone: &CloneVm) {
     let finished = clone.member().wait_for(LONG).expect("it has ended");
     let End::Failed(why) = finished.end else {
         panic!("{} {}", clone.member().name(), finished.end);
@@ -175,6 +175,10 @@ fn a_worker_that_is_killed_at_any_moment_of_a_fork_harms_its_clones_alone() {
         });
         fork_while_a_worker_dies(&vm, &mut forks, 3);
         killer.join().unwrap();
+        wait_until("its end is known", || {
+            process.check().unwrap();
+            !process.processes().contains(&worker)
+        });
         expect_unharmed(&vm, &mut forks);
     }
     finish_oracle(&vm, vm.member());
@@ -226,7 +230,7 @@ fn a_worker_that_is_killed_as_its_clone_is_forked_fails_that_fork_or_ends_its_cl
 }
 
 /// Machines of KVM that a process has.
-fn machines(process: u32) -> usize {
+pub(crate) fn machines(process: u32) -> usize {
     let fds = std::fs::read_dir(format!("/proc/{process}/fd")).unwrap();
     let targets = fds.filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok());
     targets

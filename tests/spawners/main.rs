@@ -8,6 +8,8 @@ mod crashes;
 mod engine_killed;
 mod kit;
 mod mid_fault;
+mod own_steps;
 mod refusals;
 mod spread;
+mod test_worker;
 mod thousand;

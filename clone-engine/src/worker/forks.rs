@@ -247,24 +247,27 @@ thread_local! {
     static MAKING: RefCell<Making> = RefCell::default();
 }
 
-/// Keeps the phases of a fork, to be told with the fork point.
-pub(super) struct ForkPhases;
+/// Keeps the phases of a fork, to be told with the fork point. The worker's own observer hears of them as they
+/// happen.
+pub(super) struct ForkPhases(pub(super) Arc<dyn Observer>);
 
 impl Observer for ForkPhases {
-    fn enter(&self, phase: Phase, _paused: Option<&PausedVm<'_>>) -> Result<(), Vetoed> {
+    fn enter(&self, phase: Phase, paused: Option<&PausedVm<'_>>) -> Result<(), Vetoed> {
         if phase == Phase::Request {
             MAKING.set(Making::default());
         }
-        Ok(())
+        self.0.enter(phase, paused)
     }
 
     fn leave(&self, phase: Phase, took: Duration) {
-        let phase = (phase, took.as_nanos() as u64);
-        MAKING.with_borrow_mut(|making| making.phases.push(phase));
+        let nanos = took.as_nanos() as u64;
+        MAKING.with_borrow_mut(|making| making.phases.push((phase, nanos)));
+        self.0.leave(phase, took);
     }
 
     fn parent_paused(&self, took: Duration) {
         MAKING.with_borrow_mut(|making| making.paused = Some(took.as_nanos() as u64));
+        self.0.parent_paused(took);
     }
 
     fn forked(&self, _point: &Arc<ForkPoint>, _clones: &[Arc<Member>]) {}

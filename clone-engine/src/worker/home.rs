@@ -18,6 +18,7 @@ use crate::fault::FaultConfig;
 use crate::fork::CloneSpec;
 use crate::identity::Identity;
 use crate::page_link::PageLink;
+use crate::phase::Observer;
 use crate::saved::{SaveError, SaveTo, Saver};
 
 /// See the module's text.
@@ -28,15 +29,27 @@ pub(super) struct Home {
     pub(super) watched: Cell<bool>,
 }
 
+/// How a family is kept here.
+pub(super) struct Settled {
+    pub(super) faults: FaultConfig,
+    pub(super) guest_forks: CloneSpec,
+    /// Who watches forks of its clones.
+    pub(super) observer: Arc<dyn Observer>,
+}
+
 impl Home {
     pub(super) fn new(
         kvm: &Arc<Kvm>,
         engine: &Arc<Engine>,
         pages: &Arc<PageLink>,
         answers: &Arc<Answers>,
-        faults: FaultConfig,
-        guest_forks: CloneSpec,
+        settled: Settled,
     ) -> Home {
+        let Settled {
+            faults,
+            guest_forks,
+            observer,
+        } = settled;
         let places = Arc::new(Places::default());
         let forks = Forks {
             engine: engine.clone(),
@@ -46,7 +59,7 @@ impl Home {
         };
         let config = FamilyConfig {
             consoles: places.clone(),
-            observer: Arc::new(ForkPhases),
+            observer: Arc::new(ForkPhases(observer)),
             spawner: Arc::new(forks),
             guest_forks,
             faults,

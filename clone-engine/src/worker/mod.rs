@@ -36,15 +36,15 @@ use thiserror::Error;
 use crate::accounting::VmCount;
 use crate::descriptor;
 use crate::end::End;
-use crate::fault::FaultConfig;
 use crate::fork::{CloneSpec, ForkError, Ticket};
 use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
 use crate::limits;
 use crate::member::{Ask, Member, Reply, Waiting, with_causes};
 use crate::page_link::{Landing, PageLink};
-use crate::phase::{Observer, Phase, Vetoed};
+use crate::phase::{self, NoObserver, Observer, Phase, Vetoed};
 use crate::rewind::{RewindError, RewindWay};
+use crate::spawn::SpawnError;
 use crate::spawn::in_process::Unbuilt;
 use crate::userfault::UserfaultError;
 use crate::vsock::VsockEnd;
@@ -53,7 +53,7 @@ use crate::wire::{NotRewound, Order, PROTOCOL, Readiness, Told, VERSION};
 
 use console::Consoles;
 use forks::Answers;
-use home::Home;
+use home::{Home, Settled};
 use teller::Teller;
 
 /// How long the clones of a worker may take to end when its engine has gone.
@@ -62,6 +62,16 @@ const ENDING: Duration = Duration::from_secs(10);
 /// Runs clones for the engine at the other end of `socket`, which this process was started with. The
 /// process ends in here when the engine has gone; it comes back only with a reason not to begin.
 pub fn serve(socket: OwnedFd) -> Result<Infallible, ServeError> {
+    serve_watched(socket, Arc::new(NoObserver))
+}
+
+/// The same, with an observer in the worker itself. It enters and leaves the phases of each clone's making
+/// here, and those of a fork of such a clone until the image is published, as they happen; it may refuse each
+/// but the last, *run*: then the worker ends.
+pub fn serve_watched(
+    socket: OwnedFd,
+    observer: Arc<dyn Observer>,
+) -> Result<Infallible, ServeError> {
     let engine = Arc::new(Engine(Socket::inherited(socket)?));
     ignore_signals_of_the_group();
     if let Err(error) = limits::raise_nofile() {
@@ -80,6 +90,7 @@ pub fn serve(socket: OwnedFd) -> Result<Infallible, ServeError> {
     let worker = Worker {
         kvm: Arc::new(kvm?),
         engine,
+        observer,
         consoles,
         answers: Arc::default(),
         homes: HashMap::new(),
@@ -141,6 +152,7 @@ type Files = Result<Vec<OwnedFd>, SocketError>;
 struct Worker {
     kvm: Arc<Kvm>,
     engine: Arc<Engine>,
+    observer: Arc<dyn Observer>,
     consoles: Consoles,
     answers: Arc<Answers>,
     /// By the numbers of the engine's families.
@@ -204,7 +216,15 @@ impl Worker {
                 family,
                 faults,
                 guest_forks,
-            } => self.settle(family, faults, guest_forks),
+            } => {
+                let observer = self.observer.clone();
+                let settled = Settled {
+                    faults,
+                    guest_forks,
+                    observer,
+                };
+                self.settle(family, settled);
+            }
             Order::ForgetFamily { family } => drop(self.homes.remove(&family)),
             Order::ForkPoint { point, family } => {
                 let taken = self.take_over(family, files);
@@ -351,13 +371,13 @@ impl Worker {
     }
 
     /// A family's clones will come.
-    fn settle(&mut self, family: u64, faults: FaultConfig, guest_forks: CloneSpec) {
+    fn settle(&mut self, family: u64, settled: Settled) {
         let Some(pages) = &self.pages else {
             tracing::error!("a family came before all pages, so this worker ends");
             return self.engine.0.close();
         };
         let (kvm, engine, answers) = (&self.kvm, &self.engine, &self.answers);
-        let home = Home::new(kvm, engine, pages, answers, faults, guest_forks);
+        let home = Home::new(kvm, engine, pages, answers, settled);
         self.homes.insert(family, home);
     }
 
@@ -463,7 +483,10 @@ impl Worker {
             witness: Some(Arc::new(witness)),
             vsock,
         };
-        let phases = Phases::default();
+        let phases = Phases {
+            observer: self.observer.clone(),
+            lengths: Mutex::default(),
+        };
         let waiting = unbuilt.build(&point, &phases);
         let waiting = waiting.map_err(|error| with_causes(&error))?;
         let timeline = waiting.member().timeline();
@@ -473,7 +496,7 @@ impl Worker {
         self.prepared.insert(clone, waiting);
         Ok(Readiness {
             phases: phases
-                .0
+                .lengths
                 .into_inner()
                 .unwrap_or_else(PoisonError::into_inner),
             built: built.into(),
@@ -503,8 +526,14 @@ impl Worker {
         };
         // Before it runs: its end takes it out.
         self.running.lock().insert(clone, waiting.member().clone());
-        if let Err(error) = waiting.start() {
-            // Its thread is gone, which only a lack of the most basic things explains.
+        let started = || -> Result<(), SpawnError> {
+            let phase = phase::begin(&*self.observer, Phase::Run, None)?;
+            waiting.start()?;
+            phase.done();
+            Ok(())
+        };
+        if let Err(error) = started() {
+            // Its thread is gone, which only a lack of the most basic things explains, or it was refused.
             tracing::error!(
                 error = with_causes(&error),
                 "a prepared clone cannot start, so this worker ends"
@@ -530,18 +559,22 @@ fn adopt_vsock(
     Ok(Some(Arc::new(end)))
 }
 
-/// Keeps the phases of one clone's making.
-#[derive(Default)]
-struct Phases(Mutex<Vec<(Phase, u64)>>);
+/// Keeps the phases of one clone's making, of which the worker's observer hears.
+struct Phases {
+    observer: Arc<dyn Observer>,
+    lengths: Mutex<Vec<(Phase, u64)>>,
+}
 
 impl Observer for Phases {
-    fn enter(&self, _phase: Phase, _paused: Option<&PausedVm<'_>>) -> Result<(), Vetoed> {
-        Ok(())
+    fn enter(&self, phase: Phase, paused: Option<&PausedVm<'_>>) -> Result<(), Vetoed> {
+        self.observer.enter(phase, paused)
     }
 
     fn leave(&self, phase: Phase, took: Duration) {
-        let mut phases = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        phases.push((phase, took.as_nanos() as u64));
+        let mut lengths = self.lengths.lock().unwrap_or_else(PoisonError::into_inner);
+        lengths.push((phase, took.as_nanos() as u64));
+        drop(lengths);
+        self.observer.leave(phase, took);
     }
 
     fn parent_paused(&self, _took: Duration) {}
