@@ -7,6 +7,7 @@ mod common;
 mod crashes;
 mod engine_killed;
 mod kit;
+mod memory_pressure;
 mod mid_fault;
 mod own_steps;
 mod refusals;

@@ -44,6 +44,9 @@ const ANSWER: Duration = Duration::from_secs(120);
 /// How often that is looked at.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// Of one that was killed, and not by the engine.
+const KILLED: &str = "by somebody, or by the kernel for want of memory, which `dmesg` tells";
+
 /// How long a worker whose socket is closed may take to be gone.
 const GOING: Duration = Duration::from_secs(5);
 
@@ -552,7 +555,11 @@ impl Link {
         child.kill();
         last_faults::answer(self.pid, userfaults.into_values().flatten().collect());
         let ended = child.end().unwrap_or_else(|| "it does not go away".into());
-        let how = why.map_or(ended.clone(), |why| format!("{why}; {ended}"));
+        let how = match why {
+            Some(why) => format!("{why}; {ended}"),
+            None if ended.contains("SIGKILL") => format!("{ended}, {KILLED}"),
+            None => ended,
+        };
         let death = WorkerError::Died { pid: self.pid, how };
         let mut state = self.state();
         let dead = State {
