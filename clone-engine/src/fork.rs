@@ -317,15 +317,15 @@ fn grant(
         }
         _ => 0,
     };
-    let layout = vm.ram().layout();
+    let spawner = &family.config().spawner;
     let need = Need {
         config: vm.config(),
         expected_write_mib: spec.expected_write_mib,
         // What a plan adds comes out of what is to spare.
-        pieces: layout.regions().len() as u64,
+        pieces: vm.ram().layout().regions().len() as u64,
         copy_kib,
-        shells: family.pool().ready(layout, vm.config().vcpus),
-        apart: family.config().spawner.apart(),
+        shells: spawner.shells(family, vm.config()),
+        apart: spawner.apart(),
     };
     Ok(limits::grant(&need, spec.count, spec.accept_fewer)?)
 }

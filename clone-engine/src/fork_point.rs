@@ -70,23 +70,27 @@ impl ForkPoint {
         let asked = Instant::now();
         let spawner = self.family.config().spawner.as_ref();
         spawner.check()?;
-        let granted = self.grant(count, spawner.apart())?;
+        let shells = spawner.shells(&self.family, self.config());
+        let granted = limits::grant(&self.need(shells, spawner.apart()), count, false)?;
         spawner.spawn(self, granted, asked)
     }
 
-    /// Whether the host has room for `count` clones of it, in this process or `apart`; that many, or an error
-    /// says what runs out.
-    pub(crate) fn grant(&self, count: u32, apart: bool) -> Result<u32, ForkError> {
-        let layout = self.state.layout();
-        let need = Need {
+    /// What each clone of it takes, where `shells` wait for them, in this process or `apart`.
+    pub(crate) fn need(&self, shells: u32, apart: bool) -> Need<'_> {
+        let regions = self.state.layout().regions();
+        Need {
             config: self.config(),
             expected_write_mib: self.expected_write_mib,
-            pieces: self.image.mapped().len().max(layout.regions().len()) as u64,
+            pieces: self.image.mapped().len().max(regions.len()) as u64,
             copy_kib: 0,
-            shells: self.family.pool().ready(layout, self.config().vcpus),
+            shells,
             apart,
-        };
-        Ok(limits::grant(&need, count, false)?)
+        }
+    }
+
+    /// What one takes that is made in this process, wherever the family's clones live.
+    pub(crate) fn need_here(&self) -> Need<'_> {
+        self.need(self.family.pool().ready(self.config()), false)
     }
 
     /// As [`ForkPoint::spawn`], for clones that there was room for when they were asked for.

@@ -13,7 +13,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use forkvm_vmm::{Kvm, MachineState, MemoryError, MemoryLayout, Ram, Shell, VmError};
+use forkvm_vmm::{Kvm, MachineState, MemoryError, Ram, Shell, VmConfig, VmError};
 use thiserror::Error;
 
 use crate::limits::{self, LimitError, Need};
@@ -131,7 +131,7 @@ impl Pool {
                 .map_or(0, |shelf| shelf.shells.len() as u32)
         };
         if ready() < count {
-            limits::grant(&Need::of_shells(state), count - ready(), false)?;
+            limits::grant(&Need::of_shells(state, false), count - ready(), false)?;
         }
         loop {
             let ready = ready();
@@ -143,11 +143,13 @@ impl Pool {
         }
     }
 
-    /// Shells that wait for machines with this RAM and so many vCPUs.
-    pub(crate) fn ready(&self, layout: &MemoryLayout, vcpus: u32) -> u32 {
+    /// Shells that wait for machines with as much RAM and as many vCPUs as `config` says.
+    pub(crate) fn ready(&self, config: &VmConfig) -> u32 {
         let shelves = self.shared.lock();
-        let like =
-            |shelf: &&Shelf| shelf.model.layout() == layout && shelf.model.config().vcpus == vcpus;
+        let like = |shelf: &&Shelf| {
+            let shape = shelf.model.config();
+            (shape.memory_mib, shape.vcpus) == (config.memory_mib, config.vcpus)
+        };
         let shells = shelves
             .list
             .iter()
@@ -250,7 +252,7 @@ impl Shared {
     }
 
     fn build_one(&self, model: &MachineState) -> Result<Pooled, PoolError> {
-        limits::grant(&Need::of_shells(model), 1, false)?;
+        limits::grant(&Need::of_shells(model, false), 1, false)?;
         Pooled::build(&self.kvm, model)?.primed(model)
     }
 }

@@ -10,6 +10,7 @@ mod kit;
 mod memory_pressure;
 mod mid_fault;
 mod own_steps;
+mod pool;
 mod refusals;
 mod spread;
 mod test_worker;

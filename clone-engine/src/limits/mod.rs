@@ -134,6 +134,26 @@ pub(crate) fn grant(need: &Need<'_>, asked: u32, accept_fewer: bool) -> Result<u
     Ok(granted)
 }
 
+/// Whether this process, a worker, can take one clone more: what bounds it alone. All else is asked for all
+/// clones of a fork, where it begins.
+pub(crate) fn check_own(need: &Need<'_>) -> Result<(), LimitError> {
+    let shells = u64::from(need.shells);
+    let mappings = need.mappings().times(1, shells);
+    let left = || -> io::Result<_> {
+        let descriptors = (need.descriptors(), descriptors::left()?, Limit::Descriptors);
+        let mappings = (need.mappings(), mappings::left(mappings)?, Limit::Mappings);
+        Ok([descriptors, mappings])
+    };
+    let left = left().map_err(|error| LimitError::Unknown(error.to_string()))?;
+    for (each, left, limit) in left {
+        if each.within(left, shells) == 0 {
+            return Err(LimitError::Full { limit });
+        }
+    }
+    mappings::promise(mappings);
+    Ok(())
+}
+
 /// Why no clones may be made.
 #[derive(Debug, Error, Serialize, Deserialize)]
 pub enum LimitError {
@@ -151,6 +171,16 @@ pub enum LimitError {
         asked: u32,
         /// Clones that would do.
         room: u32,
+        /// What runs out.
+        limit: Limit,
+    },
+    /// A worker has no room for one more.
+    #[error(
+        "this worker has no room for one more clone: what runs out is {limit}; let each worker have fewer, or \
+         {}",
+        .limit.mend()
+    )]
+    Full {
         /// What runs out.
         limit: Limit,
     },
@@ -195,15 +225,15 @@ const VSOCK_DESCRIPTORS: u64 = 4;
 const MAPPINGS_OF_A_THREAD: u64 = 4;
 
 impl<'a> Need<'a> {
-    /// Of shells for machines of the shape of `state`, which nobody runs in yet.
-    pub(crate) fn of_shells(state: &'a MachineState) -> Need<'a> {
+    /// Of shells for machines of the shape of `state`, which nobody runs in yet, in this process or `apart`.
+    pub(crate) fn of_shells(state: &'a MachineState, apart: bool) -> Need<'a> {
         Need {
             config: state.config(),
             expected_write_mib: 0,
             pieces: 0,
             copy_kib: 0,
             shells: 0,
-            apart: false,
+            apart,
         }
     }
 
@@ -388,6 +418,23 @@ mod tests {
                 "{text}"
             );
         }
+    }
+
+    #[test]
+    fn a_worker_is_full_when_what_bounds_it_alone_runs_out() {
+        let config = VmConfig::new(16, 1);
+        // Of memory that nobody has: the engine asks for that.
+        let idle = Need {
+            expected_write_mib: 1 << 40,
+            ..need(&config)
+        };
+        check_own(&idle).unwrap();
+        let in_pieces = Need {
+            pieces: 1 << 40,
+            ..need(&config)
+        };
+        let error = check_own(&in_pieces).unwrap_err().to_string();
+        assert!(error.ends_with(Limit::Mappings.mend()), "{error}");
     }
 
     #[test]

@@ -16,6 +16,7 @@ use super::{Origin, PAUSE_DEADLINE};
 use crate::disks::DiskSource;
 use crate::end::End;
 use crate::identity::Identity;
+use crate::limits;
 use crate::phase::NoObserver;
 use crate::rewind::{Break, RewindError, RewindWay};
 use crate::spawn::in_process::{self, Furnished, Told};
@@ -104,8 +105,8 @@ impl Serving {
         // At most two VMs at a time: who rewinds faster than a VM is taken apart waits here.
         self.join_undertaker();
         // The other VM is made here, wherever this family's clones live.
-        let room = origin.point.grant(1, false);
-        room.map_err(|error| RewindError::Room(Box::new(error)))?;
+        let room = limits::grant(&origin.point.need_here(), 1, false);
+        room.map_err(|error| RewindError::Room(Box::new(error.into())))?;
         let life = self.life.next();
         let told = Told {
             identity,

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use forkvm_devices::{DeviceError, SectionError};
-use forkvm_vmm::{MachineState, MemoryError, VmError};
+use forkvm_vmm::{MachineState, MemoryError, VmConfig, VmError};
 use thiserror::Error;
 
 use crate::descriptor::DescriptorError;
@@ -51,6 +51,12 @@ pub trait Spawner: Send + Sync {
         count: u32,
     ) -> Result<u32, SpawnError> {
         Ok(family.pool().fill(state, count)?)
+    }
+
+    /// Shells that wait where clones of `family` would live, for machines with as much RAM and as many vCPUs
+    /// as `config` says: what those take is taken already.
+    fn shells(&self, family: &Family, config: &VmConfig) -> u32 {
+        family.pool().ready(config)
     }
 
     /// Processes beside this one that clones live in, by their ids.

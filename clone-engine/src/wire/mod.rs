@@ -33,7 +33,7 @@ use clock::HostTime;
 use disks::HeldOverlay;
 
 /// Raised with every change of what is said.
-pub(crate) const PROTOCOL: u32 = 4;
+pub(crate) const PROTOCOL: u32 = 5;
 
 /// Version of this build; both ends have the same.
 pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -435,4 +435,6 @@ pub(crate) struct Readiness {
     pub(crate) built: HostTime,
     /// State and memory were in place.
     pub(crate) restored: HostTime,
+    /// Shells that the worker has left for machines of its kind.
+    pub(crate) shells: u32,
 }

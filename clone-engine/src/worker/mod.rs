@@ -465,6 +465,8 @@ impl Worker {
         vsock: Option<Arc<VsockEnd>>,
     ) -> Result<Readiness, String> {
         let (family, point) = self.point(point)?;
+        // What would be hit later may be a thread's stack, which ends the whole process.
+        limits::check_own(&point.need_here()).map_err(|error| with_causes(&error))?;
         let console = self.consoles.open(clone);
         let places = &self.home(family)?.places;
         let witness = Teller {
@@ -501,6 +503,7 @@ impl Worker {
                 .unwrap_or_else(PoisonError::into_inner),
             built: built.into(),
             restored: restored.into(),
+            shells: point.family.pool().ready(point.config()),
         })
     }
 

@@ -2,8 +2,11 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use forkvm_vmm::VmConfig;
+
 use super::link::{Berth, Worker};
 use super::{ProcessConfig, WorkerError};
+use crate::family::Family;
 
 /// See the module's text.
 pub(super) struct Crew {
@@ -42,6 +45,15 @@ impl Crew {
             Berth::in_worker(fewest.expect("one at least was needed"))
         };
         Ok((0..clones).map(berth).collect())
+    }
+
+    /// Shells that wait in them for clones of `family` like `config`.
+    pub(super) fn shells(&self, family: &Family, config: &VmConfig) -> u32 {
+        let workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner);
+        let alive = workers.iter().filter(|worker| worker.is_alive());
+        alive
+            .map(|worker| worker.link().shells().left(family, config))
+            .sum()
     }
 
     pub(super) fn processes(&self) -> Vec<u32> {

@@ -21,6 +21,7 @@ use std::{io, mem};
 use super::forks::{self, Born, Froze, Parent};
 use super::last_faults;
 use super::resident::{Request, Resident};
+use super::shells::Shells;
 use super::{SocketError, SpawnError, WorkerError, WorkerProgram};
 use crate::accounting::{AccountingError, VmCount};
 use crate::descriptor::Description;
@@ -86,6 +87,7 @@ pub(super) struct Link {
     numbers: AtomicU64,
     /// Families that it has.
     families: Mutex<HashSet<u64>>,
+    shells: Shells,
     /// Fork points that it has.
     points: Mutex<HashSet<u64>>,
     state: Mutex<State>,
@@ -288,6 +290,7 @@ impl Started {
             berths: AtomicUsize::new(0),
             numbers: AtomicU64::new(0),
             families: Mutex::default(),
+            shells: Shells::default(),
             points: Mutex::default(),
             state: Mutex::default(),
             died: Condvar::new(),
@@ -400,6 +403,10 @@ impl Link {
 
     pub(super) fn pages(&self) -> &Arc<PageLink> {
         &self.pages
+    }
+
+    pub(super) fn shells(&self) -> &Shells {
+        &self.shells
     }
 
     pub(super) fn close(&self) {
@@ -854,6 +861,7 @@ fn send_in_turn(link: &Arc<Link>, unsent: Receiver<Order>) -> io::Result<()> {
             match &order {
                 Order::ForgetFamily { family } => {
                     lock(&link.families).remove(family);
+                    link.shells.forget(*family);
                     // All its VMs have ended.
                     drop(link.state().userfaults.remove(family));
                 }

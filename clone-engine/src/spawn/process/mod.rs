@@ -14,6 +14,7 @@ mod forks;
 mod last_faults;
 mod link;
 mod resident;
+mod shells;
 
 use std::cell::OnceCell;
 use std::collections::HashMap;
@@ -26,7 +27,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::Instant;
 
-use forkvm_vmm::MachineState;
+use forkvm_vmm::{MachineState, VmConfig};
 use thiserror::Error;
 
 use super::{Prepared, SpawnError, Spawner};
@@ -35,8 +36,10 @@ use crate::family::Family;
 use crate::fork::ForkError;
 use crate::fork_point::ForkPoint;
 use crate::identity::Identity;
+use crate::limits::{self, Need};
 use crate::member::Member;
 use crate::phase::{Observer, Phase};
+use crate::pool::PoolError;
 use crate::wire::socket::SocketError;
 
 use crew::Crew;
@@ -114,6 +117,13 @@ impl Spawner for Process {
         state: &Arc<MachineState>,
         count: u32,
     ) -> Result<u32, SpawnError> {
+        let config = state.config();
+        let waiting = self.crew.shells(family, config);
+        if waiting < count {
+            // Each worker looks at what bounds it, and all of them at once at what they share.
+            let need = Need::of_shells(state, true);
+            limits::grant(&need, count - waiting, false).map_err(PoolError::from)?;
+        }
         // Where as many clones would go now.
         let mut shares: HashMap<u32, (Arc<Link>, u32)> = HashMap::new();
         for berth in self.crew.assign(count as usize)? {
@@ -123,16 +133,19 @@ impl Spawner for Process {
                 .or_insert_with(|| (link.clone(), 0))
                 .1 += 1;
         }
-        let state = descriptor::of_state(state)?;
+        let file = descriptor::of_state(state)?;
         let mut filling = Vec::new();
         for (link, share) in shares.into_values() {
             let (filled, answer) = channel();
-            link.ask_to_fill(family, &state, share, filled)?;
+            link.ask_to_fill(family, &file, share, filled)?;
             filling.push((link, answer));
         }
         let wait = |(link, answer): (Arc<Link>, Receiver<Result<u32, String>>)| match answer.recv()
         {
-            Ok(Ok(shells)) => Ok(shells),
+            Ok(Ok(shells)) => {
+                link.shells().note(family, config, shells);
+                Ok(shells)
+            }
             Ok(Err(why)) => Err(SpawnError::InWorker {
                 pid: link.pid(),
                 why,
@@ -140,6 +153,10 @@ impl Spawner for Process {
             Err(_died) => Err(link.death().into()),
         };
         filling.into_iter().map(wait).sum()
+    }
+
+    fn shells(&self, family: &Family, config: &VmConfig) -> u32 {
+        self.crew.shells(family, config)
     }
 
     fn processes(&self) -> Vec<u32> {

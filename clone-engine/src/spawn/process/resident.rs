@@ -210,6 +210,8 @@ impl Preparing {
             tracing::debug!(%phase, took_us = took.as_micros() as u64, worker = pid, "done");
             observer.leave(phase, took);
         }
+        let (shells, config) = (clone.link.shells(), clone.member.config());
+        shells.note(&clone.family, config, readiness.shells);
         clone.watch.begin(Timeline {
             built: Some(readiness.built.into()),
             restored: Some(readiness.restored.into()),
