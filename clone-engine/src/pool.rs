@@ -14,6 +14,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use forkvm_vmm::{Kvm, MachineState, MemoryError, Ram, Shell, VmConfig, VmError};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::limits::{self, LimitError, Need};
@@ -27,11 +28,21 @@ const REFILL_AFTER: Duration = Duration::from_millis(20);
 const REFILL_AT_LAST: Duration = Duration::from_millis(100);
 
 /// How a family's pool is kept.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PoolConfig {
     /// Shells of each shape that are kept ready once clones of that shape were made; 0 for none but
-    /// those that were asked for ([`ForkPoint::fill_pool`](crate::ForkPoint::fill_pool)).
+    /// those that were asked for ([`ForkPoint::fill_pool`](crate::ForkPoint::fill_pool)). Where clones live in
+    /// workers, each worker that had one keeps its share.
     pub shells: u32,
+}
+
+impl PoolConfig {
+    /// Of each of `workers`: all of them together keep as many shells as this says, or a few more.
+    pub(crate) fn shared_by(self, workers: usize) -> PoolConfig {
+        PoolConfig {
+            shells: self.shells.div_ceil(workers.max(1) as u32),
+        }
+    }
 }
 
 /// See the module's text. Shells that are left go with it.

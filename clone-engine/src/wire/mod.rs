@@ -27,6 +27,7 @@ use crate::fork::CloneSpec;
 use crate::identity::Identity;
 use crate::limits::LimitError;
 use crate::phase::Phase;
+use crate::pool::PoolConfig;
 use crate::rewind::RewindWay;
 
 use clock::HostTime;
@@ -53,6 +54,8 @@ pub(crate) enum Order {
         family: u64,
         /// How page faults of its lazy memory are served.
         faults: FaultConfig,
+        /// The worker's share of its pool.
+        pool: PoolConfig,
         /// How a fork that a guest asks for is done; its count is the guest's.
         guest_forks: CloneSpec,
     },

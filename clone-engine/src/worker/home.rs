@@ -19,6 +19,7 @@ use crate::fork::CloneSpec;
 use crate::identity::Identity;
 use crate::page_link::PageLink;
 use crate::phase::Observer;
+use crate::pool::PoolConfig;
 use crate::saved::{SaveError, SaveTo, Saver};
 
 /// See the module's text.
@@ -32,6 +33,7 @@ pub(super) struct Home {
 /// How a family is kept here.
 pub(super) struct Settled {
     pub(super) faults: FaultConfig,
+    pub(super) pool: PoolConfig,
     pub(super) guest_forks: CloneSpec,
     /// Who watches forks of its clones.
     pub(super) observer: Arc<dyn Observer>,
@@ -47,6 +49,7 @@ impl Home {
     ) -> Home {
         let Settled {
             faults,
+            pool,
             guest_forks,
             observer,
         } = settled;
@@ -62,6 +65,7 @@ impl Home {
             observer: Arc::new(ForkPhases(observer)),
             spawner: Arc::new(forks),
             guest_forks,
+            pool,
             faults,
             saver: Some(places.clone()),
             ..FamilyConfig::default()

@@ -215,11 +215,13 @@ impl Worker {
             Order::Family {
                 family,
                 faults,
+                pool,
                 guest_forks,
             } => {
                 let observer = self.observer.clone();
                 let settled = Settled {
                     faults,
+                    pool,
                     guest_forks,
                     observer,
                 };

@@ -35,7 +35,7 @@ impl Crew {
             .max(self.config.ready)
             .max(1);
         // All are executed before any is waited for.
-        let started = (workers.len()..needed).map(|_| Worker::start(&self.config.program));
+        let started = (workers.len()..needed).map(|_| Worker::start(&self.config));
         let started = started.collect::<Result<Vec<_>, _>>()?;
         for worker in started {
             workers.push(Arc::new(worker.greet()?));

@@ -22,7 +22,7 @@ use super::forks::{self, Born, Froze, Parent};
 use super::last_faults;
 use super::resident::{Request, Resident};
 use super::shells::Shells;
-use super::{SocketError, SpawnError, WorkerError, WorkerProgram};
+use super::{ProcessConfig, SocketError, SpawnError, WorkerError, WorkerProgram};
 use crate::accounting::{AccountingError, VmCount};
 use crate::descriptor::Description;
 use crate::family::Family;
@@ -54,6 +54,8 @@ const GOING: Duration = Duration::from_secs(5);
 /// A program that was started and has not said yet that it is a worker.
 pub(super) struct Started {
     program: WorkerProgram,
+    /// Workers that are kept ready, this one among them.
+    ready: usize,
     child: OwnChild,
     socket: Socket,
 }
@@ -87,6 +89,8 @@ pub(super) struct Link {
     numbers: AtomicU64,
     /// Families that it has.
     families: Mutex<HashSet<u64>>,
+    /// Workers that are kept ready, this one among them: they share what a family keeps in its pool.
+    ready: usize,
     shells: Shells,
     /// Fork points that it has.
     points: Mutex<HashSet<u64>>,
@@ -171,7 +175,8 @@ enum Handed {
 
 impl Worker {
     /// Executes the program.
-    pub(super) fn start(program: &WorkerProgram) -> Result<Started, WorkerError> {
+    pub(super) fn start(config: &ProcessConfig) -> Result<Started, WorkerError> {
+        let program = &config.program;
         let failed = |error| program.start_error(&error);
         let (socket, far) = Socket::pair().map_err(failed)?;
         let child = Command::new(&program.path)
@@ -184,6 +189,7 @@ impl Worker {
             .map_err(failed)?;
         Ok(Started {
             program: program.clone(),
+            ready: config.ready,
             child: OwnChild {
                 pid: child.id(),
                 child: Some(child),
@@ -236,6 +242,7 @@ impl Started {
     pub(super) fn greet(self) -> Result<Worker, WorkerError> {
         let Started {
             program,
+            ready,
             mut child,
             socket,
         } = self;
@@ -290,6 +297,7 @@ impl Started {
             berths: AtomicUsize::new(0),
             numbers: AtomicU64::new(0),
             families: Mutex::default(),
+            ready,
             shells: Shells::default(),
             points: Mutex::default(),
             state: Mutex::default(),
@@ -450,6 +458,7 @@ impl Link {
         self.send(&Order::Family {
             family: number,
             faults: family.config().faults,
+            pool: family.config().pool.shared_by(self.ready),
             guest_forks: family.config().guest_forks.clone(),
         })?;
         families.insert(number);
