@@ -258,6 +258,8 @@ fn a_fork_of_which_one_clone_cannot_be_made_leaves_no_machine_in_any_worker() {
     };
     let vm = Setup::new("job=oracle mib=1")
         .spawner(process.clone())
+        // Shells that wait are machines, too.
+        .pool(0)
         .hook(hook)
         .boot();
     vm.wait_ready(LONG).unwrap();
