@@ -47,10 +47,15 @@ const RUST_VMM: &[&str] = &[
     "vmm-sys-util",
 ];
 
+/// The one that forkvm is for.
+const PLATFORM: &str = "x86_64-unknown-linux-gnu";
+
 fn metadata(features: Option<CargoOpt>) -> Metadata {
     let mut command = MetadataCommand::new();
     command.manifest_path(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml"));
-    command.other_options(["--offline".to_owned()]);
+    // What was built is there; crates for other platforms need not be.
+    let options = ["--offline", "--filter-platform", PLATFORM];
+    command.other_options(options.map(str::to_owned));
     if let Some(features) = features {
         command.features(features);
     }
