@@ -40,9 +40,10 @@ linux: ## Install what is missing, and build the Linux image `minimal`, or find 
 
 # Tests that do not care how clones live: in the test's own process, in workers, or from a pool of shells. Always with --workspace:
 # a package alone has dependencies with other features, and all of it would be built again.
-EVERY_WAY := --workspace --no-fail-fast -E 'package(forkvm) & binary(/^(forks|faults|lazy|rewind|saved_machines)$$/)'
+OF_EVERY_WAY := package(forkvm) & binary(/^(forks|faults|lazy|rewind|saved_machines)$$/)
+EVERY_WAY := --workspace --no-fail-fast -E '$(OF_EVERY_WAY)'
 # The search for torn images takes as long as the other 230 of them, and what it searches is the same in each way.
-BRIEFLY := --workspace --no-fail-fast -E 'package(forkvm) & binary(/^(forks|faults|lazy|rewind|saved_machines)$$/) - test(/^torn::/)'
+BRIEFLY := --workspace --no-fail-fast -E '$(OF_EVERY_WAY) - test(/^torn::/)'
 EVERY_WAY_WITHOUT_NEXTEST := --workspace --no-fail-fast $(foreach binary,forks faults lazy rewind saved_machines,--test $(binary))
 
 test: linux ## Install what is missing, and pass all tests of all crates, those that need KVM included

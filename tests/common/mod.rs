@@ -21,7 +21,7 @@ use forkvm::{Identity, Vm};
 
 pub use obey::Obedient;
 pub use oracle::{expect_end, expect_oracle_ok, finish_oracle};
-pub use part::{begin_part, is_part, run_part};
+pub use part::{is_part, part_arguments, run_part};
 pub(crate) use setup::need_kvm;
 pub use setup::{
     Setup, as_tests_are_to_run, fork_by, full_scale, has_kvm, scaled, worker_program, workers,

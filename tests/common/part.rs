@@ -1,6 +1,7 @@
 //! Parts of tests that run in a process of their own, which lacks something.
 
 use std::env;
+use std::ffi::OsString;
 use std::process::Command;
 
 /// Set, to the part's name, in such a process.
@@ -15,18 +16,19 @@ pub fn is_part(name: &str) -> bool {
     here
 }
 
-/// What a shell does before it executes this binary so that it runs the part `name`.
-pub fn begin_part(name: &str) -> String {
-    format!("export {PART}={name}")
+/// What to give /bin/sh so that this binary runs the ignored test `name` after the shell did `before`.
+pub fn part_arguments(name: &str, before: &str) -> Vec<OsString> {
+    let script = format!("{before} && export {PART}={name} && exec \"$0\" \"$@\"");
+    let mut arguments: Vec<OsString> = vec!["-c".into(), script.into()];
+    arguments.push(env::current_exe().unwrap().into());
+    arguments.extend(["--exact", name, "--ignored", "--nocapture"].map(OsString::from));
+    arguments
 }
 
 /// Runs the ignored test `name` of this binary in a process of its own, after the shell did `before`.
 pub fn run_part(name: &str, before: &str) {
-    let begin = begin_part(name);
-    let child = Command::new("sh")
-        .args(["-c", &format!("{before} && {begin} && exec \"$0\" \"$@\"")])
-        .arg(env::current_exe().unwrap())
-        .args(["--exact", name, "--ignored", "--nocapture"])
+    let child = Command::new("/bin/sh")
+        .args(part_arguments(name, before))
         .output();
     let output = child.unwrap();
     let text = String::from_utf8_lossy(&output.stdout);

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use forkvm::abi::doorbell::report;
 use forkvm::engine::{ForkError, MemberError, Phase};
 use forkvm::vmm::{PausedVm, memory};
-use forkvm::{Error, FaultConfig, FreezeKind, MemoryMode};
+use forkvm::{Error, FaultConfig, ForkPoint, FreezeKind, MemoryMode};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::common::switch::{Manner, Switch};
@@ -19,23 +19,26 @@ const PAGE: u64 = 4096;
 /// registers name and that are there before it runs.
 const OF_THE_CLONE: u64 = 8;
 
+/// A parent whose clones reach for its memory as `how` says, and a lazy fork point of it that nothing completes.
+fn reached_point(how: &str) -> (Guest, Arc<ForkPoint>) {
+    let vm = Setup::new(format!("job=reach mib={} {how}", scaled(64, 8)))
+        .memory_mib(128)
+        .no_copier()
+        .boot();
+    vm.wait_ready(LONG).unwrap();
+    let point = vm
+        .fork_point(fork_by(FreezeKind::WriteProtect, MemoryMode::Lazy, 1))
+        .unwrap();
+    (vm, point)
+}
+
 /// A clone reads `touch` pages, each in a chunk of its own, while the parent rewrites one page of
 /// its own without pause.
 #[test]
 fn a_clone_that_touches_k_scattered_pages_brings_at_most_k_chunks() {
     need_kvm!();
     let touch = u64::from(scaled(200, 20));
-    let vm = Setup::new(format!(
-        "job=reach mib={} touch={touch} order=scattered hot=1",
-        scaled(64, 8)
-    ))
-    .memory_mib(128)
-    .no_copier()
-    .boot();
-    vm.wait_ready(LONG).unwrap();
-    let point = vm
-        .fork_point(fork_by(FreezeKind::WriteProtect, MemoryMode::Lazy, 1))
-        .unwrap();
+    let (vm, point) = reached_point(&format!("touch={touch} order=scattered hot=1"));
     // The parent has written what it writes, all of which the image has by now.
     vm.member().with_paused(|_paused| ()).unwrap();
     let (first, before) = (
@@ -72,17 +75,7 @@ fn a_clone_that_touches_k_scattered_pages_brings_at_most_k_chunks() {
 fn a_sibling_that_touches_what_the_first_clone_did_is_cheaper_than_that_one() {
     need_kvm!();
     let touch = u64::from(scaled(200, 20));
-    let vm = Setup::new(format!(
-        "job=reach mib={} touch={touch} order=scattered",
-        scaled(64, 8)
-    ))
-    .memory_mib(128)
-    .no_copier()
-    .boot();
-    vm.wait_ready(LONG).unwrap();
-    let point = vm
-        .fork_point(fork_by(FreezeKind::WriteProtect, MemoryMode::Lazy, 1))
-        .unwrap();
+    let (vm, point) = reached_point(&format!("touch={touch} order=scattered"));
     let cost_of_one = || {
         let before = vm.family().faults().figures();
         let clone = point.spawn(1).unwrap().remove(0);

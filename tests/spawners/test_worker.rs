@@ -1,7 +1,6 @@
 //! Workers that are this test binary, so that a test says what happens in them.
 
 use std::env;
-use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
@@ -15,18 +14,13 @@ use forkvm::{Process, ProcessConfig, WorkerProgram, worker};
 use rustix::process::{Signal, getpid, kill_process};
 use tempfile::TempDir;
 
-use crate::common::{begin_part, is_part};
+use crate::common::{is_part, part_arguments};
 
 /// This binary, in which the ignored test `part` becomes a worker after the shell did `before`.
 pub(crate) fn as_worker(part: &str, before: &str) -> WorkerProgram {
-    let begin = begin_part(part);
-    let script = format!("{before} && {begin} && exec \"$0\" \"$@\"");
-    let mut args: Vec<OsString> = vec!["-c".into(), script.into()];
-    args.push(env::current_exe().unwrap().into());
-    args.extend(["--exact", part, "--ignored", "--nocapture"].map(OsString::from));
     WorkerProgram {
         path: "/bin/sh".into(),
-        args,
+        args: part_arguments(part, before),
     }
 }
 

@@ -49,7 +49,7 @@ pub(crate) const RESERVED: Range<u64> = relay::STUB..relay::STUB + relay::PAGES 
 /// What a Linux kernel must be told: CPUID shows it features that ring 0 does not have here, which are
 /// `rep` instructions that are fast on a CPU (each step of one is interpreted), and protection of user
 /// memory. That its page tables must have four levels, be the same for ring 3, and leave the vsyscall
-/// page free. And what to leave undone at boot, which is a tenth of its instructions: it takes each `lock`
+/// page free. And what to leave undone at boot, which is a fifth of its instructions: it takes each `lock`
 /// prefix out of itself where there is one CPU, and splits its own mapping to have parts of it read-only. Names of
 /// features are understood since Linux 5.19.
 pub(crate) const KERNEL_OPTIONS: &str =

@@ -36,7 +36,7 @@ pub(super) const FILTERED: MsrFilterRange<'_> = MsrFilterRange {
 /// What a vCPU's timer was told, in cycles of the guest's TSC.
 #[derive(Debug, Default)]
 pub(super) struct TimerPace {
-    /// The deadline that KVM has; 0 for none, or for one that has passed and was seen to.
+    /// The deadline that KVM was given last; 0 for none.
     armed: u64,
     /// None is given to it that comes before.
     earliest: u64,
