@@ -2,9 +2,10 @@
 
 use std::fs;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use forkvm::engine::Phase;
-use forkvm::{CloneSpec, CloneVm, FreezeKind, MemoryMode};
+use forkvm::{CloneSpec, CloneVm, FaultConfig, FreezeKind, MemoryMode};
 
 use crate::common::{
     Guest, LONG, Obedient, Setup, fork_by, is_part, need_kvm, run_part, scaled, with_causes,
@@ -12,7 +13,7 @@ use crate::common::{
 };
 use crate::crashes::{expect_killed_with_its_worker, machines, process_of};
 use crate::spread::{kill, wait_until};
-use crate::test_worker::Deaths;
+use crate::test_worker::{Deaths, WORKERS};
 
 const PAGES: u64 = 16;
 
@@ -62,23 +63,43 @@ fn expect_unharmed(vm: &Guest, parent: &mut Obedient<'_>, mode: MemoryMode) {
     let mut processes: Vec<u32> = clones.iter().map(process_of).collect();
     processes.sort_unstable();
     processes.dedup();
-    assert_eq!(processes.len(), 2);
+    assert_eq!(processes.len(), WORKERS);
     expect_all_well(vm, &clones);
 }
 
-fn open_descriptors() -> usize {
-    fs::read_dir("/proc/self/fd").unwrap().count()
+/// What the process has open, sorted.
+fn open_descriptors() -> Vec<String> {
+    let open = fs::read_dir("/proc/self/fd").unwrap();
+    let targets = open.filter_map(|entry| fs::read_link(entry.unwrap().path()).ok());
+    let mut targets: Vec<String> = targets.map(|to| to.display().to_string()).collect();
+    targets.sort_unstable();
+    targets
 }
 
-/// As many descriptors are open as when it was called first.
+/// As many descriptors are open as when it was called first. Only of userfaultfds there may be more: those of two workers
+/// come with the first of their images that has to be filled.
 #[derive(Default)]
 struct Level(Option<usize>);
 
 impl Level {
     fn expect(&mut self, when: &str) {
-        let level = *self.0.get_or_insert_with(open_descriptors);
-        let what = format!("{when}: {level} descriptors again");
-        wait_until(&what, || open_descriptors() <= level);
+        let userfaults = (1 + WORKERS) * FaultConfig::default().shards;
+        let start = Instant::now();
+        loop {
+            let open = open_descriptors();
+            let is_userfault = |name: &&String| name.contains("userfaultfd");
+            let of_faults = open.iter().filter(is_userfault).count();
+            let others = open.len() - of_faults;
+            let level = *self.0.get_or_insert(others);
+            if others <= level && of_faults <= userfaults {
+                return;
+            }
+            assert!(
+                start.elapsed() < LONG,
+                "{when}: {level} descriptors and {userfaults} userfaultfds are due, open are {open:?}"
+            );
+            thread::sleep(Duration::from_millis(2));
+        }
     }
 }
 

@@ -37,6 +37,9 @@ const MARKS: &str = "FORKVM_TEST_MARKS";
 /// Most times that a phase may pass before a worker dies at it.
 const MOST_TIMES: u32 = 4;
 
+/// As many are ready at any time, and take turns.
+pub(crate) const WORKERS: usize = 2;
+
 /// One of some workers dies at a phase of its own, in the middle of what it does there.
 ///
 /// There are as many marks as the phase has to begin. Whoever begins it takes one away, and whoever took the
@@ -48,12 +51,12 @@ impl Deaths {
         Deaths(tempfile::tempdir().unwrap())
     }
 
-    /// A spawner with two workers that may die so.
+    /// A spawner with workers that may die so.
     pub(crate) fn workers(&self) -> Arc<Process> {
         let marks = format!("export {MARKS}={}", self.0.path().display());
         let program = as_worker("test_worker::a_worker_that_dies_where_it_is_told", &marks);
         let config = ProcessConfig {
-            ready: 2,
+            ready: WORKERS,
             ..ProcessConfig::new(program)
         };
         Arc::new(Process::start(config).unwrap())
