@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use forkvm::templates::Templates;
 use serde_json::{Value, json};
@@ -148,6 +149,45 @@ fn a_machine_without_an_agent_makes_no_template_and_shows_its_console() {
     assert!(user.templates().names().unwrap().is_empty());
     let left = fs::read_dir(user.templates().directory()).unwrap();
     assert_eq!(left.count(), 0);
+}
+
+#[test]
+fn a_disk_that_is_full_gets_no_part_of_a_template() {
+    need_kvm!();
+    let user = User::new();
+    let image = Image::find();
+    let data = user.path("data");
+    fs::create_dir(&data).unwrap();
+    let templates = user.templates().directory().display().to_string();
+    let script = format!(
+        "mount -t tmpfs -o size=4m none {} && {{ \"$0\" \"$@\"; status=$?; echo \"left: $(ls -A {templates})\"; exit $status; }}",
+        data.display()
+    );
+    let kernel = image.directory.join("vmlinux");
+    let initrd = image.directory.join("initramfs.cpio");
+    let created = Command::new("unshare")
+        .args(["--mount", "sh", "-c", &script])
+        .arg(env!("CARGO_BIN_EXE_forkvm"))
+        .args(["template", "create", "mine", "--memory", "64", "--kernel"])
+        .arg(kernel)
+        .arg("--initrd")
+        .arg(initrd)
+        .args(["--cmdline", &image.cmdline])
+        .env("XDG_RUNTIME_DIR", user.0.path())
+        .env("XDG_DATA_HOME", &data)
+        .output();
+    let created = created.expect("unshare(1) is of util-linux");
+    let (said, errors) = (
+        String::from_utf8_lossy(&created.stdout),
+        String::from_utf8_lossy(&created.stderr),
+    );
+    if errors.contains("unshare:") || errors.contains("mount:") {
+        println!("skipped: no mount namespace can be had here: {errors}");
+        return;
+    }
+    assert_eq!(created.status.code(), Some(1), "{errors}");
+    assert!(errors.contains("No space left on device"), "{errors}");
+    assert!(said.ends_with("left: \n"), "{said}");
 }
 
 /// As somebody who has written to it.

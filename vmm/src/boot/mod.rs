@@ -28,6 +28,8 @@ use crate::software_kvm;
 use crate::vcpu::{StateError, reading, writing};
 
 mod mp_table;
+#[cfg(test)]
+mod tests;
 
 // Low memory, as the boot protocol leaves it to the loader.
 const GDT: u64 = 0x500;
@@ -46,6 +48,12 @@ const CONVENTIONAL_END: u64 = mp_table::ADDRESS;
 const HIGH_MEMORY: u64 = 0x10_0000;
 /// The 64-bit entry of a bzImage, from where its protected-mode part is loaded.
 const BZIMAGE_ENTRY64: u64 = 0x200;
+
+// Of an ELF header (elf(5)): where its magic number, class and machine end, and what they are of an x86-64 executable.
+const ELF_MAGIC: &[u8] = b"\x7fELF";
+const ELF_MACHINE_END: usize = 20;
+const ELFCLASS64: u8 = 2;
+const EM_X86_64: u16 = 62;
 
 /// What a machine boots.
 #[derive(Clone, Debug)]
@@ -154,18 +162,33 @@ fn load_image<F: Read + ReadVolatile + Seek>(
         path: path.to_owned(),
         source,
     };
-    let mut magic = Vec::new();
+    let mut start = Vec::new();
     image.rewind().map_err(read)?;
-    image
-        .by_ref()
-        .take(4)
-        .read_to_end(&mut magic)
-        .map_err(read)?;
+    let mut first = image.by_ref().take(ELF_MACHINE_END as u64);
+    first.read_to_end(&mut start).map_err(read)?;
     let high = Some(GuestAddress(HIGH_MEMORY));
-    if magic == b"\x7fELF" {
-        return loader::elf::Elf::load(memory, None, image, high).map_err(refused);
+    if !start.starts_with(ELF_MAGIC) {
+        return loader::bzimage::BzImage::load(memory, None, image, high).map_err(refused);
     }
-    loader::bzimage::BzImage::load(memory, None, image, high).map_err(refused)
+    // Which linux-loader does not ask.
+    check_architecture(&start).map_err(|why| BootError::Payload {
+        path: path.to_owned(),
+        why,
+    })?;
+    loader::elf::Elf::load(memory, None, image, high).map_err(refused)
+}
+
+/// Whether an ELF file that begins like this is for x86-64; why not.
+fn check_architecture(start: &[u8]) -> Result<(), String> {
+    let Some(machine) = start.get(ELF_MACHINE_END - 2..ELF_MACHINE_END) else {
+        return Err("its ELF header is cut off".into());
+    };
+    let machine = u16::from_le_bytes([machine[0], machine[1]]);
+    match (start[ELF_MAGIC.len()], machine) {
+        (ELFCLASS64, EM_X86_64) => Ok(()),
+        (ELFCLASS64, machine) => Err(format!("it is for another machine (e_machine {machine})")),
+        (class, _) => Err(format!("it is no ELF file of 64 bits (class {class})")),
+    }
 }
 
 fn load_initrd(
@@ -189,15 +212,17 @@ fn load_initrd(
         0 => low_end,
         max => low_end.min(u64::from(max) + 1),
     };
+    // Low memory is the boot protocol's.
+    let first = kernel_end.max(HIGH_MEMORY);
     let start = limit
         .checked_sub(len)
         .map(|start| start & !0xfff)
-        .filter(|&at| at >= kernel_end);
+        .filter(|&at| at >= first);
     let Some(start) = start else {
         return Err(BootError::InitrdSize {
             path: path.to_owned(),
             len,
-            room: limit.saturating_sub(kernel_end),
+            room: limit.saturating_sub(first),
         });
     };
     memory
@@ -378,7 +403,7 @@ pub enum BootError {
     Payload {
         /// The file.
         path: PathBuf,
-        /// What linux-loader said.
+        /// What it is instead, or what linux-loader said.
         why: String,
     },
     /// The initrd does not fit.
