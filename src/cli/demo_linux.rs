@@ -10,7 +10,7 @@ use clap::Args;
 use comfy_table::{Table, presets::UTF8_FULL_CONDENSED};
 use forkvm::Payload;
 use forkvm::demo_linux::disk;
-use forkvm::demo_linux::input::Input;
+use forkvm::demo_linux::input::{Input, InputError};
 use forkvm::demo_linux::report::Report;
 use forkvm::demo_linux::run::{self, Run, RunSpec, Watch};
 use forkvm::engine::Family;
@@ -21,6 +21,7 @@ use forkvm::templates::Templates;
 use forkvm::vmm::memory::{MAX_MIB, MIN_MIB};
 
 use super::console::Terminal;
+use super::errors::Usage;
 use super::fork_options::ForkOptions;
 use super::image::find_or_build;
 use super::output::{Outcome, Output};
@@ -64,7 +65,10 @@ pub(crate) struct DemoLinux {
 impl DemoLinux {
     pub(crate) fn run(self, output: &Output) -> anyhow::Result<Outcome> {
         self.forks.check()?;
-        let input = Input::load(self.clones)?;
+        let input = Input::load(self.clones).map_err(|error| match error {
+            InputError::TooManyClones { .. } => Usage(error.to_string()).into(),
+            error => anyhow::Error::from(error),
+        })?;
         let mut text = output.text();
         let folder = self.target.join("demo-linux");
         fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;

@@ -2,10 +2,11 @@
 
 use std::io::Write;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Args;
+use forkvm::agent::REQUEST_LIMIT;
 use forkvm::templates::{Template, TemplateError, Templates};
 use forkvm::{CloneSpec, FreezeKind, MemoryMode};
 use serde_json::{Value, json};
@@ -18,8 +19,11 @@ use super::super::fork_options::{freezes, modes};
 use super::super::output::{Outcome, Output};
 use super::super::run::vm_name;
 use super::super::template::{self, Place};
-use super::exec::agent_of;
+use super::exec::{agent_of, agent_within};
 use super::{ask, text};
+
+/// How long the end of a machine is waited for that was switched off at the last moment.
+const LAST_LOOK: Duration = Duration::from_millis(100);
 
 const PAUSE: &str = "\
 Examples:
@@ -273,13 +277,17 @@ fn run_in_clones(forked: Value, program: &[String], output: &Output) -> anyhow::
 impl Stop {
     pub(crate) fn run(self, _output: &Output) -> anyhow::Result<Outcome> {
         let vm = self.which.vm;
-        let agent = agent_of(&vm)?;
+        let limit = Duration::from_secs(self.timeout);
+        let deadline = Instant::now() + limit;
+        let agent = agent_within(&vm, limit.min(REQUEST_LIMIT))?;
         // Before it can end: the name is free a moment after.
         let mut waiting = Connection::to(&vm)?;
         waiting.begin(&Request::Wait { vm: vm.clone() })?;
         let what = || format!("switching {vm} off");
         agent.power_off().with_context(what)?;
-        let end = waiting.answer_within(Duration::from_secs(self.timeout))?;
+        // A last look where the agent took all of the time.
+        let left = deadline.saturating_duration_since(Instant::now());
+        let end = waiting.answer_within(left.max(LAST_LOOK))?;
         let end = end.with_context(|| {
             let seconds = self.timeout;
             format!("{vm} is not off after {seconds} s: `forkvm kill {vm}` ends it at once")

@@ -117,15 +117,20 @@ fn bytes(text: String) -> Bytes {
 /// The agent of a machine that runs, once the machine is itself: before, a clone has its parent's random numbers, and
 /// its streams end when its driver hears of the fork (docs/vsock.md).
 pub(super) fn agent_of(vm: &str) -> anyhow::Result<AgentClient> {
+    agent_within(vm, REQUEST_LIMIT)
+}
+
+/// [`agent_of`] a machine, which has `limit` to become itself, and its agent as long for an answer.
+pub(super) fn agent_within(vm: &str, limit: Duration) -> anyhow::Result<AgentClient> {
     let info = info_of(vm)?;
     let socket = text(&info, "vsock");
     anyhow::ensure!(
         !socket.is_empty(),
         "{vm} has no vsock, and no agent can be reached in it: start it with --kernel and --name, or with --vsock"
     );
-    let deadline = Instant::now() + REQUEST_LIMIT;
+    let deadline = Instant::now() + limit;
     loop {
-        let agent = AgentClient::connect(socket.as_ref(), deadline)?;
+        let agent = AgentClient::connect(socket.as_ref(), deadline)?.with_limit(limit);
         match agent.health() {
             Ok(Healthy {
                 generation: Some(taken_on),
@@ -139,7 +144,7 @@ pub(super) fn agent_of(vm: &str) -> anyhow::Result<AgentClient> {
         anyhow::ensure!(
             Instant::now() < deadline,
             "{vm} did not take on its identity within {} s: its console may say why",
-            REQUEST_LIMIT.as_secs()
+            limit.as_secs()
         );
         thread::sleep(Duration::from_millis(20));
     }
