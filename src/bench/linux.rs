@@ -19,6 +19,7 @@ use tempfile::TempDir;
 use super::measure::{BenchError, call};
 use super::setting::{Pool, Setting};
 use super::subject::{Trace, Traced, fork_by};
+use crate::agent::AgentClient;
 use crate::linux::{BOOT, INTRODUCTION, LinuxVm};
 
 /// What is booted.
@@ -128,6 +129,11 @@ impl LinuxSubject {
             pool: setting.pool,
             _sockets: sockets,
         })
+    }
+
+    /// Its agent.
+    pub fn agent(&self) -> &AgentClient {
+        self.vm.agent()
     }
 
     /// A fork point of it for clones in `mode`.

@@ -91,6 +91,15 @@ impl Unit {
     }
 }
 
+/// Version of a program that takes part.
+#[derive(Clone, Debug)]
+pub struct Version {
+    /// The program, as its column is called.
+    pub of: &'static str,
+    /// What it says itself.
+    pub text: String,
+}
+
 /// What one case has given.
 #[derive(Clone, Debug)]
 pub struct Case {
@@ -102,12 +111,20 @@ pub struct Case {
     pub values: Vec<f64>,
     /// What was seen beside them, each as often as it was told.
     pub columns: BTreeMap<&'static str, Vec<f64>>,
+    /// Versions of what else was at work, by the name of their column.
+    pub versions: BTreeMap<&'static str, String>,
 }
 
 impl Case {
     /// Notes `value` of the column `name`, which goes with the values; the row has their median.
     pub fn column(&mut self, name: &'static str, value: f64) -> &mut Case {
         self.columns.entry(name).or_default().push(value);
+        self
+    }
+
+    /// Notes the version of something that is at work here beside forkvm.
+    pub fn version(&mut self, version: &Version) -> &mut Case {
+        self.versions.insert(version.of, version.text.clone());
         self
     }
 }
@@ -133,6 +150,7 @@ impl Samples {
                 unit,
                 values: Vec::new(),
                 columns: BTreeMap::new(),
+                versions: BTreeMap::new(),
             });
             self.cases.len() - 1
         });
@@ -167,6 +185,9 @@ pub enum BenchError {
     /// A Linux machine could not be had.
     #[error(transparent)]
     Linux(#[from] crate::linux::LinuxError),
+    /// Its agent did not do what it was asked.
+    #[error(transparent)]
+    Agent(#[from] crate::agent::AgentError),
     /// The saved one cannot be opened.
     #[error(transparent)]
     Saved(#[from] forkvm_clone_engine::saved::OpenError),

@@ -126,6 +126,7 @@ fn section(scenario: &Scenario, report: &Report, drawn: &[(&Chart, String)]) -> 
             p.note {
                 "Load average while it was measured, its own included: " (short(median(&loads))) "."
                 @if !digest.common.is_empty() { " In all rows: " (named(&digest.common)) "." }
+                @for (of, version) in digest.versions() { " Version of " (of) ": " (version) "." }
             }
             div.wide { (table(&digest)) }
             @if !digest.by_phase.is_empty() {

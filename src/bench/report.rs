@@ -58,6 +58,9 @@ pub struct Row {
     /// Columns of the scenario: the median of what was told.
     #[serde(flatten)]
     pub columns: BTreeMap<&'static str, f64>,
+    /// Versions of what else was at work.
+    #[serde(flatten)]
+    pub versions: BTreeMap<&'static str, String>,
     /// Under what circumstances.
     #[serde(flatten)]
     pub on: Circumstances,
@@ -158,6 +161,12 @@ impl<'a> Digest<'a> {
         own.map(|(name, value)| (*name, *value)).collect()
     }
 
+    /// Versions of what was at work beside forkvm in any of the rows.
+    pub fn versions(&self) -> BTreeMap<&'static str, &'a str> {
+        let all = self.rows.iter().flat_map(|row| &row.versions);
+        all.map(|(of, version)| (*of, version.as_str())).collect()
+    }
+
     /// How many rows have values that stand out, and the one with most of them.
     pub fn outliers(&self) -> Option<(usize, &'a Row)> {
         let share = |row: &Row| row.outliers as f64 / row.percentiles.n as f64;
@@ -215,6 +224,7 @@ pub(super) fn rows(scenario: &'static str, samples: &Samples, host: &Host) -> Ve
             percentiles,
             outliers: count,
             columns,
+            versions: case.versions.clone(),
             on: Circumstances::on(host, load1),
             values: case.values.clone(),
             first_is_slow,
@@ -226,12 +236,18 @@ pub(super) fn rows(scenario: &'static str, samples: &Samples, host: &Host) -> Ve
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::measure::Version;
 
     #[test]
     fn a_row_says_by_itself_what_it_was_measured_on() {
         let mut samples = Samples::default();
         samples.value("a/b", Unit::Us, 4.0).column("pages", 16.0);
-        samples.value("a/b", Unit::Us, 6.0).column(LOAD, 0.25);
+        let qemu = Version {
+            of: "qemu",
+            text: "7.2.22 (Debian)".into(),
+        };
+        let case = samples.value("a/b", Unit::Us, 6.0);
+        case.column(LOAD, 0.25).version(&qemu);
         let host = Host::here();
         let rows = rows("fault", &samples, &host);
         let row = serde_json::to_value(&rows[0]).unwrap();
@@ -243,6 +259,7 @@ mod tests {
         assert_eq!(row["load1"], 0.25);
         assert_eq!(row["kernel"], host.kernel.as_str());
         assert_eq!(row["kvm"], host.kvm);
+        assert_eq!(row["qemu"], "7.2.22 (Debian)");
         assert_eq!(row["forkvm"], env!("CARGO_PKG_VERSION"));
     }
 

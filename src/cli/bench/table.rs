@@ -29,6 +29,9 @@ pub(super) fn print(text: &mut dyn Write, scenario: &Scenario, rows: &[Row]) -> 
     if !digest.common.is_empty() {
         writeln!(text, "In all rows: {}", named(&digest.common))?;
     }
+    for (of, version) in digest.versions() {
+        writeln!(text, "Version of {of}: {version}")?;
+    }
     writeln!(text, "{}", table(&digest))?;
     if !digest.by_phase.is_empty() {
         writeln!(text, "Phases, median in us:\n{}", phases(&digest))?;

@@ -3,6 +3,7 @@
 mod host;
 mod kick;
 mod machine;
+mod own_pages;
 
 use crate::bench::measure::Experiment;
 use crate::bench::{Scale, Scenario};
@@ -23,6 +24,7 @@ fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
         Box::new(machine::Calls::whole_life(measured)),
         Box::new(machine::Calls::late_slot(measured.min(50))),
         Box::new(host::Mappings::new(measured)),
+        Box::new(own_pages::OwnPages::new(measured)),
         Box::new(host::Watched::new(measured)),
         Box::new(host::ThreadSpawn::new(measured)),
         Box::new(kick::KickToBarrier::new(

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::bench::measure::{BenchError, Experiment, Repetitions, Samples, Unit};
+use crate::bench::measure::{BenchError, Case, Experiment, Repetitions, Samples, Unit};
 use crate::bench::setting::{POOLS, Pool};
 
 use super::Peer;
@@ -51,16 +51,17 @@ impl Experiment for Beside {
             (self.peer.start()?, self.clones()?)
         };
         let name = self.name();
-        samples.time(&name, Unit::Us, took);
+        let version = |case: &mut Case| {
+            if let Some(version) = self.peer.version() {
+                case.version(version);
+            }
+        };
+        version(samples.time(&name, Unit::Us, took));
         for (pool, ours) in clones {
             let ratio = took.as_secs_f64() / ours.as_secs_f64();
-            samples
-                .value(
-                    &format!("{name}/over-{}", pool.as_str()),
-                    Unit::Ratio,
-                    ratio,
-                )
-                .column("forkvm_us", ours.as_secs_f64() * 1e6);
+            let case = format!("{name}/over-{}", pool.as_str());
+            let case = samples.value(&case, Unit::Ratio, ratio);
+            version(case.column("forkvm_us", ours.as_secs_f64() * 1e6));
         }
         Ok(())
     }

@@ -14,7 +14,7 @@ mod qemu;
 use std::time::Duration;
 
 use crate::bench::chart::{self, Chart};
-use crate::bench::measure::{BenchError, Experiment, Unit};
+use crate::bench::measure::{BenchError, Experiment, Unit, Version};
 use crate::bench::report::Row;
 use crate::bench::setting::POOLS;
 use crate::bench::{Scale, Scenario};
@@ -45,6 +45,11 @@ trait Peer {
 
     /// Makes what each start needs. An error means that there is no such peer on this host.
     fn prepare(&mut self) -> Result<(), BenchError>;
+
+    /// The version of the program, once it is prepared. `None` where forkvm's own says it all.
+    fn version(&self) -> Option<&Version> {
+        None
+    }
 
     /// Starts one, and ends it once it has done its work. How long it took to its first action.
     fn start(&mut self) -> Result<Duration, BenchError>;

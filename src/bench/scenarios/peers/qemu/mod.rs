@@ -18,7 +18,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use crate::bench::measure::{BenchError, call};
+use crate::bench::measure::{BenchError, Version, call};
 use crate::bench::subject::SubjectSpec;
 
 use super::Peer;
@@ -40,6 +40,7 @@ pub(super) struct Restore {
 /// A VM that QEMU has saved.
 struct Saved {
     program: PathBuf,
+    version: Version,
     /// What it booted, which QEMU reads again at each start.
     kernel: File,
     state: File,
@@ -62,6 +63,10 @@ impl Peer for Restore {
             BenchError::Lacks(why)
         })?);
         Ok(())
+    }
+
+    fn version(&self) -> Option<&Version> {
+        self.saved.as_ref().map(|saved| &saved.version)
     }
 
     fn start(&mut self) -> Result<Duration, BenchError> {
@@ -108,6 +113,10 @@ impl Saved {
         })();
         done.map_err(|error| qemu.explain(error))?;
         Ok(Saved {
+            version: Version {
+                of: "qemu",
+                text: process::version(&program)?,
+            },
             program,
             kernel,
             state,

@@ -33,6 +33,18 @@ pub(super) fn find() -> Result<PathBuf, BenchError> {
     })
 }
 
+/// What it says of its version, such as `7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)`.
+pub(super) fn version(program: &Path) -> io::Result<String> {
+    let output = Command::new(program).arg("--version").output()?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    let first = said.lines().next().unwrap_or_default();
+    let (_name, version) = first.split_once("version ").ok_or_else(|| {
+        let tried = program.display();
+        io::Error::other(format!("{tried} --version says no version: {first:?}"))
+    })?;
+    Ok(version.trim().to_owned())
+}
+
 /// What is started.
 pub(super) struct Start<'a> {
     pub(super) program: &'a Path,

@@ -1,4 +1,6 @@
-//! What a job takes longer in forked clones than with a zero-cost fork.
+//! What a job takes longer in forked clones than with a zero-cost fork, and a program in Linux than on the host.
+
+mod linux;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,10 +20,12 @@ use crate::bench::{Scale, Scenario};
 /// See the module's text.
 pub(super) const SCENARIO: Scenario = Scenario {
     name: "overhead",
-    about: "a job in forked clones against VMs that were already running and waiting: a zero-cost fork",
+    about: "a job in forked clones against VMs that were already running and waiting: a zero-cost fork; and a program in Linux against the same on the host",
     reading: "Percent that the job takes longer, from the fork's request until the last clone's answer, than from the word to VMs that wait with \
               everything in memory until the last of them answers; one after the other, again and again, as many VMs as CPUs; clones come from a pool filled before. The job \
-              reads 16 MiB, computes, writes 4 MiB and takes about a second; guests count the pages themselves.",
+              reads 16 MiB, computes, writes 4 MiB and takes about a second; guests count the pages themselves. \
+              linux/cpu-bound: a loop of the shell of the guest's busybox in a clone, against the same busybox on the host, each by its own clock. \
+              tick: what it takes longer, divided by the guest's timer interrupts.",
     experiments,
     charts: |_: &[Row]| -> Vec<Chart> { Vec::new() },
 };
@@ -55,7 +59,11 @@ fn experiments(scale: Scale) -> Vec<Box<dyn Experiment>> {
         &[MemoryMode::Cow],
         &[MemoryMode::Cow],
     );
-    modes.iter().map(|mode| one(*mode)).collect()
+    let mut all: Vec<_> = modes.iter().map(|mode| one(*mode)).collect();
+    if scale == Scale::Full {
+        all.push(Box::<linux::CpuBound>::default());
+    }
+    all
 }
 
 struct Overhead {
