@@ -1,7 +1,8 @@
 //! What a Linux guest's program takes longer than the same program on the host.
 //!
 //! The guest's own busybox counts in a loop of its shell, in a clone and, fetched from there, on the host. It computes and asks
-//! the kernel for nothing, so what it takes longer are the guest's timer interrupts before all, and those are counted too.
+//! the kernel for nothing, so what it takes longer is what the guest's kernel does by itself: timer interrupts, which are counted, and
+//! what else is due.
 
 use std::fs::{self, File, Permissions};
 use std::io;

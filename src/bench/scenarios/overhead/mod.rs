@@ -25,7 +25,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
               everything in memory until the last of them answers; one after the other, again and again, as many VMs as CPUs; clones come from a pool filled before. The job \
               reads 16 MiB, computes, writes 4 MiB and takes about a second; guests count the pages themselves. \
               linux/cpu-bound: a loop of the shell of the guest's busybox in a clone, against the same busybox on the host, each by its own clock. \
-              tick: what it takes longer, divided by the guest's timer interrupts.",
+              tick: what it takes longer, divided by the guest's timer interrupts: an upper bound.",
     experiments,
     charts: |_: &[Row]| -> Vec<Chart> { Vec::new() },
 };
